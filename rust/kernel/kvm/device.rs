@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Devices that user space creates with `KVM_CREATE_DEVICE`.
+//!
+//! C header: [`include/linux/kvm_host.h`](srctree/include/linux/kvm_host.h).
+//!
+//! Implement [`Device`], and keep a [`Registration`] for as long as user space may create devices
+//! of that type. The device's module stays while one of its devices exists.
+//!
+//! A device lives as long as its file descriptor, which keeps its VM alive. Not covered: devices
+//! that live as long as the VM (`destroy`), ioctls other than attributes, `mmap`.
+
+use super::Vm;
+use crate::{
+    bindings,
+    error::{
+        from_result,
+        to_result,
+        VTABLE_DEFAULT_ERROR, //
+    },
+    module::this_module,
+    prelude::*,
+    str::CStr,
+    transmute::{
+        AsBytes,
+        FromBytes, //
+    },
+    types::ForeignOwnable,
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    },
+    uapi,
+};
+use core::marker::PhantomData;
+
+/// A device attribute, as `KVM_{SET,GET,HAS}_DEVICE_ATTR` name it.
+pub struct Attr<'a>(&'a bindings::kvm_device_attr);
+
+impl Attr<'_> {
+    /// Returns the group.
+    #[inline]
+    pub fn group(&self) -> u32 {
+        self.0.group
+    }
+
+    /// Returns which attribute of the group it is.
+    #[inline]
+    pub fn index(&self) -> u64 {
+        self.0.attr
+    }
+
+    /// Copies the attribute's value from user space.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` if the address that user space has given is bad.
+    #[inline]
+    pub fn read<T: FromBytes>(&self) -> Result<T> {
+        self.user(size_of::<T>()).reader().read()
+    }
+
+    /// Copies the attribute's value to user space.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` if the address that user space has given is bad.
+    #[inline]
+    pub fn write<T: AsBytes>(&self, value: &T) -> Result {
+        self.user(size_of::<T>()).writer().write(value)
+    }
+
+    #[inline]
+    fn user(&self, len: usize) -> UserSlice {
+        // CAST: The address is as wide as a pointer on the architectures that have this.
+        UserSlice::new(UserPtr::from_addr(self.0.addr as usize), len)
+    }
+}
+
+// SAFETY: Any bytes make a valid value.
+unsafe impl FromBytes for uapi::kvm_bpf_user_region {}
+// SAFETY: It has no padding.
+unsafe impl AsBytes for uapi::kvm_bpf_user_region {}
+// SAFETY: Any bytes make a valid value.
+unsafe impl FromBytes for uapi::kvm_bpf_user_irq {}
+
+/// A device.
+#[vtable]
+pub trait Device: Sized + Send + Sync + 'static {
+    /// Which device it is, one of `enum kvm_device_type`.
+    const TYPE: u32;
+
+    /// The name of the device's file, as `/proc/PID/fd` shows it.
+    const NAME: &'static CStr;
+
+    /// Creates a device for `vm`. Called with `kvm->lock` held.
+    fn create(vm: &Vm) -> impl PinInit<Self, Error>;
+
+    /// Sets an attribute. No lock is held, so calls may overlap.
+    fn set_attr(&self, vm: &Vm, attr: &Attr<'_>) -> Result;
+
+    /// Answers an attribute's value. No lock is held, so calls may overlap.
+    fn get_attr(&self, _vm: &Vm, _attr: &Attr<'_>) -> Result {
+        build_error!(VTABLE_DEFAULT_ERROR)
+    }
+
+    /// Whether [`Self::set_attr()`] knows the attribute; if not, why, usually `ENXIO`.
+    fn has_attr(&self, vm: &Vm, attr: &Attr<'_>) -> Result;
+}
+
+/// The registration of a device type.
+///
+/// # Invariants
+///
+/// KVM creates devices of the type `T::TYPE` with `DeviceVTable::<T>`.
+pub struct Registration<T: Device>(PhantomData<T>);
+
+impl<T: Device> Registration<T> {
+    /// Lets user space create devices of type `T`.
+    ///
+    /// # Errors
+    ///
+    /// `EEXIST` if KVM has a device of the type `T::TYPE` already.
+    pub fn new() -> Result<Self> {
+        // SAFETY: The table is valid for as long as the module is, and dropping `Self`, which the
+        // module does before it goes, unregisters it.
+        to_result(unsafe {
+            bindings::kvm_register_device_ops(DeviceVTable::<T>::build(), T::TYPE)
+        })?;
+        // INVARIANT: Registered just now.
+        Ok(Self(PhantomData))
+    }
+}
+
+impl<T: Device> Drop for Registration<T> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants this is our own registration.
+        unsafe { bindings::kvm_unregister_device_ops(T::TYPE) };
+    }
+}
+
+struct DeviceVTable<T: Device>(PhantomData<T>);
+
+impl<T: Device> DeviceVTable<T> {
+    /// # Safety
+    ///
+    /// `dev` must be a device that is being created.
+    unsafe extern "C" fn create(dev: *mut bindings::kvm_device, _type: u32) -> c_int {
+        // SAFETY: KVM has set `kvm`, and creates the device by an ioctl of that VM.
+        let vm = unsafe { Vm::from_raw((*dev).kvm) };
+
+        from_result(|| {
+            let device = KBox::pin_init(T::create(vm), GFP_KERNEL_ACCOUNT)?;
+
+            // SAFETY: `private` is the device's own, from `create` to `release`.
+            unsafe { (*dev).private = device.into_foreign() };
+            Ok(0)
+        })
+    }
+
+    /// # Safety
+    ///
+    /// `dev` must be a device that [`Self::create()`] has set up and whose file is gone.
+    unsafe extern "C" fn release(dev: *mut bindings::kvm_device) {
+        // SAFETY: From `into_foreign()` in `create()`; with its file, all other users are gone.
+        drop(unsafe { Pin::<KBox<T>>::from_foreign((*dev).private) });
+        // SAFETY: `release` frees the device, which KVM has allocated with `kzalloc()`.
+        unsafe { bindings::kfree(dev.cast()) };
+    }
+
+    /// # Safety
+    ///
+    /// As for [`Self::set_attr()`].
+    unsafe fn with(
+        dev: *mut bindings::kvm_device,
+        attr: *mut bindings::kvm_device_attr,
+        f: impl FnOnce(&T, &Vm, &Attr<'_>) -> Result,
+    ) -> c_int {
+        // SAFETY: By the safety requirements. `create()` has set `private`, and `release()` comes
+        // after all ioctls.
+        let device = unsafe { Pin::<KBox<T>>::borrow((*dev).private) };
+        // SAFETY: By the safety requirements; the device's file pins the VM.
+        let vm = unsafe { Vm::from_raw((*dev).kvm) };
+        // SAFETY: By the safety requirements.
+        let attr = Attr(unsafe { &*attr });
+
+        from_result(|| f(device.get_ref(), vm, &attr).map(|()| 0))
+    }
+
+    /// # Safety
+    ///
+    /// `dev` must be a device that [`Self::create()`] has set up, during an ioctl on its file.
+    /// `attr` must be valid for reads.
+    unsafe extern "C" fn set_attr(
+        dev: *mut bindings::kvm_device,
+        attr: *mut bindings::kvm_device_attr,
+    ) -> c_int {
+        // SAFETY: By the safety requirements.
+        unsafe { Self::with(dev, attr, T::set_attr) }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`Self::set_attr()`].
+    unsafe extern "C" fn get_attr(
+        dev: *mut bindings::kvm_device,
+        attr: *mut bindings::kvm_device_attr,
+    ) -> c_int {
+        // SAFETY: By the safety requirements.
+        unsafe { Self::with(dev, attr, T::get_attr) }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`Self::set_attr()`].
+    unsafe extern "C" fn has_attr(
+        dev: *mut bindings::kvm_device,
+        attr: *mut bindings::kvm_device_attr,
+    ) -> c_int {
+        // SAFETY: By the safety requirements.
+        unsafe { Self::with(dev, attr, T::has_attr) }
+    }
+
+    const VTABLE: bindings::kvm_device_ops = bindings::kvm_device_ops {
+        name: crate::str::as_char_ptr_in_const_context(T::NAME),
+        owner: this_module::<T::OwnerModule>().as_ptr(),
+        create: Some(Self::create),
+        release: Some(Self::release),
+        set_attr: Some(Self::set_attr),
+        get_attr: if T::HAS_GET_ATTR {
+            Some(Self::get_attr)
+        } else {
+            None
+        },
+        has_attr: Some(Self::has_attr),
+        ..pin_init::zeroed()
+    };
+
+    const fn build() -> &'static bindings::kvm_device_ops {
+        &Self::VTABLE
+    }
+}

@@ -1,0 +1,410 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Handlers of guest MMIO accesses.
+//!
+//! C header: [`include/kvm/iodev.h`](srctree/include/kvm/iodev.h).
+//!
+//! A [`Handler`] answers the accesses of a [`Range`] of guest-physical addresses as long as its
+//! [`Registration`] lives. Another handler of the same type can take its place at any time, while
+//! vCPUs run: see [`Registration::replace()`].
+
+use super::{
+    Vcpu,
+    Vm, //
+};
+use crate::{
+    bindings,
+    error::to_result,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Acquire,
+            Atomic,
+            Full, //
+        },
+        Arc, //
+    },
+    types::Opaque,
+};
+use core::{
+    marker::PhantomData,
+    ptr, //
+};
+
+/// A range of guest-physical addresses.
+///
+/// # Invariants
+///
+/// `len` is at least 1 and at most `i32::MAX`; `start + len` does not overflow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    start: u64,
+    len: u32,
+}
+
+impl Range {
+    /// The `size` bytes from `start` on.
+    ///
+    /// # Errors
+    ///
+    /// `ERANGE` if the range is empty, wraps around, or is longer than `i32::MAX` bytes, which is
+    /// all that KVM's buses can express.
+    pub const fn new(start: u64, size: u64) -> Result<Self> {
+        if size == 0 || size > i32::MAX as u64 || start.checked_add(size).is_none() {
+            return Err(ERANGE);
+        }
+        // INVARIANT: Just checked. CAST: `size` fits.
+        Ok(Self {
+            start,
+            len: size as u32,
+        })
+    }
+
+    /// Returns the first address.
+    #[inline]
+    pub const fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Returns the length in bytes.
+    #[inline]
+    pub const fn size(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// Whether the two ranges have an address in common.
+    ///
+    /// `other` is a start and a length as a bus holds them: the length may be 0 (an `ioeventfd`
+    /// for accesses of any length), which still occupies its one address.
+    const fn overlaps(&self, other_start: u64, other_len: u64) -> bool {
+        let other_last = other_start.saturating_add(other_len.saturating_sub(1));
+
+        self.start <= other_last && other_start < self.start + self.len as u64
+    }
+}
+
+/// One access by a guest.
+pub struct Access<'a> {
+    /// The vCPU that does it. The caller is on this vCPU's thread.
+    pub vcpu: &'a Vcpu,
+    /// Where, in bytes from the start of the range. The whole access lies inside the range.
+    pub offset: u64,
+    /// The length in bytes, from 1 to 8; not always a power of two.
+    pub len: u8,
+}
+
+/// What became of an access.
+pub enum Verdict<T = ()> {
+    /// Done.
+    Handled(T),
+    /// Not for this handler: goes to the next one on the bus, and in the end to user space.
+    PassOn,
+}
+
+/// Handles accesses of a range of addresses.
+///
+/// Context: process context, on the vCPU's thread, in a read-side section of the VM's SRCU. May
+/// sleep, but holds up changes of the VM's memory slots and buses, and must not make any. Several
+/// vCPUs may call at a time.
+pub trait Handler: Send + Sync + 'static {
+    /// Answers a load. The guest sees the first [`Access::len`] bytes, in memory order.
+    fn read(&self, access: &Access<'_>) -> Verdict<[u8; 8]>;
+
+    /// Takes a store. `data` is in memory order, 0 past [`Access::len`].
+    fn write(&self, access: &Access<'_>, data: [u8; 8]) -> Verdict;
+}
+
+/// What the bus points to.
+///
+/// # Invariants
+///
+/// `handler` came from a [`KBox`] and is valid; whoever takes it out waits for the VM's SRCU
+/// readers before it frees it.
+#[repr(C)]
+struct Io<T: Handler> {
+    dev: Opaque<bindings::kvm_io_device>,
+    range: Range,
+    handler: Atomic<*mut T>,
+}
+
+// SAFETY: `dev` is only read once it is initialised, and `T` is `Send` and `Sync`.
+unsafe impl<T: Handler> Send for Io<T> {}
+// SAFETY: As above.
+unsafe impl<T: Handler> Sync for Io<T> {}
+
+impl<T: Handler> Drop for Io<T> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants, and the last reference to `self` has gone, so no reader
+        // is left.
+        drop(unsafe { KBox::from_raw(self.handler.load(Acquire)) });
+    }
+}
+
+/// A handler on a VM's MMIO bus.
+///
+/// Dropping it takes the handler off the bus, waits until no vCPU is inside, and drops it. It takes
+/// the VM's `slots_lock` and so must not be dropped by a [`Handler`].
+///
+/// # Invariants
+///
+/// `io` is registered on the MMIO bus of `vm`, which holds a reference to it; or the bus has
+/// dissolved for lack of memory and with it that reference.
+pub struct Registration<T: Handler> {
+    io: Arc<Io<T>>,
+    vm: ARef<Vm>,
+}
+
+impl<T: Handler> Registration<T> {
+    /// Puts `handler` on the MMIO bus of `vm`. It may be called before this returns.
+    ///
+    /// Takes the VM's `slots_lock`.
+    ///
+    /// # Errors
+    ///
+    /// - `EEXIST`: something on the bus has an address of `range` already.
+    /// - `ENOSPC`: the bus is full.
+    /// - `ENOMEM`: out of memory, or the bus has been dissolved for lack of it.
+    pub fn new(vm: &Vm, range: Range, handler: T) -> Result<Self> {
+        let handler = KBox::new(handler, GFP_KERNEL_ACCOUNT)?;
+        let io = Arc::new(
+            Io {
+                dev: Opaque::new(bindings::kvm_io_device {
+                    ops: IoVTable::<T>::build(),
+                }),
+                range,
+                // INVARIANT: From a `KBox`.
+                handler: Atomic::new(KBox::into_raw(handler)),
+            },
+            GFP_KERNEL_ACCOUNT,
+        )?;
+
+        let _guard = vm.slots_lock().lock();
+        Self::check_free(vm, &range)?;
+
+        let bus_ref = io.clone().into_raw();
+        // SAFETY: `slots_lock` is held. `dev` is the first field of `Io`, which stays where it is
+        // and valid while the bus has `bus_ref`. The length fits by the invariant of `Range`.
+        let ret = unsafe {
+            bindings::kvm_io_bus_register_dev(
+                vm.as_raw(),
+                bindings::kvm_bus_KVM_MMIO_BUS,
+                range.start,
+                range.len as c_int,
+                bus_ref.cast_mut().cast(),
+            )
+        };
+        if let Err(err) = to_result(ret) {
+            // SAFETY: From `into_raw()` above, and the bus has not taken it.
+            drop(unsafe { Arc::from_raw(bus_ref) });
+            return Err(err);
+        }
+
+        // INVARIANT: Registered just now.
+        Ok(Self { io, vm: vm.into() })
+    }
+
+    /// Fails with `EEXIST` unless no device on the bus has an address of `range`.
+    ///
+    /// The bus itself would take overlapping ranges, but its binary search then misses some.
+    fn check_free(vm: &Vm, range: &Range) -> Result {
+        // SAFETY: `slots_lock` is held, so the bus neither changes nor goes away.
+        let bus = unsafe { (*vm.as_raw()).buses[bindings::kvm_bus_KVM_MMIO_BUS as usize] };
+        if bus.is_null() {
+            return Err(ENOMEM);
+        }
+        // SAFETY: As above; a bus has `dev_count` ranges.
+        let taken = unsafe { (*bus).range.as_slice((*bus).dev_count as usize) };
+
+        // CAST: Lengths on a bus are not negative.
+        if taken.iter().any(|r| range.overlaps(r.addr, r.len as u64)) {
+            return Err(EEXIST);
+        }
+        Ok(())
+    }
+
+    /// Returns the addresses that the handler is registered for.
+    #[inline]
+    pub fn range(&self) -> Range {
+        self.io.range
+    }
+
+    /// Has `handler` take the place of the present one, and drops that.
+    ///
+    /// Each access is handled by the one or the other, and none is missed. When this returns, no
+    /// vCPU is inside the old handler. Must not be called by a [`Handler`] of the same VM, as it
+    /// waits for all of them.
+    pub fn replace(&self, handler: T) -> Result {
+        let new = KBox::new(handler, GFP_KERNEL_ACCOUNT)?;
+        // INVARIANT: From a `KBox`.
+        let old = self.io.handler.xchg(KBox::into_raw(new), Full);
+
+        self.vm.srcu().synchronize_expedited();
+        // SAFETY: By the type invariants. Nobody else has taken this pointer out, and the readers
+        // that might have loaded it are gone.
+        drop(unsafe { KBox::from_raw(old) });
+        Ok(())
+    }
+}
+
+impl<T: Handler> Drop for Registration<T> {
+    fn drop(&mut self) {
+        let _guard = self.vm.slots_lock().lock();
+
+        // It fails only for lack of memory, after it has dissolved the bus and called the
+        // destructor of everything on it; and does nothing where that happened before.
+        //
+        // SAFETY: `slots_lock` is held, and `io` is what has been registered.
+        unsafe {
+            bindings::kvm_io_bus_unregister_dev(
+                self.vm.as_raw(),
+                bindings::kvm_bus_KVM_MMIO_BUS,
+                Arc::as_ptr(&self.io).cast_mut().cast(),
+            )
+        };
+    }
+}
+
+struct IoVTable<T: Handler>(PhantomData<T>);
+
+impl<T: Handler> IoVTable<T> {
+    /// # Safety
+    ///
+    /// As a callback of a bus: `vcpu` is the current thread's, the VM's SRCU is held for reading,
+    /// and `this` is the `dev` of an [`Io<T>`] on the bus. `len` bytes at `val` are valid for
+    /// writes, if it is at most 8.
+    unsafe extern "C" fn read(
+        vcpu: *mut bindings::kvm_vcpu,
+        this: *mut bindings::kvm_io_device,
+        addr: bindings::gpa_t,
+        len: c_int,
+        val: *mut c_void,
+    ) -> c_int {
+        // SAFETY: By the safety requirements.
+        let Some((handler, access)) = (unsafe { Self::access(vcpu, this, addr, len) }) else {
+            return EOPNOTSUPP.to_errno();
+        };
+
+        match handler.read(&access) {
+            Verdict::Handled(bytes) => {
+                // SAFETY: By the safety requirements; `access.len` is `len`. `val` may be in a
+                // page that user space sees, so it is written, once, and never borrowed.
+                unsafe {
+                    ptr::copy_nonoverlapping(bytes.as_ptr(), val.cast(), usize::from(access.len))
+                };
+                0
+            }
+            Verdict::PassOn => EOPNOTSUPP.to_errno(),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As [`Self::read()`], but `val` is valid for reads.
+    unsafe extern "C" fn write(
+        vcpu: *mut bindings::kvm_vcpu,
+        this: *mut bindings::kvm_io_device,
+        addr: bindings::gpa_t,
+        len: c_int,
+        val: *const c_void,
+    ) -> c_int {
+        // SAFETY: By the safety requirements.
+        let Some((handler, access)) = (unsafe { Self::access(vcpu, this, addr, len) }) else {
+            return EOPNOTSUPP.to_errno();
+        };
+
+        let mut data = [0; 8];
+        // SAFETY: By the safety requirements; `access.len` is `len`. `val` may be in a page that
+        // user space sees, so it is read once.
+        unsafe { ptr::copy_nonoverlapping(val.cast(), data.as_mut_ptr(), usize::from(access.len)) };
+
+        match handler.write(&access, data) {
+            Verdict::Handled(()) => 0,
+            Verdict::PassOn => EOPNOTSUPP.to_errno(),
+        }
+    }
+
+    /// Returns the handler and the access for it, or [`None`] for a length that none handles.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::read()`], but for `val`. The references are valid until the callback returns.
+    unsafe fn access<'a>(
+        vcpu: *mut bindings::kvm_vcpu,
+        this: *mut bindings::kvm_io_device,
+        addr: bindings::gpa_t,
+        len: c_int,
+    ) -> Option<(&'a T, Access<'a>)> {
+        let len @ 1..=8 = u8::try_from(len).ok()? else {
+            return None;
+        };
+        // SAFETY: By the safety requirements; `dev` is the first field of `Io`, and the bus has a
+        // reference to it until its readers are gone.
+        let io = unsafe { &*this.cast::<Io<T>>() };
+
+        Some((
+            // SAFETY: By the type invariants of `Io`, and we are such a reader.
+            unsafe { &*io.handler.load(Acquire) },
+            Access {
+                // SAFETY: By the safety requirements.
+                vcpu: unsafe { Vcpu::from_raw(vcpu) },
+                // The bus calls only with accesses that lie inside the range.
+                offset: addr.wrapping_sub(io.range.start),
+                len,
+            },
+        ))
+    }
+
+    /// # Safety
+    ///
+    /// `this` must be the `dev` of an [`Io<T>`] that leaves the bus and has no reader left.
+    unsafe extern "C" fn destructor(this: *mut bindings::kvm_io_device) {
+        // SAFETY: By the safety requirements this is what `Registration::new()` gave the bus.
+        drop(unsafe { Arc::from_raw(this.cast_const().cast::<Io<T>>()) });
+    }
+
+    const VTABLE: bindings::kvm_io_device_ops = bindings::kvm_io_device_ops {
+        read: Some(Self::read),
+        write: Some(Self::write),
+        destructor: Some(Self::destructor),
+    };
+
+    const fn build() -> &'static bindings::kvm_io_device_ops {
+        &Self::VTABLE
+    }
+}
+
+#[macros::kunit_tests(rust_kvm_io)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_that_kvm_cannot_express() {
+        assert_eq!(Range::new(0, 0), Err(ERANGE));
+        assert_eq!(Range::new(0, 1 << 31), Err(ERANGE));
+        // The low 32 bits alone would do.
+        assert_eq!(Range::new(0, (1 << 32) + 4096), Err(ERANGE));
+        assert_eq!(Range::new(u64::MAX, 1), Err(ERANGE));
+        assert_eq!(Range::new(u64::MAX - 4095, 4096), Err(ERANGE));
+        assert!(Range::new(u64::MAX - 4096, 4096).is_ok());
+        assert!(Range::new(0, (1 << 31) - 1).is_ok());
+    }
+
+    #[test]
+    fn overlaps() -> Result {
+        let range = Range::new(0x1000, 0x100)?;
+
+        assert!(range.overlaps(0x1000, 0x100));
+        assert!(range.overlaps(0xfff, 2));
+        assert!(range.overlaps(0x10ff, 1));
+        assert!(range.overlaps(0, 1 << 31));
+        assert!(range.overlaps(0x1010, 4));
+        assert!(range.overlaps(0x1010, 0));
+        assert!(!range.overlaps(0xfff, 1));
+        assert!(!range.overlaps(0xfff, 0));
+        assert!(!range.overlaps(0x1100, 4));
+        assert!(!range.overlaps(0x1100, 0));
+        assert!(!range.overlaps(u64::MAX, 0));
+        Ok(())
+    }
+}

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! BPF programs that handle guest MMIO accesses.
+//!
+//! C header: [`include/linux/kvm_bpf.h`](srctree/include/linux/kvm_bpf.h).
+//!
+//! There is one program type per direction, so that the verifier knows which way the data goes:
+//! an [`IoRead`] program answers a load, an [`IoWrite`] program takes a store.
+
+use super::{
+    io::Access,
+    irq::Lines,
+    Vcpu, //
+};
+use crate::{
+    bindings,
+    bpf::{
+        ctx::{
+            self,
+            Field,
+            Rights, //
+        },
+        ProgType, //
+    },
+    bpf_ctx_field,
+};
+use core::{
+    marker::PhantomData,
+    ptr, //
+};
+
+/// What a program is run on: one access and its data.
+///
+/// # Invariants
+///
+/// `vcpu` is valid for `'a`, and `irqs` is a [`Lines`] that is.
+#[repr(transparent)]
+pub struct Context<'a> {
+    inner: bindings::bpf_kvm_io_ctx_kern,
+    _vcpu: PhantomData<&'a Vcpu>,
+}
+
+impl<'a> Context<'a> {
+    /// The context for `access` of a device with the interrupts `irqs`.
+    ///
+    /// `data` is in the guest's memory order.
+    #[inline]
+    pub fn new(access: &Access<'a>, irqs: &'a Lines, data: [u8; 8]) -> Self {
+        // INVARIANT: `access.vcpu` and `irqs` are borrowed for `'a`.
+        Self {
+            inner: bindings::bpf_kvm_io_ctx_kern {
+                buf: data,
+                offset: access.offset,
+                vcpu: access.vcpu.as_raw(),
+                irqs: ptr::from_ref(irqs).cast(),
+                len: access.len,
+                ..pin_init::zeroed()
+            },
+            _vcpu: PhantomData,
+        }
+    }
+
+    /// Returns the data, in the guest's memory order.
+    #[inline]
+    pub fn data(&self) -> [u8; 8] {
+        self.inner.buf
+    }
+}
+
+// SAFETY: `Context` is `repr(transparent)`. Its pointers are valid while it exists, by the type
+// invariants, and those of `struct kvm_vcpu` are not followed. A program may change the data, as
+// any bytes will do; nothing else is writable.
+unsafe impl ctx::Context for Context<'_> {
+    type Fake = bindings::bpf_kvm_io_ctx;
+    type Inner = bindings::bpf_kvm_io_ctx_kern;
+}
+
+type Kern = bindings::bpf_kvm_io_ctx_kern;
+type KvmVcpu = bindings::kvm_vcpu;
+
+/// The fields of both types, but for `buf`: what happens, where, and who does it.
+const OFFSET: Field = bpf_ctx_field!(Context<'static>, offset: Rights::Read, Kern.offset);
+const LEN: Field = bpf_ctx_field!(Context<'static>, len: Rights::Read, Kern.len);
+const VCPU_ID: Field =
+    bpf_ctx_field!(Context<'static>, vcpu_id: Rights::Read, Kern.vcpu => KvmVcpu.vcpu_id);
+
+/// Programs that answer loads.
+pub struct IoRead;
+
+// SAFETY: `kvm_io_read_verifier_ops` and `kvm_io_read_prog_ops` below are what
+// `include/linux/bpf_types.h` refers to for this type.
+unsafe impl ProgType for IoRead {
+    const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_READ;
+    type Context<'a> = Context<'a>;
+    const FIELDS: &'static [Field] = &[
+        bpf_ctx_field!(Context<'static>, buf: Rights::Write, Kern.buf),
+        OFFSET,
+        LEN,
+        VCPU_ID,
+    ];
+}
+
+/// Programs that take stores.
+pub struct IoWrite;
+
+// SAFETY: `kvm_io_write_verifier_ops` and `kvm_io_write_prog_ops` below are what
+// `include/linux/bpf_types.h` refers to for this type.
+unsafe impl ProgType for IoWrite {
+    const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_WRITE;
+    type Context<'a> = Context<'a>;
+    const FIELDS: &'static [Field] = &[
+        bpf_ctx_field!(Context<'static>, buf: Rights::Read, Kern.buf),
+        OFFSET,
+        LEN,
+        VCPU_ID,
+    ];
+}
+
+#[no_mangle]
+static kvm_io_read_verifier_ops: bindings::bpf_verifier_ops = ctx::verifier_ops::<IoRead>();
+#[no_mangle]
+static kvm_io_read_prog_ops: bindings::bpf_prog_ops = ctx::prog_ops::<IoRead>();
+#[no_mangle]
+static kvm_io_write_verifier_ops: bindings::bpf_verifier_ops = ctx::verifier_ops::<IoWrite>();
+#[no_mangle]
+static kvm_io_write_prog_ops: bindings::bpf_prog_ops = ctx::prog_ops::<IoWrite>();

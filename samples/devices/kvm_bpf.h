@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * What a virtual device made of eBPF programs includes, and all it includes.
+ *
+ * A device is one object file: at most one program per direction, maps that
+ * hold its state, and a note that tells the VMM how large the device is:
+ *
+ *	KVM_BPF_MMIO_DEVICE(0x1000, 1, "vendor,device");
+ *
+ *	KVM_IO_READ
+ *	int device_read(struct bpf_kvm_io_ctx *ctx)
+ *	{
+ *		*(__u64 *)ctx->buf = 42;
+ *		return 0;
+ *	}
+ *
+ *	char _license[] SEC("license") = "Dual BSD/GPL";
+ *
+ * A program returns 0 when it handled the access; with anything else the
+ * access goes on to the VMM, so return non-zero before changing any state.
+ *
+ * ctx->buf holds the guest's bytes in memory order and is written by read
+ * programs and read by write programs only.  Bytes past ctx->len read as 0
+ * and are ignored when written, so one 8-byte access does for every width.
+ */
+#ifndef KVM_BPF_H
+#define KVM_BPF_H
+
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+
+/* Handlers of guest reads and writes, and those that may sleep. */
+#define KVM_IO_READ SEC("kvm_io_read")
+#define KVM_IO_WRITE SEC("kvm_io_write")
+#define KVM_IO_READ_SLEEPABLE SEC("kvm_io_read.s")
+#define KVM_IO_WRITE_SLEEPABLE SEC("kvm_io_write.s")
+
+#define KVM_BPF_NOTE_OWNER "kvm-bpf"
+#define KVM_BPF_NOTE_MMIO_DEVICE 1
+#define KVM_BPF_NOTE_VERSION 1
+
+/*
+ * KVM_BPF_MMIO_DEVICE - describe the device to the VMM
+ * @size:	bytes of guest-physical address space, 1 to INT_MAX
+ * @irqs:	number of interrupts, indices 0 to @irqs - 1, at most 256
+ * @compat:	device-tree "compatible" strings as one literal, "a\0b" for two
+ *
+ * Write it once per file.  Clang gives a section whose name starts with
+ * ".note" the type SHT_NOTE, which libbpf passes over, so the object needs no
+ * further step.  "nodebug" keeps the note out of BTF: it describes the file
+ * and is no data of the programs.
+ */
+/* clang-format off */
+#define KVM_BPF_MMIO_DEVICE(size, irqs, compat)				\
+	_Static_assert((size) > 0 && (size) <= 0x7fffffff, "MMIO size");\
+	_Static_assert((irqs) >= 0 && (irqs) <= 256, "number of irqs");	\
+	static const struct {						\
+		__u32 namesz;						\
+		__u32 descsz;						\
+		__u32 type;						\
+		char name[sizeof(KVM_BPF_NOTE_OWNER)];			\
+		struct {						\
+			__u32 version;					\
+			__u32 nr_irqs;					\
+			__u64 mmio_size;				\
+			char compatible[sizeof(compat)];		\
+		} __attribute__((packed)) desc;				\
+	} __attribute__((packed, aligned(4))) kvm_bpf_mmio_device	\
+		__attribute__((section(".note.kvm-bpf.mmio-device")))	\
+		__attribute__((used, nodebug)) = {			\
+		.namesz = sizeof(KVM_BPF_NOTE_OWNER),			\
+		.descsz = sizeof(kvm_bpf_mmio_device.desc),		\
+		.type = KVM_BPF_NOTE_MMIO_DEVICE,			\
+		.name = KVM_BPF_NOTE_OWNER,				\
+		.desc.version = KVM_BPF_NOTE_VERSION,			\
+		.desc.nr_irqs = (irqs),					\
+		.desc.mmio_size = (size),				\
+		.desc.compatible = compat,				\
+	}
+/* clang-format on */
+
+/* libbpf has it from 1.2. */
+#ifndef bpf_ksym_exists
+#define bpf_ksym_exists(sym) (!!(sym))
+#endif
+
+/*
+ * Kernel functions.  Each is weak, so a device that calls one still loads on a
+ * kernel without it: ask bpf_ksym_exists() first.  A bad argument is answered
+ * with a negative errno.
+ */
+
+/* Signal interrupt @irq of the device that @ctx belongs to. */
+extern int bpf_kvm_irq_signal(struct bpf_kvm_io_ctx *ctx,
+			      __u32 irq) __ksym __weak;
+
+/* Current and highest frequency of a host CPU, in kHz. */
+extern long bpf_get_cpu_freq(__u32 cpu) __ksym __weak;
+extern long bpf_get_cpu_max_hw_freq(__u32 cpu) __ksym __weak;
+
+/* Capacity of a host CPU relative to the largest one, 0 to 1024. */
+extern long bpf_get_cpu_scale(__u32 cpu) __ksym __weak;
+
+/*
+ * Clamp the utilisation that the scheduler assumes for the calling vCPU's
+ * thread, 0 to 1024.  For sleepable programs.
+ */
+extern int bpf_set_current_uclamp(__u32 min, __u32 max) __ksym __weak;
+
+#endif /* KVM_BPF_H */

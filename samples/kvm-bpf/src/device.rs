@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The KVM device: regions of programs, and interrupts.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use kvm_bindings::{KVM_CREATE_DEVICE_TEST, KVMIO, kvm_create_device, kvm_device_attr};
+use kvm_ioctls::{DeviceFd, VmFd};
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+use vmm_sys_util::ioctl_iowr_nr;
+
+use crate::image::{self, Image, OpenImage};
+use crate::note::Note;
+use crate::uapi::{
+    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_TYPE_BPF, kvm_bpf_user_irq,
+    kvm_bpf_user_region,
+};
+
+/// Keeps the function that the macro writes out of the crate's interface.
+mod ioctl {
+    use super::*;
+    ioctl_iowr_nr!(KVM_CREATE_DEVICE, KVMIO, 0xe0, kvm_create_device);
+}
+
+/// Why a device operation failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host's KVM has no devices made of eBPF programs.
+    #[error(
+        "this host's KVM has no eBPF devices (kernel without CONFIG_KVM_BPF, or kvm_bpf not loaded)"
+    )]
+    Unsupported,
+    /// The device cannot be created.
+    #[error("cannot create the KVM device")]
+    Create(#[source] errno::Error),
+    /// The region is refused.
+    #[error("cannot set region {index} at {addr:#x}, {size:#x} bytes")]
+    SetRegion {
+        /// Index of the region.
+        index: u64,
+        /// First guest-physical address.
+        addr: u64,
+        /// Length in bytes.
+        size: u64,
+        /// The kernel's answer.
+        #[source]
+        source: errno::Error,
+    },
+    /// The region cannot be removed.
+    #[error("cannot remove region {index}")]
+    UnsetRegion {
+        /// Index of the region.
+        index: u64,
+        /// The kernel's answer.
+        #[source]
+        source: errno::Error,
+    },
+    /// The interrupt's eventfd is refused.
+    #[error("cannot set interrupt {index}")]
+    SetIrq {
+        /// Index of the interrupt.
+        index: u64,
+        /// The kernel's answer.
+        #[source]
+        source: errno::Error,
+    },
+    /// The interrupt cannot be detached.
+    #[error("cannot detach interrupt {index}")]
+    UnsetIrq {
+        /// Index of the interrupt.
+        index: u64,
+        /// The kernel's answer.
+        #[source]
+        source: errno::Error,
+    },
+    /// The new file describes another device than the one it should replace.
+    #[error("the new file is not the same device: {new:?} instead of {running:?}")]
+    OtherDevice {
+        /// The running device's note.
+        running: Box<Note>,
+        /// The new file's note.
+        new: Box<Note>,
+    },
+    /// The object file cannot be used.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// A KVM device of type `KVM_DEV_TYPE_BPF`.
+///
+/// It lives as long as this value: dropping it removes its regions and
+/// interrupts from the VM, also while vCPUs run.
+#[derive(Debug)]
+pub struct Device {
+    fd: DeviceFd,
+}
+
+impl Device {
+    /// Whether the VM can have such devices.
+    pub fn is_supported(vm: &VmFd) -> bool {
+        // Not VmFd::create_device(): with the TEST flag the kernel opens no
+        // fd, and kvm-ioctls would take, and close, fd 0.
+        let mut probe = kvm_create_device {
+            type_: KVM_DEV_TYPE_BPF,
+            fd: 0,
+            flags: KVM_CREATE_DEVICE_TEST,
+        };
+        // SAFETY: `vm` is a VM fd and `probe` the struct this ioctl takes.
+        unsafe { ioctl_with_mut_ref(vm, ioctl::KVM_CREATE_DEVICE(), &mut probe) == 0 }
+    }
+
+    /// Creates a device without regions and interrupts.
+    pub fn new(vm: &VmFd) -> Result<Self> {
+        if !Self::is_supported(vm) {
+            return Err(Error::Unsupported);
+        }
+        let mut create = kvm_create_device {
+            type_: KVM_DEV_TYPE_BPF,
+            fd: 0,
+            flags: 0,
+        };
+        let fd = vm.create_device(&mut create).map_err(Error::Create)?;
+        Ok(Device { fd })
+    }
+
+    /// Lets programs handle the accesses to a range; without one, they exit to the VMM.
+    ///
+    /// Set again with the same range, the region goes over to the new programs
+    /// in one step: each access runs the old ones or the new ones. The kernel
+    /// keeps references of its own to the programs.
+    pub fn set_region(
+        &self,
+        index: u64,
+        addr: u64,
+        size: u64,
+        read: Option<BorrowedFd<'_>>,
+        write: Option<BorrowedFd<'_>>,
+    ) -> Result<()> {
+        let region = kvm_bpf_user_region {
+            addr,
+            size,
+            bpf_readfd: raw_or_none(read),
+            bpf_writefd: raw_or_none(write),
+        };
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_REGION, index, &region)
+            .map_err(|source| Error::SetRegion {
+                index,
+                addr,
+                size,
+                source,
+            })
+    }
+
+    /// Removes a region; accesses to its range exit to the VMM from then on.
+    pub fn unset_region(&self, index: u64) -> Result<()> {
+        let none = kvm_bpf_user_region {
+            addr: 0,
+            size: 0,
+            bpf_readfd: -1,
+            bpf_writefd: -1,
+        };
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_REGION, index, &none)
+            .map_err(|source| Error::UnsetRegion { index, source })
+    }
+
+    /// Has an interrupt of the device signal `eventfd`, instead of an earlier one.
+    pub fn set_irq(&self, index: u64, eventfd: &EventFd) -> Result<()> {
+        let irq = kvm_bpf_user_irq {
+            eventfd: eventfd.as_raw_fd(),
+            flags: 0,
+        };
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_IRQ, index, &irq)
+            .map_err(|source| Error::SetIrq { index, source })
+    }
+
+    /// Detaches an interrupt from its eventfd.
+    pub fn unset_irq(&self, index: u64) -> Result<()> {
+        let irq = kvm_bpf_user_irq {
+            eventfd: -1,
+            flags: 0,
+        };
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_IRQ, index, &irq)
+            .map_err(|source| Error::UnsetIrq { index, source })
+    }
+
+    fn set_attr<T>(
+        &self,
+        group: u32,
+        index: u64,
+        value: &T,
+    ) -> std::result::Result<(), errno::Error> {
+        self.fd.set_device_attr(&kvm_device_attr {
+            flags: 0,
+            group,
+            attr: index,
+            addr: std::ptr::from_ref(value) as u64,
+        })
+    }
+}
+
+fn raw_or_none(fd: Option<BorrowedFd<'_>>) -> i32 {
+    fd.map_or(-1, |fd| fd.as_raw_fd())
+}
+
+/// A device that one object file describes: a single region, its programs and its maps.
+#[derive(Debug)]
+pub struct MmioDevice {
+    device: Device,
+    addr: u64,
+    image: Image,
+}
+
+impl MmioDevice {
+    /// The region of the device that holds its registers.
+    const REGION: u64 = 0;
+
+    /// Loads the programs, creates the device, and has it answer at `addr`.
+    pub fn new(vm: &VmFd, addr: u64, image: OpenImage) -> Result<Self> {
+        let device = Device::new(vm)?;
+        let image = image.load()?;
+        set_image(&device, addr, &image)?;
+        Ok(MmioDevice {
+            device,
+            addr,
+            image,
+        })
+    }
+
+    /// Goes over to the programs of a new file while the guest runs.
+    ///
+    /// Maps that are defined as before keep their content. On an error the
+    /// device goes on as it was.
+    pub fn replace(&mut self, mut image: OpenImage) -> Result<()> {
+        if image.note() != self.image.note() {
+            return Err(Error::OtherDevice {
+                running: Box::new(self.image.note().clone()),
+                new: Box::new(image.note().clone()),
+            });
+        }
+        image.reuse_maps(&self.image)?;
+        let image = image.load()?;
+        set_image(&self.device, self.addr, &image)?;
+        self.image = image;
+        Ok(())
+    }
+
+    /// First guest-physical address.
+    pub fn addr(&self) -> u64 {
+        self.addr
+    }
+
+    /// The running programs and maps.
+    pub fn image(&self) -> &Image {
+        &self.image
+    }
+
+    /// The KVM device, for its interrupts and for regions beyond the first.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+fn set_image(device: &Device, addr: u64, image: &Image) -> Result<()> {
+    device.set_region(
+        MmioDevice::REGION,
+        addr,
+        image.note().mmio_size,
+        image.read_program(),
+        image.write_program(),
+    )
+}

@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A device's object file: opened, edited, loaded into the kernel.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use libbpf_rs::{
+    AsRawLibbpf, Map, MapCore, Object, ObjectBuilder, OpenMapMut, OpenObject, OpenProgramMut,
+    libbpf_sys,
+};
+
+use crate::note::{self, Note};
+use crate::uapi::{BPF_PROG_TYPE_KVM_IO_READ, BPF_PROG_TYPE_KVM_IO_WRITE};
+
+/// Sections of read handlers: as they are, and those that may sleep.
+const READ_SECTIONS: [&str; 2] = ["kvm_io_read", "kvm_io_read.s"];
+/// Sections of write handlers, likewise.
+const WRITE_SECTIONS: [&str; 2] = ["kvm_io_write", "kvm_io_write.s"];
+
+/// Room for the verifier's log of one program; the kernel keeps the end.
+const VERIFIER_LOG_LEN: usize = 1 << 20;
+
+/// Why an object file could not become a device.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The device note cannot be used.
+    #[error(transparent)]
+    Note(#[from] note::Error),
+    /// libbpf cannot open the object.
+    #[error("libbpf cannot open the object")]
+    Open(#[source] libbpf_rs::Error),
+    /// There is neither a read nor a write handler.
+    #[error("no program in section {} or {}", READ_SECTIONS[0], WRITE_SECTIONS[0])]
+    NoProgram,
+    /// Two programs handle the same direction.
+    #[error("programs {0} and {1} handle the same direction")]
+    TwoPrograms(String, String),
+    /// A program is in a section that means nothing for a device.
+    #[error("program {program} is in section {section}, which is no handler's")]
+    UnknownSection {
+        /// The program.
+        program: String,
+        /// Its section.
+        section: String,
+    },
+    /// libbpf does not take a program's type, flags or log buffer.
+    #[error("cannot set up program {program}")]
+    SetUp {
+        /// The program.
+        program: String,
+        /// libbpf's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A map cannot continue that of the running device.
+    #[error("map {map} cannot be carried over")]
+    ReuseMap {
+        /// The map.
+        map: String,
+        /// libbpf's answer.
+        #[source]
+        source: libbpf_rs::Error,
+    },
+    /// The kernel's verifier refused a program.
+    #[error("the verifier refused program {program}")]
+    Verifier {
+        /// The program.
+        program: String,
+        /// What the verifier wrote, many lines.
+        log: String,
+        /// The kernel's answer.
+        #[source]
+        source: libbpf_rs::Error,
+    },
+    /// Loading failed for another reason.
+    #[error("cannot load the object")]
+    Load(#[source] libbpf_rs::Error),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
+    Read,
+    Write,
+}
+
+/// What the name of a program's section says: direction, and whether it may sleep.
+fn handler(section: &str) -> Option<(Direction, bool)> {
+    for (direction, sections) in [
+        (Direction::Read, READ_SECTIONS),
+        (Direction::Write, WRITE_SECTIONS),
+    ] {
+        if let Some(sleepable) = sections.iter().position(|&name| name == section) {
+            return Some((direction, sleepable == 1));
+        }
+    }
+    None
+}
+
+/// An object file before it is loaded, when its data can still be edited.
+#[derive(Debug)]
+pub struct OpenImage {
+    note: Note,
+    object: OpenObject,
+}
+
+impl OpenImage {
+    /// Opens the bytes of an object file.
+    ///
+    /// `name` shows up in the names of global data's maps, so give the same
+    /// name to each version of a device: its file name without suffixes.
+    pub fn open(name: &str, file: &[u8]) -> Result<Self, Error> {
+        let note = Note::from_elf(file)?;
+        let object = ObjectBuilder::default()
+            .name(name)
+            .and_then(|builder| builder.open_memory(file))
+            .map_err(Error::Open)?;
+        Ok(OpenImage { note, object })
+    }
+
+    /// What the file says about the device.
+    pub fn note(&self) -> &Note {
+        &self.note
+    }
+
+    /// The map of that name; set a tunable through the initial value of `.rodata`.
+    ///
+    /// Maps of global data are found by the name of their section.
+    pub fn map_mut(&mut self, name: &str) -> Option<OpenMapMut<'_>> {
+        self.object
+            .maps_mut()
+            .find(|map| map.name().to_str().is_some_and(|full| is_named(full, name)))
+    }
+
+    /// Goes on with the maps of a loaded image, so that state survives a change of programs.
+    ///
+    /// A map is taken over when its name, type and sizes are the same; the others
+    /// start anew.  So do read-only data, which belong to the programs.
+    pub fn reuse_maps(&mut self, from: &Image) -> Result<(), Error> {
+        for mut map in self.object.maps_mut() {
+            let name = map.name().to_string_lossy().into_owned();
+            if is_named(&name, ".rodata") || is_named(&name, ".kconfig") {
+                continue;
+            }
+            let same = from.object.maps().find(|old| {
+                old.name() == map.name()
+                    && old.map_type() == map.map_type()
+                    && old.key_size() == map.key_size()
+                    && old.value_size() == map.value_size()
+                    && old.max_entries() == map.max_entries()
+            });
+            if let Some(old) = same {
+                map.reuse_fd(old.as_fd())
+                    .map_err(|source| Error::ReuseMap { map: name, source })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Creates the maps and loads the programs.
+    ///
+    /// libbpf also prints warnings on stderr when this fails; call
+    /// [`libbpf_rs::set_print`] to send them elsewhere.
+    pub fn load(mut self) -> Result<Image, Error> {
+        let mut handlers: [Option<String>; 2] = [None, None];
+        let mut logs = Vec::new();
+        for mut program in self.object.progs_mut() {
+            let name = program.name().to_string_lossy().into_owned();
+            let section = program.section().to_string_lossy().into_owned();
+            let Some((direction, sleepable)) = handler(&section) else {
+                return Err(Error::UnknownSection {
+                    program: name,
+                    section,
+                });
+            };
+            if let Some(first) = handlers[direction as usize].replace(name.clone()) {
+                return Err(Error::TwoPrograms(first, name));
+            }
+
+            let mut log = vec![0; VERIFIER_LOG_LEN];
+            set_up(&mut program, direction, sleepable, &mut log).map_err(|source| {
+                Error::SetUp {
+                    program: name.clone(),
+                    source,
+                }
+            })?;
+            logs.push((name, log));
+        }
+        if logs.is_empty() {
+            return Err(Error::NoProgram);
+        }
+
+        let object = self
+            .object
+            .load()
+            .map_err(|source| load_error(source, &logs))?;
+        let mut fds = [None, None];
+        for program in object.progs() {
+            if let Some((direction, _)) = program.section().to_str().and_then(handler) {
+                let fd = program.as_fd().try_clone_to_owned();
+                fds[direction as usize] = Some(fd.map_err(|error| Error::Load(error.into()))?);
+            }
+        }
+        let [read, write] = fds;
+        Ok(Image {
+            note: self.note,
+            object,
+            read,
+            write,
+        })
+    }
+}
+
+/// Whether a map's full name is `name`, or `name` is the section of its global data.
+///
+/// libbpf puts the object's name before a section's, cut to what the kernel takes.
+fn is_named(full: &str, name: &str) -> bool {
+    full == name || (name.starts_with('.') && full.ends_with(name))
+}
+
+/// Sets what libbpf would know by itself, had it heard of our program types.
+fn set_up(
+    program: &mut OpenProgramMut<'_>,
+    direction: Direction,
+    sleepable: bool,
+    log: &mut [u8],
+) -> std::io::Result<()> {
+    let prog_type = match direction {
+        Direction::Read => BPF_PROG_TYPE_KVM_IO_READ,
+        Direction::Write => BPF_PROG_TYPE_KVM_IO_WRITE,
+    };
+    let flags = if sleepable {
+        libbpf_sys::BPF_F_SLEEPABLE
+    } else {
+        0
+    };
+    let raw = program.as_libbpf_object().as_ptr();
+    // SAFETY: `raw` is the live program that `program` borrows, of an object
+    // that is not loaded yet, and libbpf checks the rest. libbpf keeps the
+    // pointer to `log` and writes through it only while it loads the object,
+    // and the caller keeps `log` until then.
+    let answers = unsafe {
+        [
+            libbpf_sys::bpf_program__set_type(raw, prog_type),
+            libbpf_sys::bpf_program__set_flags(raw, flags),
+            libbpf_sys::bpf_program__set_log_buf(
+                raw,
+                log.as_mut_ptr().cast(),
+                log.len() as libbpf_sys::size_t,
+            ),
+        ]
+    };
+    match answers.into_iter().find(|&answer| answer != 0) {
+        Some(errno) => Err(std::io::Error::from_raw_os_error(-errno)),
+        None => Ok(()),
+    }
+}
+
+/// The first program with a log is the one refused: the verifier is silent about good ones.
+fn load_error(source: libbpf_rs::Error, logs: &[(String, Vec<u8>)]) -> Error {
+    for (program, log) in logs {
+        let text = log.split(|&byte| byte == 0).next().unwrap_or_default();
+        if !text.is_empty() {
+            return Error::Verifier {
+                program: program.clone(),
+                log: String::from_utf8_lossy(text).into_owned(),
+                source,
+            };
+        }
+    }
+    Error::Load(source)
+}
+
+/// A loaded object: its programs are verified, its maps exist.
+#[derive(Debug)]
+pub struct Image {
+    note: Note,
+    object: Object,
+    read: Option<OwnedFd>,
+    write: Option<OwnedFd>,
+}
+
+impl Image {
+    /// What the file says about the device.
+    pub fn note(&self) -> &Note {
+        &self.note
+    }
+
+    /// The program that handles guest reads.
+    pub fn read_program(&self) -> Option<BorrowedFd<'_>> {
+        self.read.as_ref().map(OwnedFd::as_fd)
+    }
+
+    /// The program that handles guest writes.
+    pub fn write_program(&self) -> Option<BorrowedFd<'_>> {
+        self.write.as_ref().map(OwnedFd::as_fd)
+    }
+
+    /// The map of that name, to read or change the device's state.
+    ///
+    /// Maps of global data are found by the name of their section.
+    pub fn map(&self, name: &str) -> Option<Map<'_>> {
+        self.object
+            .maps()
+            .find(|map| map.name().to_str().is_some_and(|full| is_named(full, name)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sections_name_handlers() {
+        assert_eq!(handler("kvm_io_read"), Some((Direction::Read, false)));
+        assert_eq!(handler("kvm_io_read.s"), Some((Direction::Read, true)));
+        assert_eq!(handler("kvm_io_write"), Some((Direction::Write, false)));
+        assert_eq!(handler("kvm_io_write.s"), Some((Direction::Write, true)));
+        for other in ["", "kvm_io", "kvm_io_read.", "kvm_io_reads", "socket"] {
+            assert_eq!(handler(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn global_data_is_found_by_section() {
+        assert!(is_named("regbank.rodata", ".rodata"));
+        assert!(is_named("accesses", "accesses"));
+        assert!(!is_named("accesses", "ses"));
+        assert!(!is_named("regbank.bss", ".rodata"));
+    }
+
+    #[test]
+    fn the_refused_program_has_the_log() {
+        let denied = || libbpf_rs::Error::from(std::io::Error::from_raw_os_error(libc::EACCES));
+        let logs = [
+            ("good".to_string(), vec![0; 4]),
+            ("bad".to_string(), b"R1 oops\n\0\0".to_vec()),
+        ];
+        match load_error(denied(), &logs) {
+            Error::Verifier { program, log, .. } => {
+                assert_eq!((program.as_str(), log.as_str()), ("bad", "R1 oops\n"))
+            }
+            other => panic!("wanted a verifier error, got {other:?}"),
+        }
+        assert!(matches!(load_error(denied(), &logs[..1]), Error::Load(_)));
+    }
+
+    #[test]
+    fn a_file_without_note_is_refused_first() {
+        let error = OpenImage::open("x", b"not an object").unwrap_err();
+        assert!(matches!(error, Error::Note(note::Error::NotElf)), "{error}");
+    }
+}

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Virtual devices that KVM runs as eBPF programs.
+//!
+//! A device is an object file: programs that handle guest reads and writes,
+//! maps with its state, and a [`note`] with its size, its interrupts and its
+//! name. [`OpenImage`] opens such a file, [`Image`] is the loaded one, and
+//! [`MmioDevice`] puts it into a VM, where accesses no longer leave the
+//! kernel. [`Device`] is the KVM device by itself, for a VMM that loads
+//! programs in another way, or is handed them by a process with more rights.
+//!
+//! ```no_run
+//! use kvm_bpf::{MmioDevice, OpenImage};
+//! use vmm_sys_util::eventfd::EventFd;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let vm = kvm_ioctls::Kvm::new()?.create_vm()?;
+//! let file = std::fs::read("regbank.o")?;
+//! let mut device = MmioDevice::new(&vm, 0xd000_0000, OpenImage::open("regbank", &file)?)?;
+//!
+//! let irq = EventFd::new(0)?;
+//! vm.register_irqfd(&irq, 5)?;
+//! device.device().set_irq(0, &irq)?;
+//!
+//! // Later, while vCPUs run: new programs, same state.
+//! let file = std::fs::read("regbank.o")?;
+//! device.replace(OpenImage::open("regbank", &file)?)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Which addresses a device gets, how the guest learns of them and what an
+//! access does that no program handled is up to the VMM.
+
+pub mod device;
+pub mod image;
+pub mod note;
+pub mod uapi;
+
+pub use device::{Device, MmioDevice};
+pub use image::{Image, OpenImage};
+pub use note::Note;

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The kernel's user ABI, as far as `kvm-bindings` does not have it yet.
+//!
+//! Names and layouts are those of `include/uapi/linux/kvm.h` and
+//! `include/uapi/linux/bpf.h` with the series applied.
+
+#![allow(non_camel_case_types)]
+
+/// Device type for `KVM_CREATE_DEVICE`: a device made of eBPF programs.
+pub const KVM_DEV_TYPE_BPF: u32 = 17;
+
+/// Attribute group: one MMIO region per index, [`kvm_bpf_user_region`].
+pub const KVM_DEV_BPF_ATTR_GROUP_REGION: u32 = 1;
+/// Attribute group: one interrupt per index, [`kvm_bpf_user_irq`].
+pub const KVM_DEV_BPF_ATTR_GROUP_IRQ: u32 = 2;
+
+/// How many regions a device has: indices 0 to one below this.
+pub const KVM_DEV_BPF_MAX_REGIONS: u64 = 256;
+/// How many interrupts a device has: indices 0 to one below this.
+pub const KVM_DEV_BPF_MAX_IRQS: u64 = 256;
+
+/// Program type of read handlers.
+pub const BPF_PROG_TYPE_KVM_IO_READ: u32 = 33;
+/// Program type of write handlers.
+pub const BPF_PROG_TYPE_KVM_IO_WRITE: u32 = 34;
+
+/// `struct kvm_bpf_user_region`: a range of guest-physical addresses and its programs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct kvm_bpf_user_region {
+    /// First guest-physical address.
+    pub addr: u64,
+    /// Length in bytes; 0 with both fds -1 unregisters.
+    pub size: u64,
+    /// Program of type [`BPF_PROG_TYPE_KVM_IO_READ`], or -1: reads exit to the VMM.
+    pub bpf_readfd: i32,
+    /// Program of type [`BPF_PROG_TYPE_KVM_IO_WRITE`], or -1: writes exit to the VMM.
+    pub bpf_writefd: i32,
+}
+
+/// `struct kvm_bpf_user_irq`: the eventfd that an interrupt of the device signals.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct kvm_bpf_user_irq {
+    /// An eventfd, or -1 to detach.
+    pub eventfd: i32,
+    /// Must be 0.
+    pub flags: u32,
+}

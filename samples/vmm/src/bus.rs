@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Guest-physical ranges: who has which, and where an access that left the kernel goes.
+
+use std::fmt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::report::{self, Direction, Exits, Server};
+use crate::userspace::MmioDevice;
+
+/// A named range of guest-physical addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// What is there.
+    pub name: String,
+    /// First address.
+    pub addr: u64,
+    /// Length in bytes, not 0.
+    pub size: u64,
+}
+
+impl Range {
+    /// The last address, or none if the range wraps around.
+    fn last(&self) -> Option<u64> {
+        self.addr.checked_add(self.size - 1)
+    }
+
+    fn overlaps(&self, other: &Range) -> bool {
+        match (self.last(), other.last()) {
+            (Some(last), Some(other_last)) => self.addr <= other_last && other.addr <= last,
+            _ => true,
+        }
+    }
+}
+
+impl fmt::Display for Range {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let last = self.addr.wrapping_add(self.size - 1);
+        write!(f, "{} ({:#x} to {last:#x})", self.name, self.addr)
+    }
+}
+
+/// Two things want the same addresses.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Conflict {
+    /// The range goes past the last address there is.
+    #[error("{0} goes past the end of the address space")]
+    Wraps(Range),
+    /// The range has addresses of another.
+    #[error("{0} overlaps {1}")]
+    Overlap(Range, Range),
+}
+
+/// Checks that `devices` overlap neither each other nor what is `taken`.
+pub fn check_ranges(taken: &[Range], devices: &[Range]) -> Result<(), Conflict> {
+    for (index, device) in devices.iter().enumerate() {
+        if device.last().is_none() {
+            return Err(Conflict::Wraps(device.clone()));
+        }
+        let others = taken.iter().chain(&devices[..index]);
+        if let Some(other) = others.into_iter().find(|other| device.overlaps(other)) {
+            return Err(Conflict::Overlap(device.clone(), other.clone()));
+        }
+    }
+    Ok(())
+}
+
+/// A device as the bus sees it.
+struct Slot {
+    range: Range,
+    /// None: programs in the kernel serve it, and what they pass on has no answer here.
+    model: Option<Mutex<Box<dyn MmioDevice>>>,
+    exits: Mutex<Exits>,
+}
+
+/// Takes the MMIO exits of all vCPUs.
+#[derive(Default)]
+pub struct Bus {
+    slots: Vec<Slot>,
+    unclaimed: AtomicU64,
+}
+
+impl Bus {
+    /// Adds a device; its range overlaps no other one.
+    pub fn add(&mut self, range: Range, model: Option<Box<dyn MmioDevice>>) {
+        self.slots.push(Slot {
+            range,
+            model: model.map(Mutex::new),
+            exits: Mutex::default(),
+        });
+        self.slots.sort_by_key(|slot| slot.range.addr);
+    }
+
+    /// Answers a read; with all ones, as a bus does, where nobody else answers.
+    pub fn read(&self, vcpu: usize, addr: u64, data: &mut [u8]) {
+        match self.find(addr, Direction::Read) {
+            Some((model, offset)) => lock(model).read(vcpu, offset, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// Hands on a write, or drops it where nobody takes it.
+    pub fn write(&self, vcpu: usize, addr: u64, data: &[u8]) {
+        if let Some((model, offset)) = self.find(addr, Direction::Write) {
+            lock(model).write(vcpu, offset, data);
+        }
+    }
+
+    /// Counts an access and finds the model that serves it, with the offset into its range.
+    fn find(&self, addr: u64, direction: Direction) -> Option<(&Mutex<Box<dyn MmioDevice>>, u64)> {
+        let after = self.slots.partition_point(|slot| slot.range.addr <= addr);
+        let slot = after.checked_sub(1).map(|index| &self.slots[index]);
+        match slot.filter(|slot| addr - slot.range.addr < slot.range.size) {
+            Some(slot) => {
+                let offset = addr - slot.range.addr;
+                lock(&slot.exits).count(offset, direction);
+                slot.model.as_ref().map(|model| (model, offset))
+            }
+            None => {
+                self.unclaimed.fetch_add(1, Ordering::Relaxed);
+                None
+            }
+        }
+    }
+
+    /// How many exits had an address that no device has.
+    pub fn unclaimed(&self) -> u64 {
+        self.unclaimed.load(Ordering::Relaxed)
+    }
+
+    /// The devices' exits so far.
+    pub fn report(&self) -> Vec<report::Device> {
+        let device = |slot: &Slot| {
+            let server = match slot.model {
+                Some(_) => Server::Userspace,
+                None => Server::Bpf,
+            };
+            let Range { name, addr, size } = &slot.range;
+            report::Device::new(name, server, *addr, *size, &lock(&slot.exits))
+        };
+        self.slots.iter().map(device).collect()
+    }
+}
+
+/// Locks, also after another vCPU's thread panicked: counts and registers stay usable.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::slice::from_ref;
+
+    use super::*;
+
+    fn range(name: &str, addr: u64, size: u64) -> Range {
+        Range {
+            name: name.to_string(),
+            addr,
+            size,
+        }
+    }
+
+    #[test]
+    fn neighbours_are_no_conflict() {
+        let taken = [range("RAM", 0, 0x1000)];
+        let devices = [
+            range("a", 0x1000, 0x10),
+            range("b", 0x1010, 1),
+            range("c", u64::MAX, 1),
+        ];
+        assert_eq!(check_ranges(&taken, &devices), Ok(()));
+    }
+
+    #[test]
+    fn overlaps_name_both() {
+        let ram = range("RAM", 0, 0x1000);
+        for (addr, size) in [(0xfff, 1), (0, 1), (0x800, 0x1000), (0, 0x2000)] {
+            let device = range("a", addr, size);
+            let conflict = check_ranges(from_ref(&ram), from_ref(&device)).unwrap_err();
+            assert_eq!(conflict, Conflict::Overlap(device, ram.clone()));
+        }
+        let (a, b) = (range("a.o", 0x1000, 0x1000), range("b.o", 0x1fff, 1));
+        let conflict = check_ranges(&[], &[a, b]).unwrap_err();
+        assert_eq!(
+            conflict.to_string(),
+            "b.o (0x1fff to 0x1fff) overlaps a.o (0x1000 to 0x1fff)"
+        );
+    }
+
+    #[test]
+    fn wrapping_is_a_conflict() {
+        let device = range("a", u64::MAX, 2);
+        assert_eq!(
+            check_ranges(&[], from_ref(&device)),
+            Err(Conflict::Wraps(device))
+        );
+    }
+
+    /// Answers with the offset and remembers the last write.
+    struct Echo(std::sync::mpsc::Sender<(usize, u64, Vec<u8>)>);
+
+    impl MmioDevice for Echo {
+        fn read(&mut self, _vcpu: usize, offset: u64, data: &mut [u8]) {
+            data.fill(offset as u8);
+        }
+        fn write(&mut self, vcpu: usize, offset: u64, data: &[u8]) {
+            self.0.send((vcpu, offset, data.to_vec())).unwrap();
+        }
+    }
+
+    #[test]
+    fn accesses_find_their_device() {
+        let (sender, writes) = std::sync::mpsc::channel();
+        let mut bus = Bus::default();
+        bus.add(range("bpf", 0x2000, 0x1000), None);
+        bus.add(range("echo", 0x1000, 0x100), Some(Box::new(Echo(sender))));
+
+        let mut data = [0; 2];
+        bus.read(0, 0x10ff, &mut data);
+        assert_eq!(data, [0xff; 2]);
+        bus.read(0, 0x1001, &mut data);
+        assert_eq!(data, [1; 2]);
+        bus.write(3, 0x1010, &[9]);
+        assert_eq!(writes.recv().unwrap(), (3, 0x10, vec![9]));
+        assert_eq!(bus.unclaimed(), 0);
+
+        bus.read(0, 0x2004, &mut data);
+        assert_eq!(data, [0xff; 2]);
+        for hole in [0, 0xfff, 0x1100, 0x3000] {
+            bus.read(0, hole, &mut data);
+            assert_eq!(data, [0xff; 2]);
+        }
+        assert_eq!(bus.unclaimed(), 4);
+
+        let report = serde_json::to_value(bus.report()).unwrap();
+        assert_eq!(report[0]["name"], "echo");
+        assert_eq!(report[0]["exits"], 3);
+        assert_eq!(report[1]["server"], "bpf");
+        assert_eq!(report[1]["registers"][0]["offset"], 4);
+    }
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A small VMM that boots a Linux guest with devices made of eBPF programs.
+
+mod bus;
+mod cli;
+mod report;
+mod userspace;
+mod vm;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+#[cfg(target_arch = "x86_64")]
+use x86_64 as arch;
+
+use std::error::Error;
+use std::fs;
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::mpsc::{self, Sender};
+use std::{iter, mem, ptr, thread};
+
+use clap::Parser;
+use libbpf_rs::PrintLevel;
+use vmm_sys_util::errno;
+use vmm_sys_util::signal::block_signal;
+
+use crate::cli::Args;
+use crate::vm::{Event, Vm};
+
+/// What libbpf had to say since the last error; it knows reasons that its errno does not tell.
+static LIBBPF_WARNINGS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            print_error("error", error.as_ref());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), Box<dyn Error>> {
+    libbpf_rs::set_print(Some((PrintLevel::Warn, |_, warning| {
+        if let Ok(mut warnings) = LIBBPF_WARNINGS.lock() {
+            warnings.push(warning);
+        }
+    })));
+
+    let (sender, events) = mpsc::channel();
+    reload_on_sigusr1(sender.clone())?;
+    let report = Vm::new(args)?.run(sender, events)?;
+    match &args.report {
+        Some(path) => {
+            let json = serde_json::to_string_pretty(&report)?;
+            fs::write(path, json + "\n").map_err(|error| format!("{}: {error}", path.display()))?;
+        }
+        None => eprintln!("{report}"),
+    }
+    Ok(())
+}
+
+/// Turns SIGUSR1 into events, from a thread that waits for it.
+///
+/// Call it before other threads start: they inherit that the signal is blocked.
+fn reload_on_sigusr1(sender: Sender<Event>) -> Result<(), vm::Error> {
+    block_signal(libc::SIGUSR1).map_err(|_| vm::Error::Signal(errno::Error::last()))?;
+    let wait = move || {
+        // SAFETY: a signal set is plain bits, and sigemptyset() sets them all;
+        // the calls only read and write this thread's variables.
+        let wait_once = || unsafe {
+            let mut set = mem::zeroed();
+            libc::sigemptyset(&mut set);
+            libc::sigaddset(&mut set, libc::SIGUSR1);
+            libc::sigwaitinfo(&set, ptr::null_mut())
+        };
+        loop {
+            if wait_once() == libc::SIGUSR1 && sender.send(Event::Reload).is_err() {
+                break;
+            }
+        }
+    };
+    thread::Builder::new()
+        .name("reload".to_string())
+        .spawn(wait)
+        .map_err(vm::Error::Thread)?;
+    Ok(())
+}
+
+/// Prints an error and its causes in one line; below it, the verifier's log if there is one.
+fn print_error(what: &str, error: &(dyn Error + 'static)) {
+    let chain = || iter::successors(Some(error), |&error| error.source());
+    let mut parts: Vec<String> = chain().map(|error| error.to_string()).collect();
+    parts.dedup();
+    let log = chain().find_map(verifier_log);
+    let warnings = mem::take(&mut *LIBBPF_WARNINGS.lock().unwrap_or_else(|e| e.into_inner()));
+    if log.is_none()
+        && let Some(warning) = warnings.first()
+    {
+        parts.push(warning.trim_end().to_string());
+    }
+    eprintln!("kvm-bpf-vmm: {what}: {}", parts.join(": "));
+    if let Some(log) = log {
+        eprintln!("{}", log.trim_end());
+    }
+}
+
+fn verifier_log<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a str> {
+    match error.downcast_ref()? {
+        kvm_bpf::device::Error::Image(kvm_bpf::image::Error::Verifier { log, .. }) => Some(log),
+        _ => None,
+    }
+}

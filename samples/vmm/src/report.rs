@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What came to user space: exits per device, and per register and direction.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::Serialize;
+
+/// Registers counted one by one; what goes beyond is in the device's total only.
+///
+/// The guest chooses the offsets, so without a bound it would choose the VMM's
+/// memory use too.
+const MAX_REGISTERS: usize = 1024;
+
+/// Direction of an access, as the guest sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    Read,
+    Write,
+}
+
+/// Exits of one device.
+#[derive(Debug, Default)]
+pub struct Exits {
+    total: u64,
+    by_register: BTreeMap<(u64, Direction), u64>,
+}
+
+impl Exits {
+    /// Counts one exit.
+    pub fn count(&mut self, offset: u64, direction: Direction) {
+        self.total += 1;
+        let room = self.by_register.len() < MAX_REGISTERS;
+        match self.by_register.get_mut(&(offset, direction)) {
+            Some(count) => *count += 1,
+            None if room => drop(self.by_register.insert((offset, direction), 1)),
+            None => (),
+        }
+    }
+}
+
+/// Who serves a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Server {
+    /// Programs in the host kernel.
+    Bpf,
+    /// This process.
+    Userspace,
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Server::Bpf => "eBPF",
+            Server::Userspace => "user space",
+        })
+    }
+}
+
+/// A device's part of the report.
+#[derive(Debug, Serialize)]
+pub struct Device {
+    name: String,
+    server: Server,
+    addr: u64,
+    size: u64,
+    exits: u64,
+    registers: Vec<Register>,
+}
+
+/// Exits that one register caused.
+#[derive(Debug, Serialize)]
+struct Register {
+    offset: u64,
+    direction: Direction,
+    exits: u64,
+}
+
+impl Device {
+    /// Says where a device is and which exits it caused.
+    pub fn new(name: &str, server: Server, addr: u64, size: u64, exits: &Exits) -> Self {
+        let registers = exits
+            .by_register
+            .iter()
+            .map(|(&(offset, direction), &exits)| Register {
+                offset,
+                direction,
+                exits,
+            })
+            .collect();
+        Device {
+            name: name.to_string(),
+            server,
+            addr,
+            size,
+            exits: exits.total,
+            registers,
+        }
+    }
+}
+
+/// What the VMM tells at the end of a run.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// How the guest ended.
+    pub end: &'static str,
+    /// How often programs were replaced while the guest ran.
+    pub reloads: u64,
+    /// Exits for addresses that no device has.
+    pub unclaimed_exits: u64,
+    /// The devices, by address.
+    pub devices: Vec<Device>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "guest ended: {}", self.end)?;
+        if self.reloads > 0 {
+            write!(f, "\nreloads: {}", self.reloads)?;
+        }
+        for device in &self.devices {
+            write!(
+                f,
+                "\n{} at {:#x}, served by {}: {} exits to user space",
+                device.name, device.addr, device.server, device.exits
+            )?;
+        }
+        if self.unclaimed_exits > 0 {
+            write!(
+                f,
+                "\nno device: {} exits to user space",
+                self.unclaimed_exits
+            )?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report() -> Report {
+        let mut exits = Exits::default();
+        for offset in [8, 0, 8] {
+            exits.count(offset, Direction::Read);
+        }
+        exits.count(8, Direction::Write);
+        Report {
+            end: "reset",
+            reloads: 0,
+            unclaimed_exits: 0,
+            devices: vec![Device::new("bank", Server::Userspace, 0x1000, 16, &exits)],
+        }
+    }
+
+    #[test]
+    fn counts_by_register_and_direction() {
+        let json = serde_json::to_value(report()).unwrap();
+        let device = &json["devices"][0];
+        assert_eq!(device["server"], "userspace");
+        assert_eq!(device["exits"], 4);
+        let registers = device["registers"].as_array().unwrap();
+        assert_eq!(registers.len(), 3);
+        assert_eq!(registers[1]["offset"], 8);
+        assert_eq!(registers[1]["direction"], "read");
+        assert_eq!(registers[1]["exits"], 2);
+    }
+
+    #[test]
+    fn reads_well() {
+        let text = report().to_string();
+        assert_eq!(
+            text,
+            "guest ended: reset\nbank at 0x1000, served by user space: 4 exits to user space"
+        );
+    }
+
+    #[test]
+    fn memory_is_bounded() {
+        let mut exits = Exits::default();
+        for offset in 0..2 * MAX_REGISTERS as u64 {
+            exits.count(offset, Direction::Read);
+        }
+        exits.count(0, Direction::Read);
+        assert_eq!(exits.by_register.len(), MAX_REGISTERS);
+        assert_eq!(exits.by_register[&(0, Direction::Read)], 2);
+        assert_eq!(exits.total, 2 * MAX_REGISTERS as u64 + 1);
+    }
+}

@@ -1,0 +1,419 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The virtual machine: memory, devices, vCPU threads, and how it all ends.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use kvm_bindings::{
+    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_userspace_memory_region,
+};
+use kvm_bpf::{MmioDevice, OpenImage};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::arch;
+use crate::bus::{Bus, Conflict, Range, check_ranges};
+use crate::cli::{Args, At};
+use crate::report::Report;
+use crate::userspace::RegisterBank;
+
+/// Why the VM could not be made, or stopped before the guest ended it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot open /dev/kvm")]
+    OpenKvm(#[source] errno::Error),
+    #[error("this host's KVM has no {0}")]
+    Capability(&'static str),
+    #[error("{}: cannot read the file", .0.display())]
+    Read(PathBuf, #[source] io::Error),
+    #[error("{0}")]
+    Device(String, #[source] kvm_bpf::device::Error),
+    #[error("{0}: no such user-space device, only regbank")]
+    NoSuchDevice(String),
+    #[error(transparent)]
+    Conflict(#[from] Conflict),
+    #[error("{0}: no interrupt line is left for it")]
+    NoInterruptLine(String),
+    #[error("{0}: cannot wire its interrupt")]
+    WireInterrupt(String, #[source] io::Error),
+    #[error("cannot create the VM")]
+    CreateVm(#[source] errno::Error),
+    #[error("cannot get {0} MiB of guest memory")]
+    Memory(u64, #[source] vm_memory::mmap::FromRangesError),
+    #[error("cannot give the VM its memory")]
+    SetMemory(#[source] errno::Error),
+    #[error("cannot prepare the guest's hardware")]
+    Platform(#[source] arch::Error),
+    #[error("{}: cannot boot it", .0.display())]
+    Load(PathBuf, #[source] arch::Error),
+    #[error("cannot create vCPU {0}")]
+    CreateVcpu(u8, #[source] errno::Error),
+    #[error("cannot set up vCPU {0}")]
+    SetupVcpu(u8, #[source] arch::Error),
+    #[error("cannot start a thread")]
+    Thread(#[source] io::Error),
+    #[error("cannot handle signals")]
+    Signal(#[source] errno::Error),
+    #[error("vCPU {0} cannot run")]
+    RunVcpu(usize, #[source] errno::Error),
+    #[error("vCPU {0} stopped: {1}")]
+    UnexpectedExit(usize, String),
+}
+
+/// How a guest ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It asked for a reset.
+    Reset,
+    /// It switched itself off.
+    PowerOff,
+    /// A fault that it could not handle, or `reboot=t`.
+    TripleFault,
+}
+
+impl End {
+    fn describe(self) -> &'static str {
+        match self {
+            End::Reset => "reset",
+            End::PowerOff => "power off",
+            End::TripleFault => "triple fault",
+        }
+    }
+}
+
+/// What the guest is told of a device.
+#[derive(Clone, Debug)]
+pub struct GuestDevice {
+    /// Its registers.
+    pub range: Range,
+    /// Device-tree `compatible` strings.
+    pub compatible: Vec<String>,
+    /// Its interrupts, edge-triggered.
+    pub gsis: Vec<u32>,
+}
+
+/// A device that the kernel serves, and the file that it came from.
+struct BpfDevice {
+    path: PathBuf,
+    device: MmioDevice,
+}
+
+/// What can happen while the guest runs.
+pub enum Event {
+    /// Replace the programs by those in the files now.
+    Reload,
+    /// A vCPU's thread is done.
+    Vcpu(Result<Option<End>, Error>),
+}
+
+/// A VM that is ready to run.
+pub struct Vm {
+    vcpus: Vec<VcpuFd>,
+    bpf_devices: Vec<BpfDevice>,
+    bus: Bus,
+    platform: arch::Platform,
+    // The last ones: nothing above may outlive them.
+    _vm: VmFd,
+    _memory: GuestMemoryMmap,
+}
+
+impl Vm {
+    /// Makes the VM that the command line describes.
+    pub fn new(args: &Args) -> Result<Self, Error> {
+        // What needs no KVM first, so that a wrong file is told from a wrong host.
+        let memory_size = args.memory << 20;
+        let images = args
+            .bpf
+            .iter()
+            .map(|at| open_image(Path::new(&at.what)))
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut devices = Vec::new();
+        for (at, image) in args.bpf.iter().zip(&images) {
+            let note = image.note();
+            devices.push(guest_device(at, note.mmio_size, note.compatible.clone()));
+        }
+        for at in &args.userspace {
+            if at.what != "regbank" {
+                return Err(Error::NoSuchDevice(at.what.clone()));
+            }
+            let compatible = vec![RegisterBank::COMPATIBLE.to_string()];
+            devices.push(guest_device(at, RegisterBank::SIZE, compatible));
+        }
+        let mut taken = arch::reserved_ranges();
+        taken.push(Range {
+            name: "guest RAM".to_string(),
+            addr: 0,
+            size: memory_size,
+        });
+        let ranges: Vec<_> = devices.iter().map(|device| device.range.clone()).collect();
+        check_ranges(&taken, &ranges)?;
+        let mut kernel = open(&args.kernel)?;
+        let mut initrd = args.initrd.as_deref().map(open).transpose()?;
+
+        let kvm = Kvm::new().map_err(Error::OpenKvm)?;
+        for (capability, name) in arch::CAPABILITIES {
+            if !kvm.check_extension(capability) {
+                return Err(Error::Capability(name));
+            }
+        }
+        let vm = kvm.create_vm().map_err(Error::CreateVm)?;
+        let memory = create_memory(&vm, memory_size)?;
+        let platform = arch::Platform::new(&vm).map_err(Error::Platform)?;
+
+        let mut bus = Bus::default();
+        let mut bpf_devices = Vec::new();
+        let mut free_gsis = arch::DEVICE_GSIS;
+        let (bpf, userspace) = devices.split_at_mut(images.len());
+        for (info, image) in bpf.iter_mut().zip(images) {
+            let name = &info.range.name;
+            let nr_irqs = image.note().nr_irqs;
+            let device = MmioDevice::new(&vm, info.range.addr, image)
+                .map_err(|source| Error::Device(name.clone(), source))?;
+            for index in 0..nr_irqs {
+                let (gsi, irq) = wire_interrupt(&vm, name, &mut free_gsis)?;
+                device
+                    .device()
+                    .set_irq(index.into(), &irq)
+                    .map_err(|source| Error::Device(name.clone(), source))?;
+                info.gsis.push(gsi);
+            }
+            bus.add(info.range.clone(), None);
+            bpf_devices.push(BpfDevice {
+                path: PathBuf::from(name),
+                device,
+            });
+        }
+        for info in userspace {
+            let (gsi, irq) = wire_interrupt(&vm, &info.range.name, &mut free_gsis)?;
+            info.gsis.push(gsi);
+            bus.add(info.range.clone(), Some(Box::new(RegisterBank::new(irq))));
+        }
+
+        let cmdline = format!("{} {}", arch::CMDLINE, args.append);
+        let entry = arch::load(
+            &memory,
+            &mut kernel,
+            initrd.as_mut(),
+            cmdline.trim_end(),
+            args.cpus,
+            &devices,
+        )
+        .map_err(|source| Error::Load(args.kernel.clone(), source))?;
+
+        let mut vcpus = Vec::new();
+        for id in 0..args.cpus {
+            let vcpu = vm
+                .create_vcpu(id.into())
+                .map_err(|source| Error::CreateVcpu(id, source))?;
+            arch::setup_vcpu(&kvm, &vcpu, id, args.cpus, entry)
+                .map_err(|source| Error::SetupVcpu(id, source))?;
+            vcpus.push(vcpu);
+        }
+
+        Ok(Vm {
+            vcpus,
+            bpf_devices,
+            bus,
+            platform,
+            _vm: vm,
+            _memory: memory,
+        })
+    }
+
+    /// Runs the guest to its end.
+    ///
+    /// Others may send [`Event::Reload`] through `sender`.
+    pub fn run(mut self, sender: Sender<Event>, events: Receiver<Event>) -> Result<Report, Error> {
+        register_signal_handler(SIGRTMIN(), interrupt_vcpu).map_err(Error::Signal)?;
+        let shared = Arc::new(Shared {
+            bus: self.bus,
+            platform: self.platform,
+            stop: AtomicBool::new(false),
+        });
+        let threads = self
+            .vcpus
+            .into_iter()
+            .enumerate()
+            .map(|(id, vcpu)| start_vcpu(id, vcpu, shared.clone(), sender.clone()))
+            .collect::<Result<Vec<_>, _>>()?;
+
+        let mut reloads = 0;
+        let end = loop {
+            match events.recv() {
+                Ok(Event::Reload) => {
+                    for device in &mut self.bpf_devices {
+                        match device.reload() {
+                            Ok(()) => reloads += 1,
+                            Err(error) => crate::print_error("reload", &error),
+                        }
+                    }
+                }
+                Ok(Event::Vcpu(Ok(None))) => (),
+                Ok(Event::Vcpu(Ok(Some(end)))) => break Ok(end),
+                Ok(Event::Vcpu(Err(error))) => break Err(error),
+                Err(mpsc::RecvError) => unreachable!("this function holds a sender"),
+            }
+        };
+
+        shared.stop.store(true, Ordering::SeqCst);
+        stop_vcpus(threads);
+        end.map(|end| Report {
+            end: end.describe(),
+            reloads,
+            unclaimed_exits: shared.bus.unclaimed(),
+            devices: shared.bus.report(),
+        })
+    }
+}
+
+impl BpfDevice {
+    fn reload(&mut self) -> Result<(), Error> {
+        let image = open_image(&self.path)?;
+        self.device
+            .replace(image)
+            .map_err(|source| Error::Device(self.path.display().to_string(), source))
+    }
+}
+
+fn open(path: &Path) -> Result<File, Error> {
+    File::open(path).map_err(|source| Error::Read(path.to_path_buf(), source))
+}
+
+fn open_image(path: &Path) -> Result<OpenImage, Error> {
+    let file = fs::read(path).map_err(|source| Error::Read(path.to_path_buf(), source))?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let stem = name.split('.').next().unwrap_or_default();
+    OpenImage::open(stem, &file)
+        .map_err(|source| Error::Device(path.display().to_string(), source.into()))
+}
+
+fn guest_device(at: &At, size: u64, compatible: Vec<String>) -> GuestDevice {
+    GuestDevice {
+        range: Range {
+            name: at.what.clone(),
+            addr: at.addr,
+            size,
+        },
+        compatible,
+        gsis: Vec::new(),
+    }
+}
+
+fn create_memory(vm: &VmFd, size: u64) -> Result<GuestMemoryMmap, Error> {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size as usize)])
+        .map_err(|source| Error::Memory(size >> 20, source))?;
+    for (slot, region) in memory.iter().enumerate() {
+        let kvm_region = kvm_userspace_memory_region {
+            slot: slot as u32,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the region is mapped memory of that size, and `Vm` keeps the
+        // mapping until the vCPUs' threads, the only ones to use it, are gone.
+        unsafe { vm.set_user_memory_region(kvm_region) }.map_err(Error::SetMemory)?;
+    }
+    Ok(memory)
+}
+
+/// Takes an interrupt line and makes an eventfd that raises it.
+fn wire_interrupt(
+    vm: &VmFd,
+    device: &str,
+    free: &mut impl Iterator<Item = u32>,
+) -> Result<(u32, EventFd), Error> {
+    let gsi = free
+        .next()
+        .ok_or_else(|| Error::NoInterruptLine(device.to_string()))?;
+    let irq = EventFd::new(libc::EFD_NONBLOCK)
+        .and_then(|irq| {
+            vm.register_irqfd(&irq, gsi)
+                .map_err(Into::into)
+                .map(|()| irq)
+        })
+        .map_err(|source| Error::WireInterrupt(device.to_string(), source))?;
+    Ok((gsi, irq))
+}
+
+/// What all vCPU threads use.
+struct Shared {
+    bus: Bus,
+    platform: arch::Platform,
+    stop: AtomicBool,
+}
+
+fn start_vcpu(
+    id: usize,
+    mut vcpu: VcpuFd,
+    shared: Arc<Shared>,
+    sender: Sender<Event>,
+) -> Result<JoinHandle<()>, Error> {
+    thread::Builder::new()
+        .name(format!("vcpu{id}"))
+        .spawn(move || {
+            let result = run_vcpu(id, &mut vcpu, &shared);
+            // Nobody listens any more when another vCPU ended the guest first.
+            let _ = sender.send(Event::Vcpu(result));
+        })
+        .map_err(Error::Thread)
+}
+
+/// Runs a vCPU until the guest ends; `None` when another vCPU ended it.
+fn run_vcpu(id: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<Option<End>, Error> {
+    while !shared.stop.load(Ordering::SeqCst) {
+        let end = match vcpu.run() {
+            Ok(VcpuExit::MmioRead(addr, data)) => {
+                shared.bus.read(id, addr, data);
+                None
+            }
+            Ok(VcpuExit::MmioWrite(addr, data)) => {
+                shared.bus.write(id, addr, data);
+                None
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                shared.platform.port_read(port, data);
+                None
+            }
+            Ok(VcpuExit::IoOut(port, data)) => shared.platform.port_write(port, data),
+            Ok(VcpuExit::Shutdown) => Some(End::TripleFault),
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Some(End::PowerOff),
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Some(End::Reset),
+            Ok(exit) => return Err(Error::UnexpectedExit(id, format!("{exit:?}"))),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
+            Err(error) => return Err(Error::RunVcpu(id, error)),
+        };
+        if end.is_some() {
+            return Ok(end);
+        }
+    }
+    Ok(None)
+}
+
+/// Makes the threads leave `KVM_RUN` and waits for them.
+fn stop_vcpus(threads: Vec<JoinHandle<()>>) {
+    for thread in threads {
+        // A signal that arrives just before KVM_RUN does not interrupt it, so
+        // send it until the thread is gone.
+        while !thread.is_finished() {
+            // It fails only for a thread that is gone.
+            let _ = thread.kill(SIGRTMIN());
+            thread::sleep(Duration::from_millis(1));
+        }
+        // A panic has been printed already.
+        let _ = thread.join();
+    }
+}
+
+/// The signal is there to interrupt `KVM_RUN`; there is nothing to do in its handler.
+extern "C" fn interrupt_vcpu(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}

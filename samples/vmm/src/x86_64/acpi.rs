@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! ACPI tables: CPUs, IOAPIC, console, power, and the devices.
+//!
+//! The hardware-reduced kind, as there is no chipset. A device is found by its
+//! device-tree `compatible` string, as on arm64: Linux matches a `PRP0001`
+//! object by the string in its `_DSD`, with or without `CONFIG_OF`. (A device
+//! tree in `setup_data` is the other way. But where Linux finds a device tree
+//! and no ACPI tables, it looks for the APICs in the tree as well, and knows
+//! only those of one Intel board; and a device there could have no interrupt.)
+
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
+    Package, PackageBuilder, Path, ResourceTemplate, Scope, Uuid,
+};
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, GAS};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, gas};
+
+use super::{
+    COM1_GSI, COM1_PORT, IOAPIC_ADDR, LOCAL_APIC_ADDR, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
+    SLEEP_TYPE_OFF,
+};
+use crate::vm::GuestDevice;
+
+const OEM: [u8; 6] = *b"KVMBPF";
+const TABLE: [u8; 8] = *b"KVMBPFVM";
+const REVISION: u32 = 1;
+
+/// UUID of `_DSD` data that are properties.
+const DSD_PROPERTIES: &str = "daffd814-6eba-4d8c-8a91-bc9bbf4aa301";
+
+/// Boot architecture flags: there is neither VGA nor a CMOS clock.
+const NO_VGA: u16 = 1 << 2;
+const NO_CMOS_RTC: u16 = 1 << 5;
+
+/// All tables as one block for the guest-physical address `base`; the RSDP comes first.
+pub fn tables(base: u64, cpus: u8, devices: &[GuestDevice]) -> Vec<u8> {
+    let mut block = vec![0; Rsdp::len()];
+    let mut place = |table: &dyn Aml| {
+        block.resize(block.len().next_multiple_of(16), 0);
+        let addr = base + block.len() as u64;
+        table.to_aml_bytes(&mut block);
+        addr
+    };
+
+    let dsdt = place(&dsdt(devices));
+    let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
+    xsdt.add_entry(place(&fadt(dsdt)));
+    xsdt.add_entry(place(&madt(cpus)));
+    let xsdt = place(&xsdt);
+
+    let mut rsdp = Vec::new();
+    Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
+    block[..rsdp.len()].copy_from_slice(&rsdp);
+    block
+}
+
+fn fadt(dsdt: u64) -> impl Aml {
+    let port = |port: u16| {
+        GAS::new(
+            gas::AddressSpace::SystemIo,
+            8,
+            0,
+            AccessSize::ByteAccess,
+            port.into(),
+        )
+    };
+    let mut fadt = FADTBuilder::new(OEM, TABLE, REVISION)
+        .dsdt_64(dsdt)
+        .flag(Flags::HwReducedAcpi);
+    fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
+    fadt.sleep_control_reg = port(SLEEP_CONTROL_PORT);
+    fadt.sleep_status_reg = port(SLEEP_STATUS_PORT);
+    fadt.finalize()
+}
+
+fn madt(cpus: u8) -> impl Aml {
+    let local = LocalInterruptController::Address(LOCAL_APIC_ADDR as u32);
+    let mut madt = MADT::new(OEM, TABLE, REVISION, local);
+    for cpu in 0..cpus {
+        madt.add_structure(ProcessorLocalApic::new(cpu, cpu, EnabledStatus::Enabled));
+    }
+    madt.add_structure(IoApic::new(cpus, IOAPIC_ADDR as u32, 0));
+    madt
+}
+
+fn dsdt(devices: &[GuestDevice]) -> impl Aml {
+    let mut aml = Vec::new();
+    let off = Package::new(vec![&SLEEP_TYPE_OFF]);
+    Name::new("_S5_".into(), &off).to_aml_bytes(&mut aml);
+    Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            "COM1".into(),
+            vec![
+                &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+                &Name::new("_UID".into(), &0u8),
+                &Name::new(
+                    "_CRS".into(),
+                    &ResourceTemplate::new(vec![
+                        &Interrupt::new(true, true, false, false, COM1_GSI),
+                        &IO::new(COM1_PORT, COM1_PORT, 0, 8),
+                    ]),
+                ),
+            ],
+        )],
+    )
+    .to_aml_bytes(&mut aml);
+    for (index, device) in devices.iter().enumerate() {
+        append_device(&mut aml, index, device);
+    }
+
+    // 2: integers have 64 bits.
+    let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
+    dsdt.append_slice(&aml);
+    Bytes(dsdt.as_slice().to_vec())
+}
+
+/// A `PRP0001` object with the device's range, interrupts and `compatible` strings.
+fn append_device(aml: &mut Vec<u8>, index: usize, device: &GuestDevice) {
+    let range = &device.range;
+    let last = range.addr + (range.size - 1);
+    let memory: Box<dyn Aml> = match (u32::try_from(range.addr), u32::try_from(last)) {
+        (Ok(addr), Ok(_)) => Box::new(Memory32Fixed::new(true, addr, range.size as u32)),
+        _ => Box::new(AddressSpace::new_memory(
+            AddressSpaceCacheable::NotCacheable,
+            true,
+            range.addr,
+            last,
+            None,
+        )),
+    };
+    let interrupts: Vec<Interrupt> = device
+        .gsis
+        .iter()
+        .map(|&gsi| Interrupt::new(true, true, false, false, gsi))
+        .collect();
+    let mut resources: Vec<&dyn Aml> = vec![memory.as_ref()];
+    resources.extend(interrupts.iter().map(|interrupt| interrupt as &dyn Aml));
+
+    let mut compatible = PackageBuilder::new();
+    for string in &device.compatible {
+        compatible.add_element(string);
+    }
+
+    Scope::new(
+        "_SB_".into(),
+        vec![&Device::new(
+            Path::new(&format!("D{index:03X}")),
+            vec![
+                &Name::new("_HID".into(), &"PRP0001"),
+                &Name::new("_UID".into(), &index),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
+                &Name::new(
+                    "_DSD".into(),
+                    &Package::new(vec![
+                        &Uuid::new(DSD_PROPERTIES),
+                        &Package::new(vec![&Package::new(vec![&"compatible", &compatible])]),
+                    ]),
+                ),
+            ],
+        )],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// A table that is bytes already.
+struct Bytes(Vec<u8>);
+
+impl Aml for Bytes {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bus::Range;
+
+    const BASE: u64 = 0xe0000;
+
+    fn u64_at(bytes: &[u8], at: usize) -> u64 {
+        u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+    }
+
+    /// The table at an address, by the length in its header, with its checksum checked.
+    fn table(block: &[u8], addr: u64) -> &[u8] {
+        let table = &block[(addr - BASE) as usize..];
+        let len = u32::from_le_bytes(table[4..8].try_into().unwrap()) as usize;
+        let sum = table[..len].iter().fold(0u8, |sum, &b| sum.wrapping_add(b));
+        assert_eq!(sum, 0, "checksum of {:?}", &table[..4]);
+        &table[..len]
+    }
+
+    fn device(addr: u64) -> GuestDevice {
+        GuestDevice {
+            range: Range {
+                name: "bank".into(),
+                addr,
+                size: 0x1000,
+            },
+            compatible: vec!["kvm-bpf,regbank".into(), "second".into()],
+            gsis: vec![5],
+        }
+    }
+
+    #[test]
+    fn tables_lead_to_each_other() {
+        let devices = [device(0xd000_0000), device(0x10_0000_0000)];
+        let block = tables(BASE, 3, &devices);
+        assert_eq!(&block[..8], b"RSD PTR ");
+        let xsdt = table(&block, u64_at(&block, 24));
+        assert_eq!(&xsdt[..4], b"XSDT");
+        assert_eq!(xsdt.len(), 36 + 2 * 8);
+
+        let fadt = table(&block, u64_at(xsdt, 36));
+        assert_eq!(&fadt[..4], b"FACP");
+        let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
+        assert_eq!(flags, 1 << 20);
+
+        let dsdt = table(&block, u64_at(fadt, 140));
+        assert_eq!(&dsdt[..4], b"DSDT");
+        for text in [
+            &b"PRP0001\0"[..],
+            b"kvm-bpf,regbank\0",
+            b"second\0",
+            b"D001",
+        ] {
+            assert!(dsdt.windows(text.len()).any(|window| window == text));
+        }
+
+        let madt = table(&block, u64_at(xsdt, 44));
+        assert_eq!(&madt[..4], b"APIC");
+        assert_eq!(madt.len(), 44 + 3 * 8 + 12);
+        // The last CPU's processor and APIC ids, then the IOAPIC.
+        assert_eq!(madt[44 + 16..44 + 24], [0, 8, 2, 2, 1, 0, 0, 0]);
+        assert_eq!(madt[44 + 24..44 + 28], [1, 12, 3, 0]);
+    }
+}

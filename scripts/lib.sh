@@ -1,0 +1,322 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0 OR MIT
+#
+# What the scripts share; sourced by them, not run.
+
+set -euo pipefail
+
+TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+CACHE=${KVM_BPF_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/kvm-bpf}
+# The kernel's git tree: base and series.
+# shellcheck disable=SC2034
+TREE=$CACHE/linux
+LOGS=$CACHE/log
+# shellcheck disable=SC2034
+JOBS=${KVM_BPF_JOBS:-$(nproc)}
+export KVM_BPF_CACHE=$CACHE
+# Text is compared and sorted, never shown to a person by locale.
+export LC_ALL=C
+mkdir -p "$CACHE" "$LOGS"
+
+say() { printf '%s\n' "$*"; }
+warn() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+die() {
+	warn "$@"
+	exit 1
+}
+
+# usage FILE: the comment block at the top of FILE, which is its manual.
+usage() {
+	awk 'NR > 2 && !/^#/ { exit } NR > 3 { sub(/^# ?/, ""); print }' "$1"
+}
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# newer WANTED FOUND: is FOUND at least WANTED?
+newer() {
+	[[ $(printf '%s\n%s\n' "$1" "$2" | sort -V | head -n 1) == "$1" ]]
+}
+
+machine_arch() {
+	case $(uname -m) in
+	aarch64) say arm64 ;;
+	*) uname -m ;;
+	esac
+}
+
+check_arch() {
+	case $1 in
+	x86_64 | arm64) ;;
+	*) die "unknown architecture '$1': x86_64 or arm64" ;;
+	esac
+}
+
+# Where things of an architecture (programs, headers, initramfs) and of one
+# kernel (image, modules) are kept.
+out_dir() { say "$CACHE/out/$1"; }
+kernel_dir() { say "$CACHE/out/$1-$2"; }
+
+elapsed() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
+
+# progress TITLE LOG COMMAND...: run COMMAND with its output in LOG and show how
+# far it is, by the lines that look like build steps against their number last
+# time.  On failure show the end of LOG.
+progress() {
+	local title=$1 log=$2 pid status=0 steps=0 last=0 total bar
+	local start=$SECONDS shown=$SECONDS
+	shift 2
+	mkdir -p "${log%/*}"
+	total=$(cat "$log.steps" 2>/dev/null || say 0)
+	say "$title: log in $log"
+	"$@" >"$log" 2>&1 </dev/null &
+	pid=$!
+	# shellcheck disable=SC2064 # this pid, now
+	trap "kill $pid 2>/dev/null || true; exit 130" INT TERM
+	while kill -0 "$pid" 2>/dev/null; do
+		sleep 0.3
+		if [[ -t 1 ]]; then
+			((SECONDS == last)) && continue
+		else
+			((SECONDS - shown < 30)) && continue
+			shown=$SECONDS
+		fi
+		last=$SECONDS
+		steps=$(grep -cE '^ +[A-Z]' "$log" || true)
+		bar="$steps steps"
+		if ((total > 0)); then
+			bar="$steps/$total steps, $((steps < total ? steps * 100 / total : 99))%"
+		fi
+		if [[ -t 1 ]]; then
+			printf '\r\033[K%s: %s, %s' "$title" "$bar" "$(elapsed $((SECONDS - start)))"
+		else
+			say "$title: $bar, $(elapsed $((SECONDS - start)))"
+		fi
+	done
+	wait "$pid" || status=$?
+	trap - INT TERM
+	[[ -t 1 ]] && printf '\r\033[K'
+	if ((status)); then
+		tail -n 40 "$log" >&2
+		warn "$title failed (status $status) after $(elapsed $((SECONDS - start))); the whole log is $log"
+		return "$status"
+	fi
+	steps=$(grep -cE '^ +[A-Z]' "$log" || true)
+	# A short incremental run says nothing about a whole one.
+	if ((steps * 2 > total)); then say "$steps" >"$log.steps"; fi
+	say "$title: done, $(elapsed $((SECONDS - start)))"
+}
+
+# llvm_suffix: what follows "clang" in the name of the LLVM to use: the one
+# KVM_BPF_LLVM names, else the newest of the tried ones.
+llvm_suffix() {
+	local v found
+	if [[ -n ${KVM_BPF_LLVM+set} ]]; then
+		have "clang$KVM_BPF_LLVM" || return 1
+		say "$KVM_BPF_LLVM"
+		return
+	fi
+	for v in -19 -21 -20 -18 -17; do
+		if have "clang$v" && have "ld.lld$v" && have "llvm-objcopy$v"; then
+			say "$v"
+			return
+		fi
+	done
+	if have clang && have ld.lld && have llvm-objcopy; then
+		found=$(clang -dumpversion)
+		if newer 17 "$found"; then
+			say ""
+			return
+		fi
+	fi
+	return 1
+}
+
+rust_release() { rustc -vV | sed -n 's/^release: //p'; }
+
+# rust_library: the sources of Rust's library, of rustc's own release.
+rust_library() {
+	local dir
+	for dir in "$CACHE/rust-src/usr/src/rustc-$(rust_release)/library" \
+		"$(rustc --print sysroot)/lib/rustlib/src/rust/library"; do
+		if [[ -f $dir/core/src/lib.rs ]]; then
+			say "$dir"
+			return
+		fi
+	done
+	return 1
+}
+
+# kernel_env: what every make of the kernel needs; without it CONFIG_RUST
+# silently disappears.
+kernel_env() {
+	local suffix dir
+	suffix=$(llvm_suffix) || die "no clang >= 17 with lld and llvm: run scripts/deps"
+	RUST_LIB_SRC=$(rust_library) || die "no Rust library source: run scripts/deps"
+	export RUST_LIB_SRC LLVM=${suffix:-1}
+	for dir in "/usr/lib/llvm$suffix/lib" "$("llvm-config$suffix" --libdir 2>/dev/null || true)"; do
+		if compgen -G "$dir/libclang*.so*" >/dev/null; then
+			export LIBCLANG_PATH=$dir
+			break
+		fi
+	done
+	export PATH=$CACHE/bindgen/bin:$PATH
+	export KBUILD_BUILD_TIMESTAMP=2026-01-01 KBUILD_BUILD_USER=kvm-bpf KBUILD_BUILD_HOST=localhost
+}
+
+# base KEY: a line of patches/BASE.
+base() { sed -n "s/^$1 //p" "$TOP/patches/BASE"; }
+
+# rust_target ARCH
+rust_target() {
+	case $1 in
+	arm64) say aarch64-unknown-linux-gnu ;;
+	*) say "$1-unknown-linux-gnu" ;;
+	esac
+}
+
+# Patches and commits made here are the same on every machine: no setting of the
+# user's reaches git, and commits carry the dates and names of the patches.
+git_plain() {
+	GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1 \
+		GIT_COMMITTER_NAME=kvm-bpf GIT_COMMITTER_EMAIL=kvm-bpf@localhost git "$@"
+}
+
+# The commit below the series.
+series_base() {
+	git -C "$TREE" rev-parse -q --verify 'refs/tags/kvm-bpf-base^{commit}' ||
+		git -C "$TREE" rev-list --max-parents=0 "${1:-HEAD}" | tail -n 1
+}
+
+# series_format REF DIR: the series that REF has, as patches in DIR.
+series_format() {
+	git_plain -C "$TREE" format-patch -q --numbered --zero-commit --no-signature --no-base \
+		--abbrev=12 --find-renames --diff-algorithm=myers -o "$2" "$(series_base "$1")..$1"
+}
+
+series_patches() { { compgen -G "$TOP/patches/*.patch" || true; } | sort; }
+
+# What the patches amount to, in one number.
+series_sum() {
+	local patch
+	series_patches | while read -r patch; do
+		cat "$patch"
+	done | sha256sum | cut -d' ' -f1
+}
+
+# The kernel tree's note of what was applied or exported: sum of the patches,
+# commit.
+series_mark() { say "$(series_sum) $(git -C "$TREE" rev-parse "$1")" >"$TREE/.git/kvm-bpf-series"; }
+
+# cargo_for ARCH SUBCOMMAND [ARG...]: cargo for static binaries of ARCH.  One
+# profile and one target directory for all, so that nothing is built twice.
+cargo_for() {
+	local arch=$1 target prefix name
+	shift
+	target=$(rust_target "$arch")
+	export CARGO_TARGET_DIR=$CACHE/target RUSTFLAGS='-C target-feature=+crt-static'
+	set -- "$1" --manifest-path "$TOP/Cargo.toml" --workspace --release --locked --target "$target" "${@:2}"
+	if [[ $arch != "$(machine_arch)" ]]; then
+		prefix=${target/-unknown/}
+		name=${target//-/_}
+		export "CC_$name=$prefix-gcc" "AR_$name=$prefix-ar" "CARGO_TARGET_${name^^}_LINKER=$prefix-gcc"
+		# No compiled standard library of that target: build it too, from the
+		# sources that deps found.
+		if [[ ! -d $(rustc --print sysroot)/lib/rustlib/$target ]]; then
+			export RUSTC_BOOTSTRAP=1 __CARGO_TESTS_ONLY_SRC_ROOT
+			__CARGO_TESTS_ONLY_SRC_ROOT=$(rust_library)
+			set -- "$1" -Zbuild-std "${@:2}"
+		fi
+	fi
+	cargo "$@"
+}
+
+# apt_extra NAME SUITES...: a private set of package lists under the cache, of
+# SUITES on the mirror that the machine itself is configured for.  Prints the
+# options that make apt use it; the machine's own lists stay as they are.
+# APT_ARCH asks for packages of another architecture.
+apt_extra() {
+	local name=$1 dir uri key suite
+	shift
+	dir=$CACHE/apt/$name
+	mkdir -p "$dir/lists/partial"
+	{ apt_mirror || return 1; } >"$dir/mirror"
+	uri=$(sed -n 1p "$dir/mirror")
+	key=$(sed -n 2p "$dir/mirror")
+	for suite in "$@"; do
+		say "deb ${key:+[signed-by=$key] }$uri $suite main"
+	done >"$dir/sources.list"
+	grep . <<-OPTIONS
+		-oDir::Etc::sourcelist=$dir/sources.list
+		-oDir::Etc::sourceparts=-
+		-oDir::State::Lists=$dir/lists
+		-oDir::Cache::pkgcache=
+		-oDir::Cache::srcpkgcache=
+		-oAPT::Sandbox::User=root
+		${APT_ARCH:+-oAPT::Architecture=$APT_ARCH}
+		${APT_ARCH:+-oAPT::Architectures=$APT_ARCH}
+	OPTIONS
+}
+
+# apt_mirror: the URI and, on a second line, the keyring of the machine's main
+# archive, from either format of sources.
+apt_mirror() {
+	local file
+	for file in /etc/apt/sources.list.d/*.sources; do
+		[[ -f $file ]] || continue
+		awk -v suite="$(os_release VERSION_CODENAME)" '
+			function flush() {
+				if (uri != "" && found) { print uri; print key; done = 1; exit }
+				uri = key = ""; found = 0
+			}
+			/^[ \t]*$/ { flush() }
+			/^URIs:/ { uri = $2 }
+			/^Signed-By:/ { key = $2 }
+			/^Suites:/ { for (i = 2; i <= NF; i++) if ($i == suite) found = 1 }
+			END { if (!done) flush() }' "$file"
+	done | head -n 2 | grep . && return
+	for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list; do
+		[[ -f $file ]] || continue
+		awk -v suite="$(os_release VERSION_CODENAME)" '
+			$1 == "deb" {
+				key = ""
+				if ($2 ~ /^\[/) {
+					if (match($0, /signed-by=[^] ]*/)) key = substr($0, RSTART + 10, RLENGTH - 10)
+					sub(/\[[^]]*\] */, "")
+				}
+				if ($3 == suite) { print $2; print key; exit }
+			}' "$file"
+	done | head -n 2 | grep . && return
+	return 1
+}
+
+# apt_fetch DIR PACKAGE[=VERSION] [SUITE]: download a package into DIR without
+# installing it, from the machine's own lists or from SUITE's.  Prints its file.
+apt_fetch() {
+	local dir=$1 package=$2 suite=${3:-} opts=() log=$LOGS/apt-fetch.log
+	have apt-get || return 1
+	if [[ -n $suite ]]; then
+		mapfile -t opts < <(apt_extra "$suite${APT_ARCH:+-$APT_ARCH}" "$suite")
+		((${#opts[@]})) || return 1
+		apt-get "${opts[@]}" update >"$log" 2>&1 || return 1
+	fi
+	rm -rf "$dir/fetch"
+	mkdir -p "$dir/fetch"
+	(cd "$dir/fetch" && apt-get "${opts[@]}" download "$package" >>"$log" 2>&1) || return 1
+	for package in "$dir/fetch/"*.deb; do
+		mv "$package" "$dir/"
+		say "$dir/${package##*/}"
+	done
+	rmdir "$dir/fetch"
+}
+
+os_release() { (. /etc/os-release 2>/dev/null && say "${!1:-}"); }
+
+as_root() {
+	if ((EUID == 0)); then
+		"$@"
+	elif have sudo; then
+		sudo "$@"
+	else
+		die "need root for: $*"
+	fi
+}

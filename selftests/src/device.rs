@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The device's ioctls as they are: every call gives the kernel's answer.
+
+use std::os::fd::{AsRawFd, RawFd};
+
+use kvm_bindings::{KVM_CREATE_DEVICE_TEST, kvm_create_device, kvm_device_attr};
+use kvm_bpf::uapi::{
+    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_TYPE_BPF, kvm_bpf_user_irq,
+    kvm_bpf_user_region,
+};
+use kvm_ioctls::{DeviceFd, VmFd};
+use vmm_sys_util::errno;
+use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
+
+use crate::bpf::Prog;
+use crate::harness::Errno;
+
+/// `KVM_CREATE_DEVICE`, which kvm-ioctls keeps to itself.
+const KVM_CREATE_DEVICE: libc::c_ulong = ioctl_expr(
+    _IOC_READ | _IOC_WRITE,
+    kvm_bindings::KVMIO,
+    0xe0,
+    size_of::<kvm_create_device>() as u32,
+);
+
+/// An errno, or nothing.
+pub type Answer = Result<(), Errno>;
+
+fn answer(result: Result<(), errno::Error>) -> Answer {
+    result.map_err(|error| Errno(error.errno()))
+}
+
+/// Asks whether the kernel has a type of device, without creating one.
+///
+/// kvm-ioctls would take the 0 in the answer for an fd of its own.
+pub fn test_create(vm: &VmFd, type_: u32) -> Answer {
+    let mut request = kvm_create_device {
+        type_,
+        fd: 0,
+        flags: KVM_CREATE_DEVICE_TEST,
+    };
+    // SAFETY: the kernel reads and writes no more than the structure.
+    match unsafe { ioctl_with_mut_ref(vm, KVM_CREATE_DEVICE, &mut request) } {
+        0 => Ok(()),
+        _ => Err(Errno::last()),
+    }
+}
+
+/// A region; `None` leaves that direction to user space.
+pub fn region(
+    addr: u64,
+    size: u64,
+    read: Option<&Prog>,
+    write: Option<&Prog>,
+) -> kvm_bpf_user_region {
+    let fd = |prog: Option<&Prog>| prog.map_or(-1, AsRawFd::as_raw_fd);
+    kvm_bpf_user_region {
+        addr,
+        size,
+        bpf_readfd: fd(read),
+        bpf_writefd: fd(write),
+    }
+}
+
+/// What unregisters a region.
+pub const NO_REGION: kvm_bpf_user_region = kvm_bpf_user_region {
+    addr: 0,
+    size: 0,
+    bpf_readfd: -1,
+    bpf_writefd: -1,
+};
+
+/// A device; dropping it closes its fd.
+#[allow(missing_debug_implementations)]
+pub struct Device(DeviceFd);
+
+impl Device {
+    /// Creates one that must come into being.
+    #[track_caller]
+    pub fn new(vm: &VmFd) -> Self {
+        let mut request = kvm_create_device {
+            type_: KVM_DEV_TYPE_BPF,
+            fd: 0,
+            flags: 0,
+        };
+        match vm.create_device(&mut request) {
+            Ok(fd) => Device(fd),
+            Err(error) => panic!("wanted KVM_CREATE_DEVICE to work, got {error}"),
+        }
+    }
+
+    /// `KVM_SET_DEVICE_ATTR` with any pointer.
+    pub fn set_attr(&self, group: u32, attr: u64, addr: u64) -> Answer {
+        answer(self.0.set_device_attr(&kvm_device_attr {
+            group,
+            attr,
+            addr,
+            flags: 0,
+        }))
+    }
+
+    /// `KVM_HAS_DEVICE_ATTR`.
+    pub fn has_attr(&self, group: u32, attr: u64) -> Answer {
+        answer(self.0.has_device_attr(&kvm_device_attr {
+            group,
+            attr,
+            ..Default::default()
+        }))
+    }
+
+    /// Sets, swaps or unregisters a region.
+    pub fn try_set_region(&self, index: u64, region: &kvm_bpf_user_region) -> Answer {
+        let addr = (&raw const *region) as u64;
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_REGION, index, addr)
+    }
+
+    /// The same, and the kernel must agree.
+    #[track_caller]
+    pub fn set_region(&self, index: u64, region: &kvm_bpf_user_region) {
+        let answer = self.try_set_region(index, region);
+        assert_eq!(answer, Ok(()), "setting region {index} to {region:x?}");
+    }
+
+    /// `KVM_GET_DEVICE_ATTR` of a region.
+    pub fn region(&self, index: u64) -> Result<kvm_bpf_user_region, Errno> {
+        let mut region = kvm_bpf_user_region::default();
+        let mut attr = kvm_device_attr {
+            group: KVM_DEV_BPF_ATTR_GROUP_REGION,
+            attr: index,
+            addr: (&raw mut region) as u64,
+            flags: 0,
+        };
+        // SAFETY: the kernel writes one region to the address.
+        answer(unsafe { self.0.get_device_attr(&mut attr) }).map(|()| region)
+    }
+
+    /// Sets or detaches (-1) an interrupt's eventfd.
+    pub fn try_set_irq(&self, index: u64, irq: &kvm_bpf_user_irq) -> Answer {
+        let addr = (&raw const *irq) as u64;
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_IRQ, index, addr)
+    }
+
+    /// The same, and the kernel must agree.
+    #[track_caller]
+    pub fn set_irq(&self, index: u64, eventfd: RawFd) {
+        let irq = kvm_bpf_user_irq { eventfd, flags: 0 };
+        let answer = self.try_set_irq(index, &irq);
+        assert_eq!(answer, Ok(()), "setting irq {index} to fd {eventfd}");
+    }
+}

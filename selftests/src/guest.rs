@@ -1,0 +1,493 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A guest of a few instructions: it does one access, or a loop of them, and stops.
+//!
+//! The host puts arguments into registers, points the program counter at a
+//! [`Routine`] and runs the vCPU until the routine says that it is done.
+//! Accesses that reach user space on the way are written down.
+
+use std::sync::{Arc, Once};
+use std::time::Duration;
+use std::{mem, ptr, slice};
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+
+#[cfg(target_arch = "aarch64")]
+#[path = "guest/aarch64.rs"]
+mod arch;
+#[cfg(target_arch = "x86_64")]
+#[path = "guest/x86_64.rs"]
+mod arch;
+
+#[cfg(target_arch = "x86_64")]
+pub use arch::{VECTOR, enable_local_apic, route_ioapic_pin};
+pub use arch::{register_after_read, ticks};
+
+/// The guest has RAM from 0 up to here and nowhere else.
+pub const RAM_SIZE: u64 = 0x1_0000;
+
+/// Where the routines are in the guest's RAM.
+const CODE: u64 = 0x8000;
+
+/// What user space answers to a read that reaches it.
+pub const USER_ANSWER: u64 = 0xeeee_eeee_eeee_eeee;
+
+/// What the guest's register holds before it reads.
+pub const PRESET: u64 = 0xa5a5_a5a5_a5a5_a5a5;
+
+/// How long a routine may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The guest's code; the numbers are those in the assembly.
+#[derive(Clone, Copy, Debug)]
+pub enum Routine {
+    /// Reads 1 byte; the routines for 2, 4 and 8 follow.
+    Read = 0,
+    /// Writes 1 byte; the routines for 2, 4 and 8 follow.
+    Write = 4,
+    /// Writes `value` and reads, 8 bytes each, `count` times.  Ends early when
+    /// an answer is none of `pair`, with the answer as the result.
+    Hammer = 8,
+    /// Reads 4 bytes, `count` times.
+    ReadLoop = 9,
+    /// Writes 4 bytes, `count` times.
+    WriteLoop = 10,
+    /// Writes 8 bytes, then waits until it took `count` interrupts (x86-64).
+    AwaitInterrupts = 11,
+    /// Counts an interrupt and writes `pair.1` to address `pair.0`, if not 0 (x86-64).
+    InterruptHandler = 12,
+}
+
+impl Routine {
+    /// Distance of a routine from the first.
+    pub fn offset(self) -> u64 {
+        64 * self as u64
+    }
+}
+
+/// Arguments of a routine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Args {
+    /// What to write.
+    pub value: u64,
+    /// Where to read or write.
+    pub addr: u64,
+    /// How often.
+    pub count: u64,
+    /// Meaning depends on the routine.
+    pub pair: [u64; 2],
+}
+
+/// Results of a routine.
+#[derive(Clone, Copy, Debug)]
+pub struct Results {
+    /// What was read last.
+    pub value: u64,
+    /// How many rounds were left.
+    pub count: u64,
+}
+
+/// An access that reached user space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Address and width of a read.
+    Read(u64, usize),
+    /// Address, width and value of a write.
+    Write(u64, usize, u64),
+}
+
+/// What a read gave.
+#[derive(Debug)]
+pub struct Read {
+    /// The bytes read.
+    pub value: u64,
+    /// The whole register, which held [`PRESET`] before.
+    pub register: u64,
+    /// The accesses that user space saw.
+    pub exits: Vec<Exit>,
+}
+
+/// All bits of so many bytes.
+pub fn mask(width: usize) -> u64 {
+    u64::MAX >> (64 - 8 * width)
+}
+
+/// The guest's memory.
+struct Ram(*mut u8);
+
+// SAFETY: the host touches the memory by raw copies only.
+unsafe impl Send for Ram {}
+// SAFETY: as above; tests do not race with the guest for the same bytes.
+unsafe impl Sync for Ram {}
+
+impl Ram {
+    fn new() -> Self {
+        let size = RAM_SIZE as usize;
+        // SAFETY: a new anonymous mapping touches no other memory.
+        let memory = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(memory, libc::MAP_FAILED, "mmap of the guest's RAM");
+        Ram(memory.cast())
+    }
+
+    fn range(&self, at: usize, len: usize) -> *mut u8 {
+        assert!(at + len <= RAM_SIZE as usize, "{at:#x} is outside the RAM");
+        // SAFETY: checked just above.
+        unsafe { self.0.add(at) }
+    }
+
+    fn write(&self, at: usize, bytes: &[u8]) {
+        // SAFETY: `range` gives as many bytes as were asked for.
+        unsafe {
+            ptr::copy_nonoverlapping(bytes.as_ptr(), self.range(at, bytes.len()), bytes.len())
+        }
+    }
+
+    fn read(&self, at: usize, bytes: &mut [u8]) {
+        // SAFETY: as for `write`.
+        unsafe {
+            ptr::copy_nonoverlapping(self.range(at, bytes.len()), bytes.as_mut_ptr(), bytes.len())
+        }
+    }
+}
+
+impl Drop for Ram {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and each VM and vCPU holds a count on it.
+        unsafe { libc::munmap(self.0.cast(), RAM_SIZE as usize) };
+    }
+}
+
+/// The assembled routines.
+fn code() -> &'static [u8] {
+    unsafe extern "C" {
+        static kvm_bpf_guest: u8;
+        static kvm_bpf_guest_end: u8;
+    }
+    let (start, end) = (&raw const kvm_bpf_guest, &raw const kvm_bpf_guest_end);
+    // SAFETY: the two symbols enclose the read-only bytes of the assembly.
+    unsafe { slice::from_raw_parts(start, end as usize - start as usize) }
+}
+
+/// A virtual machine with some RAM; dropping it closes the VM's fd.
+#[allow(missing_debug_implementations)]
+pub struct Guest {
+    kvm: Kvm,
+    vm: VmFd,
+    ram: Arc<Ram>,
+}
+
+impl Guest {
+    /// A VM without interrupt controllers.
+    pub fn new() -> Self {
+        Self::on(Kvm::new().expect("open /dev/kvm"))
+    }
+
+    /// The same, for a thread that may not open `/dev/kvm` itself.
+    pub fn on(kvm: Kvm) -> Self {
+        let vm = kvm.create_vm().expect("KVM_CREATE_VM");
+        let ram = Arc::new(Ram::new());
+        arch::prepare_ram(&ram);
+        ram.write(CODE as usize, code());
+        let slot = kvm_userspace_memory_region {
+            memory_size: RAM_SIZE,
+            userspace_addr: ram.0 as u64,
+            ..Default::default()
+        };
+        // SAFETY: the mapping lives as long as the VM and its vCPUs, which share it.
+        unsafe { vm.set_user_memory_region(slot) }.expect("KVM_SET_USER_MEMORY_REGION");
+        Guest { kvm, vm, ram }
+    }
+
+    /// A VM with KVM's own interrupt controllers.
+    #[cfg(target_arch = "x86_64")]
+    pub fn with_irqchip() -> Self {
+        let guest = Self::new();
+        guest.vm.create_irq_chip().expect("KVM_CREATE_IRQCHIP");
+        guest
+    }
+
+    /// The VM's fd.
+    pub fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
+    /// Adds a vCPU.
+    pub fn vcpu(&self, id: u32) -> Vcpu {
+        let fd = self.vm.create_vcpu(id.into()).expect("KVM_CREATE_VCPU");
+        arch::prepare_vcpu(&self.kvm, &self.vm, &fd);
+        Vcpu {
+            fd,
+            _ram: Arc::clone(&self.ram),
+        }
+    }
+
+    /// Writes the guest's memory.
+    pub fn write_ram(&self, addr: u64, bytes: &[u8]) {
+        self.ram.write(addr as usize, bytes);
+    }
+
+    /// Reads the guest's memory.
+    pub fn read_ram<const N: usize>(&self, addr: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.ram.read(addr as usize, &mut bytes);
+        bytes
+    }
+}
+
+impl Default for Guest {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A vCPU; dropping it closes its fd.
+#[allow(missing_debug_implementations)]
+pub struct Vcpu {
+    fd: VcpuFd,
+    _ram: Arc<Ram>,
+}
+
+impl Vcpu {
+    /// Reads 1, 2, 4 or 8 bytes.
+    pub fn read(&mut self, addr: u64, width: usize) -> Read {
+        let args = Args {
+            value: PRESET,
+            addr,
+            ..Default::default()
+        };
+        let (results, exits) = self.run(Routine::Read, width.ilog2().into(), args);
+        Read {
+            value: results.value & mask(width),
+            register: results.value,
+            exits,
+        }
+    }
+
+    /// Writes the low 1, 2, 4 or 8 bytes of a value.  Returns what user space saw.
+    pub fn write(&mut self, addr: u64, width: usize, value: u64) -> Vec<Exit> {
+        let args = Args {
+            value,
+            addr,
+            ..Default::default()
+        };
+        self.run(Routine::Write, width.ilog2().into(), args).1
+    }
+
+    /// Runs a loop.
+    pub fn call(&mut self, routine: Routine, args: Args) -> (Results, Vec<Exit>) {
+        self.run(routine, 0, args)
+    }
+
+    fn run(&mut self, routine: Routine, variant: u64, args: Args) -> (Results, Vec<Exit>) {
+        let pc = CODE + routine.offset() + 64 * variant;
+        arch::set_registers(&self.fd, pc, &args);
+
+        let mut exits = Vec::new();
+        let alarm = Alarm::new();
+        loop {
+            match self.fd.run() {
+                Ok(exit) if arch::is_done(&exit) => break,
+                Ok(VcpuExit::MmioRead(addr, data)) => {
+                    exits.push(Exit::Read(addr, data.len()));
+                    data.copy_from_slice(&USER_ANSWER.to_le_bytes()[..data.len()]);
+                }
+                Ok(VcpuExit::MmioWrite(addr, data)) => {
+                    let mut value = [0; 8];
+                    value[..data.len()].copy_from_slice(data);
+                    exits.push(Exit::Write(addr, data.len(), u64::from_le_bytes(value)));
+                }
+                Ok(other) => {
+                    panic!("{routine:?} {args:x?}: wanted an MMIO exit or the end, got {other:?}")
+                }
+                Err(error) if error.errno() == libc::EINTR => {
+                    panic!("{routine:?} {args:x?}: not done after {PATIENCE:?}")
+                }
+                Err(error) => panic!("{routine:?} {args:x?}: KVM_RUN: {error}"),
+            }
+        }
+        drop(alarm);
+
+        // KVM finishes the last instruction when it is entered again.
+        self.fd.set_kvm_immediate_exit(1);
+        let errno = self.fd.run().map(drop).map_err(|error| error.errno());
+        assert_eq!(errno, Err(libc::EINTR), "KVM_RUN with immediate_exit");
+        self.fd.set_kvm_immediate_exit(0);
+
+        (arch::results(&self.fd), exits)
+    }
+}
+
+/// Interrupts the thread's `KVM_RUN` with a signal when [`PATIENCE`] is over.
+struct Alarm(libc::timer_t);
+
+impl Alarm {
+    fn new() -> Self {
+        static HANDLER: Once = Once::new();
+        extern "C" fn do_nothing(_signal: libc::c_int) {}
+        // SAFETY: the handler does nothing, so it may run at any point.
+        HANDLER.call_once(|| unsafe {
+            let mut action: libc::sigaction = mem::zeroed();
+            action.sa_sigaction = do_nothing as *const () as usize;
+            libc::sigaction(libc::SIGUSR1, &action, ptr::null_mut());
+        });
+
+        // Again every second, should the first signal come just before KVM_RUN.
+        let second = libc::timespec {
+            tv_sec: 1,
+            tv_nsec: 0,
+        };
+        let times = libc::itimerspec {
+            it_interval: second,
+            it_value: libc::timespec {
+                tv_sec: PATIENCE.as_secs() as libc::time_t,
+                tv_nsec: 0,
+            },
+        };
+        // SAFETY: plain system calls on local structures.
+        unsafe {
+            let mut event: libc::sigevent = mem::zeroed();
+            event.sigev_notify = libc::SIGEV_THREAD_ID;
+            event.sigev_signo = libc::SIGUSR1;
+            event.sigev_notify_thread_id = libc::gettid();
+            let mut timer = ptr::null_mut();
+            assert_eq!(
+                libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer),
+                0,
+                "timer_create"
+            );
+            assert_eq!(
+                libc::timer_settime(timer, 0, &times, ptr::null_mut()),
+                0,
+                "timer_settime"
+            );
+            Alarm(timer)
+        }
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        // SAFETY: the timer is ours.
+        unsafe { libc::timer_delete(self.0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_fits_between_its_address_and_the_stack() {
+        assert!(code().len() >= 64 * 11, "got {} bytes", code().len());
+        assert!(code().len() <= 0x1000, "got {} bytes", code().len());
+    }
+
+    #[test]
+    fn masks() {
+        assert_eq!(
+            [1, 2, 4, 8].map(mask),
+            [0xff, 0xffff, 0xffff_ffff, u64::MAX]
+        );
+    }
+
+    /// A guest, where this machine can run one.
+    fn guest() -> Option<Guest> {
+        let guest = Kvm::new().ok().map(Guest::on);
+        if guest.is_none() {
+            eprintln!("ignored: no /dev/kvm");
+        }
+        guest
+    }
+
+    #[test]
+    fn accesses_without_a_device_reach_user_space() {
+        let Some(guest) = guest() else { return };
+        let mut vcpu = guest.vcpu(3);
+        drop(guest);
+        for width in [1, 2, 4, 8] {
+            let read = vcpu.read(0xd000_0000, width);
+            let value = USER_ANSWER & mask(width);
+            assert_eq!(read.exits, [Exit::Read(0xd000_0000, width)]);
+            assert_eq!(read.value, value);
+            assert_eq!(read.register, register_after_read(PRESET, value, width));
+
+            let value: u64 = 0x8877_6655_4433_2211;
+            let exits = vcpu.write(0xd000_0000, width, value);
+            assert_eq!(
+                exits,
+                [Exit::Write(0xd000_0000, width, value & mask(width))]
+            );
+        }
+    }
+
+    #[test]
+    fn hammer_ends_at_a_wrong_answer() {
+        let Some(guest) = guest() else { return };
+        let mut vcpu = guest.vcpu(0);
+        for (pair, left, exits) in [
+            ([0, USER_ANSWER], 0, 20),
+            ([USER_ANSWER, 0], 0, 20),
+            ([0; 2], 10, 2),
+        ] {
+            let args = Args {
+                value: 1,
+                addr: 0xd000_0000,
+                count: 10,
+                pair,
+            };
+            let (results, seen) = vcpu.call(Routine::Hammer, args);
+            assert_eq!((results.count, results.value), (left, USER_ANSWER));
+            assert_eq!(seen.len(), exits);
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn takes_interrupts() {
+        use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+        if guest().is_none() {
+            return;
+        }
+        let guest = Guest::with_irqchip();
+        let mut vcpu = guest.vcpu(0);
+        enable_local_apic(&mut vcpu);
+        let (line, resample) = (
+            EventFd::new(0).unwrap(),
+            EventFd::new(EFD_NONBLOCK).unwrap(),
+        );
+        for level in [false, true] {
+            route_ioapic_pin(&mut vcpu, 20, level);
+            if level {
+                guest.vm().unregister_irqfd(&line, 20).unwrap();
+                guest
+                    .vm()
+                    .register_irqfd_with_resample(&line, &resample, 20)
+                    .unwrap();
+            } else {
+                guest.vm().register_irqfd(&line, 20).unwrap();
+            }
+            for _ in 0..3 {
+                line.write(1).unwrap();
+                let args = Args {
+                    addr: 0xd000_0000,
+                    count: 1,
+                    ..Default::default()
+                };
+                let (results, exits) = vcpu.call(Routine::AwaitInterrupts, args);
+                assert_eq!((results.value, exits.len()), (1, 1));
+            }
+        }
+        assert_eq!(resample.read().unwrap(), 3);
+    }
+}

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The bare guest on x86-64: long mode, ring 0, the low 4 GiB mapped one to one.
+
+use std::arch::global_asm;
+
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+
+use super::{Args, CODE, Ram, Results, Routine};
+
+// rax = value, rbx = address, rcx = count, r8 and r9 = expected or acknowledge.
+global_asm!(
+    r#"
+    .pushsection .rodata.kvm_bpf_guest, "a"
+    .macro routine number
+        .org kvm_bpf_guest + 64 * \number, 0xcc
+    .endm
+    .macro done
+        out 0xf0, al
+    .endm
+    .balign 64
+    .global kvm_bpf_guest
+kvm_bpf_guest:
+    routine 0
+        mov al, [rbx]
+        done
+    routine 1
+        mov ax, [rbx]
+        done
+    routine 2
+        mov eax, [rbx]
+        done
+    routine 3
+        mov rax, [rbx]
+        done
+    routine 4
+        mov [rbx], al
+        done
+    routine 5
+        mov [rbx], ax
+        done
+    routine 6
+        mov [rbx], eax
+        done
+    routine 7
+        mov [rbx], rax
+        done
+    routine 8       // hammer: write, read, stop at an answer that is neither r8 nor r9
+2:      mov [rbx], rax
+        mov rdx, [rbx]
+        cmp rdx, r8
+        je 3f
+        cmp rdx, r9
+        jne 4f
+3:      dec rcx
+        jnz 2b
+4:      mov rax, rdx
+        done
+    routine 9       // read loop
+2:      mov eax, [rbx]
+        dec rcx
+        jnz 2b
+        done
+    routine 10      // write loop
+2:      mov [rbx], eax
+        dec rcx
+        jnz 2b
+        done
+    routine 11      // write, then wait until rcx interrupts were taken
+        xor r12d, r12d
+        sti
+        mov [rbx], rax
+2:      pause
+        cmp r12, rcx
+        jb 2b
+        cli
+        mov rax, r12
+        done
+    routine 12      // interrupt handler: tell the device at r8, if any; end of interrupt
+        inc r12
+        test r8, r8
+        jz 2f
+        mov [r8], r9
+2:      mov r13d, 0xfee000b0
+        mov dword ptr [r13], 0
+        iretq
+    routine 13
+    .global kvm_bpf_guest_end
+kvm_bpf_guest_end:
+    .popsection
+    "#
+);
+
+/// Port of the `done` macro above.
+const DONE_PORT: u16 = 0xf0;
+
+const PML4: usize = 0x1000;
+const PDPT: usize = 0x2000;
+const PAGE_DIRECTORIES: usize = 0x3000; // four of them
+const GDT: usize = 0x7000;
+const IDT: usize = 0x7800;
+const STACK_TOP: u64 = 0xa000;
+
+const CODE_SELECTOR: u16 = 8;
+const DATA_SELECTOR: u16 = 16;
+
+const PRESENT_WRITABLE: u64 = 0b11;
+const LARGE_PAGE: u64 = 1 << 7;
+
+const CR0_PROTECTION: u64 = 1;
+const CR0_PAGING: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LONG_MODE: u64 = (1 << 8) | (1 << 10);
+
+/// The vector whose handler is the guest's interrupt routine.
+pub const VECTOR: u8 = 0x40;
+
+/// Writes the tables that the processor reads: pages, segments, interrupts.
+pub(super) fn prepare_ram(ram: &Ram) {
+    let put = |at: usize, index: usize, entry: u64| ram.write(at + 8 * index, &entry.to_le_bytes());
+
+    put(PML4, 0, PDPT as u64 | PRESENT_WRITABLE);
+    for directory in 0..4 {
+        let page = PAGE_DIRECTORIES + directory * 0x1000;
+        put(PDPT, directory, page as u64 | PRESENT_WRITABLE);
+        for entry in 0..512 {
+            let address = ((directory * 512 + entry) as u64) << 21;
+            put(page, entry, address | PRESENT_WRITABLE | LARGE_PAGE);
+        }
+    }
+
+    put(GDT, 1, 0x00af_9b00_0000_ffff); // 64-bit code
+    put(GDT, 2, 0x00cf_9300_0000_ffff); // data
+
+    let handler = CODE + Routine::InterruptHandler.offset();
+    let gate = 0x8e00 << 32 // present, interrupt gate
+        | (handler & 0xffff_0000) << 32
+        | u64::from(CODE_SELECTOR) << 16
+        | handler & 0xffff;
+    put(IDT, 2 * usize::from(VECTOR), gate);
+}
+
+pub(super) fn prepare_vcpu(kvm: &Kvm, _vm: &VmFd, vcpu: &VcpuFd) {
+    let cpuid = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .expect("KVM_GET_SUPPORTED_CPUID");
+    vcpu.set_cpuid2(&cpuid).expect("KVM_SET_CPUID2");
+
+    let code = kvm_segment {
+        selector: CODE_SELECTOR,
+        limit: u32::MAX,
+        type_: 11,
+        present: 1,
+        s: 1,
+        l: 1,
+        g: 1,
+        ..Default::default()
+    };
+    let data = kvm_segment {
+        selector: DATA_SELECTOR,
+        type_: 3,
+        l: 0,
+        db: 1,
+        ..code
+    };
+
+    let mut sregs = vcpu.get_sregs().expect("KVM_GET_SREGS");
+    sregs.cs = code;
+    for segment in [
+        &mut sregs.ds,
+        &mut sregs.es,
+        &mut sregs.fs,
+        &mut sregs.gs,
+        &mut sregs.ss,
+    ] {
+        *segment = data;
+    }
+    sregs.gdt.base = GDT as u64;
+    sregs.gdt.limit = 3 * 8 - 1;
+    sregs.idt.base = IDT as u64;
+    sregs.idt.limit = 16 * (u16::from(VECTOR) + 1) - 1;
+    sregs.cr0 |= CR0_PROTECTION | CR0_PAGING;
+    sregs.cr3 = PML4 as u64;
+    sregs.cr4 |= CR4_PAE;
+    sregs.efer |= EFER_LONG_MODE;
+    vcpu.set_sregs(&sregs).expect("KVM_SET_SREGS");
+}
+
+pub(super) fn set_registers(vcpu: &VcpuFd, pc: u64, args: &Args) {
+    let regs = kvm_regs {
+        rip: pc,
+        rax: args.value,
+        rbx: args.addr,
+        rcx: args.count,
+        r8: args.pair[0],
+        r9: args.pair[1],
+        rsp: STACK_TOP,
+        rflags: 2,
+        ..Default::default()
+    };
+    vcpu.set_regs(&regs).expect("KVM_SET_REGS");
+}
+
+pub(super) fn results(vcpu: &VcpuFd) -> Results {
+    let regs = vcpu.get_regs().expect("KVM_GET_REGS");
+    Results {
+        value: regs.rax,
+        count: regs.rcx,
+    }
+}
+
+pub(super) fn is_done(exit: &VcpuExit<'_>) -> bool {
+    matches!(exit, VcpuExit::IoOut(DONE_PORT, _))
+}
+
+/// What a register that held `preset` holds after reading `value`: 1 and 2
+/// bytes leave the rest alone, 4 bytes clear it.
+pub fn register_after_read(preset: u64, value: u64, width: usize) -> u64 {
+    match width {
+        1 | 2 => preset & !super::mask(width) | value,
+        _ => value,
+    }
+}
+
+/// The host's instruction counter under QEMU's `-icount`; elsewhere a clock.
+pub fn ticks() -> u64 {
+    // SAFETY: every x86-64 processor has the instruction.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
+/// Makes the local APIC of a guest with an in-kernel irqchip accept interrupts.
+pub fn enable_local_apic(vcpu: &mut super::Vcpu) {
+    const SPURIOUS_VECTOR: u64 = 0xfee0_00f0;
+    const ENABLE: u64 = 0x1ff;
+
+    vcpu.write(SPURIOUS_VECTOR, 4, ENABLE);
+}
+
+/// Programs one pin of the in-kernel IOAPIC to raise [`VECTOR`].
+pub fn route_ioapic_pin(vcpu: &mut super::Vcpu, pin: u32, level: bool) {
+    const SELECT: u64 = 0xfec0_0000;
+    const WINDOW: u64 = 0xfec0_0010;
+
+    let low = u64::from(VECTOR) | u64::from(level) << 15;
+    for (register, value) in [(0x11 + 2 * pin, 0), (0x10 + 2 * pin, low)] {
+        vcpu.write(SELECT, 4, u64::from(register));
+        vcpu.write(WINDOW, 4, value);
+    }
+}

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Skips with a reason, a time limit per test, and waiting with an end.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+use std::{env, fmt, io, process, thread};
+
+use libtest_mimic::{Completion, Trial};
+
+/// What a system call failed with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Errno(pub i32);
+
+impl Errno {
+    /// Of the calling thread's last system call.
+    pub fn last() -> Self {
+        Errno(io::Error::last_os_error().raw_os_error().unwrap_or(0))
+    }
+}
+
+impl fmt::Debug for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", io::Error::from_raw_os_error(self.0))
+    }
+}
+
+/// How long a test may take before the whole run is given up.
+const TEST_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long a test waits for what the kernel does later, such as freeing after RCU.
+const WAIT_LIMIT: Duration = Duration::from_secs(20);
+
+/// Carries a reason from [`skip`] to the runner.
+struct Skip(String);
+
+/// Ends the test as ignored; for what the host lacks, never for what the series promises.
+pub fn skip(reason: impl Into<String>) -> ! {
+    resume_unwind(Box::new(Skip(reason.into())))
+}
+
+/// Makes a test of a function that panics when it fails.
+pub fn trial(name: &'static str, test: fn()) -> Trial {
+    trial_within(name, TEST_LIMIT, test)
+}
+
+/// The same with another time limit.
+pub fn trial_within(name: &'static str, limit: Duration, test: fn()) -> Trial {
+    Trial::ignorable_test(name, move || {
+        let _limit = Limit::new(name, limit);
+        match catch_unwind(AssertUnwindSafe(test)) {
+            Ok(()) => Ok(Completion::Completed),
+            Err(payload) => match payload.downcast::<Skip>() {
+                Ok(reason) => Ok(Completion::ignored_with(reason.0)),
+                Err(panic) => resume_unwind(panic),
+            },
+        }
+    })
+}
+
+/// Ends the process if it lives longer than the limit: a thread that hangs in
+/// the kernel cannot be made to return.
+struct Limit(#[allow(dead_code)] mpsc::Sender<()>);
+
+impl Limit {
+    fn new(name: &'static str, limit: Duration) -> Self {
+        let (sender, receiver) = mpsc::channel::<()>();
+        thread::spawn(move || {
+            if receiver.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+                println!("\ntest {name} is not done after {limit:?}: giving up");
+                process::exit(124);
+            }
+        });
+        Limit(sender)
+    }
+}
+
+/// Polls until a value is the wanted one; fails when it does not become so.
+#[track_caller]
+pub fn wait_for<T: PartialEq + fmt::Debug>(what: &str, wanted: T, mut get: impl FnMut() -> T) {
+    let start = Instant::now();
+    loop {
+        let got = get();
+        if got == wanted {
+            return;
+        }
+        assert!(
+            start.elapsed() < WAIT_LIMIT,
+            "{what}: wanted {wanted:?} within {WAIT_LIMIT:?}, got {got:?}"
+        );
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Runs on a thread that ends: for what stays with a thread, such as its credentials.
+pub fn in_a_thread(body: impl FnOnce() + Send + 'static) {
+    if let Err(panic) = thread::spawn(body).join() {
+        resume_unwind(panic);
+    }
+}
+
+/// Repeats each of the workers on a thread of its own until `action` ends, well or not.
+pub fn meanwhile<R>(
+    workers: impl IntoIterator<Item = impl FnMut() + Send>,
+    action: impl FnOnce() -> R,
+) -> R {
+    struct SetOnDrop<'a>(&'a AtomicBool);
+    impl Drop for SetOnDrop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, SeqCst);
+        }
+    }
+
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _stop = SetOnDrop(&stop);
+        for mut worker in workers {
+            let stop = &stop;
+            scope.spawn(move || {
+                while !stop.load(SeqCst) {
+                    worker();
+                }
+            });
+        }
+        action()
+    })
+}
+
+/// A number from the environment, for what takes long under emulation.
+pub fn number_from_env(name: &str, default: u64) -> u64 {
+    match env::var(name) {
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("wanted a number in {name}, got {text:?}")),
+        Err(_) => default,
+    }
+}

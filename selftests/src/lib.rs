@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What the tests and the benchmark of `KVM_DEV_TYPE_BPF` are made of.
+//!
+//! * [`guest`]: a virtual machine whose program is a few instructions long,
+//! * [`device`]: the device's ioctls, with nothing checked on the way,
+//! * [`bpf`]: instructions, programs and maps,
+//! * [`programs`]: device programs that several tests share,
+//! * [`harness`]: skips, time limits and bounded waiting.
+
+pub mod bpf;
+pub mod device;
+pub mod guest;
+pub mod harness;
+pub mod programs;

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Tests of `KVM_DEV_TYPE_BPF`.  Run as root on the kernel under test; takes
+//! the arguments of an ordinary Rust test (`--list`, a filter, `--nocapture`).
+//!
+//! The environment may set
+//!
+//! * `KVM_BPF_PROGS`: where the compiled `progs/*.bpf.c` are, `/progs` by default,
+//! * `KVM_BPF_SWAPS`: how many swaps under load, 1000 by default,
+//! * `KVM_BPF_MODULE`: the file of `kvm_bpf.ko`, to test unloading and loading.
+
+mod tests;
+
+use std::process::ExitCode;
+
+use libtest_mimic::Arguments;
+
+fn main() -> ExitCode {
+    let mut args = Arguments::from_args();
+    // The tests count the kernel's programs and maps, so by default one at a time.
+    args.test_threads = args.test_threads.or(Some(1));
+    libtest_mimic::run(&args, tests::all()).exit_code()
+}

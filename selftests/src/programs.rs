@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Device programs that several tests share.
+
+use crate::bpf::{
+    Index, Insn, Map, Prog, ProgType, Reg, atomic_add, exit, load, lookup, mov, mov_imm, mov_imm64,
+    store,
+};
+use Reg::{R0, R1, R6};
+
+/// `offsetof(struct bpf_kvm_io_ctx, buf)`.
+pub const CTX_BUF: i16 = 0;
+/// `offsetof(struct bpf_kvm_io_ctx, offset)`.
+pub const CTX_OFFSET: i16 = 8;
+/// `offsetof(struct bpf_kvm_io_ctx, len)`.
+pub const CTX_LEN: i16 = 16;
+/// `offsetof(struct bpf_kvm_io_ctx, vcpu_id)`.
+pub const CTX_VCPU_ID: i16 = 20;
+/// `sizeof(struct bpf_kvm_io_ctx)`.
+pub const CTX_SIZE: i16 = 24;
+
+/// Returns a value; the end of every program here.
+pub fn ret(value: i32) -> [Insn; 2] {
+    [mov_imm(R0, value), exit()]
+}
+
+/// `*(u64 *)buf = value`, where `r1` is the context.
+pub fn answer_insns(value: u64) -> Vec<Insn> {
+    let mut insns = mov_imm64(Reg::R2, value).to_vec();
+    insns.push(store(8, R1, CTX_BUF, Reg::R2));
+    insns.extend(ret(0));
+    insns
+}
+
+/// A READ program that answers every read with the low bytes of `value`.
+pub fn answer(value: u64) -> Prog {
+    Prog::load(ProgType::READ, &answer_insns(value))
+}
+
+/// A program of either type that does nothing and returns `value`.
+pub fn only_return(kind: ProgType, value: i32) -> Prog {
+    Prog::load(kind, &ret(value))
+}
+
+/// What the programs of a [`Recorder`] saw of the accesses of one length.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Record {
+    /// How many there were; the rest tells of the last.
+    pub count: u64,
+    /// All 8 bytes of `buf`; 0 for reads, which cannot see it.
+    pub buf: u64,
+    /// `offset`.
+    pub offset: u64,
+    /// `len`.
+    pub len: u64,
+    /// `vcpu_id`.
+    pub vcpu_id: u64,
+}
+
+/// A map in which programs write down what they are told, one [`Record`] per length.
+#[derive(Debug)]
+pub struct Recorder(Map);
+
+impl Recorder {
+    /// With no records.
+    pub fn new() -> Self {
+        Recorder(Map::new(9, 5))
+    }
+
+    /// The record of accesses of a length.
+    pub fn of_len(&self, len: usize) -> Record {
+        let words = self.0.get(len as u32);
+        Record {
+            count: words[0],
+            buf: words[1],
+            offset: words[2],
+            len: words[3],
+            vcpu_id: words[4],
+        }
+    }
+
+    /// How many accesses of any length there were.
+    pub fn count(&self) -> u64 {
+        (0..=8).map(|len| self.of_len(len).count).sum()
+    }
+
+    /// A READ program that records, answers `value` and returns `result`.
+    pub fn reads(&self, value: u64, result: i32) -> Prog {
+        let mut insns = vec![mov(R6, R1)];
+        insns.extend(mov_imm64(Reg::R2, value));
+        insns.push(store(8, R6, CTX_BUF, Reg::R2));
+        insns.extend(self.record());
+        insns.extend(ret(result));
+        Prog::load(ProgType::READ, &insns)
+    }
+
+    /// A WRITE program that records and returns `result`.
+    pub fn writes(&self, result: i32) -> Prog {
+        Prog::load(ProgType::WRITE, &self.writes_insns(result))
+    }
+
+    /// The instructions of [`Self::writes`].
+    pub fn writes_insns(&self, result: i32) -> Vec<Insn> {
+        let mut insns = vec![mov(R6, R1)];
+        insns.extend(self.record());
+        insns.extend([load(8, R1, R6, CTX_BUF), store(8, R0, 8, R1)]);
+        insns.extend(ret(result));
+        insns
+    }
+
+    /// Fills the record, all but `buf`; `r6` is the context, `r0` then points to the record.
+    fn record(&self) -> Vec<Insn> {
+        let mut insns = vec![load(1, R1, R6, CTX_LEN)];
+        insns.extend(lookup(&self.0, Index::Reg(R1)));
+        insns.extend([
+            mov_imm(R1, 1),
+            atomic_add(8, R0, 0, R1),
+            load(8, R1, R6, CTX_OFFSET),
+            store(8, R0, 16, R1),
+            load(1, R1, R6, CTX_LEN),
+            store(8, R0, 24, R1),
+            load(4, R1, R6, CTX_VCPU_ID),
+            store(8, R0, 32, R1),
+        ]);
+        insns
+    }
+}
+
+impl Default for Recorder {
+    fn default() -> Self {
+        Self::new()
+    }
+}

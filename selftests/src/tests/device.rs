@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The device's life: created, used by several, closed in any order, used without privileges.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+
+use kvm_bpf::uapi::KVM_DEV_TYPE_BPF;
+use kvm_bpf_selftests::bpf::{Census, LoadOptions, Prog, ProgType, program_type};
+use kvm_bpf_selftests::device::{Device, region, test_create};
+use kvm_bpf_selftests::guest::{Exit, Guest, Vcpu};
+use kvm_bpf_selftests::harness::in_a_thread;
+use kvm_bpf_selftests::programs::{answer, only_return, ret};
+use kvm_ioctls::Kvm;
+
+use super::{ADDR, PATTERN, SIZE, assert_errno};
+
+tests!(
+    kernel_has_the_device,
+    test_flag_creates_nothing,
+    several_devices_in_one_vm,
+    program_types_have_their_numbers,
+    close_gives_accesses_to_user_space,
+    create_and_close_repeatedly,
+    close_in_any_order,
+    unprivileged_vmm,
+);
+
+fn kernel_has_the_device() {
+    let guest = Guest::new();
+    assert_got!(
+        test_create(guest.vm(), KVM_DEV_TYPE_BPF),
+        Ok(()),
+        "KVM_CREATE_DEVICE_TEST: this kernel lacks the series, or kvm_bpf.ko is not loaded"
+    );
+}
+
+fn open_fds() -> usize {
+    fs::read_dir("/proc/self/fd")
+        .expect("/proc/self/fd")
+        .count()
+}
+
+fn test_flag_creates_nothing() {
+    let guest = Guest::new();
+    let before = open_fds();
+    assert_got!(test_create(guest.vm(), KVM_DEV_TYPE_BPF), Ok(()));
+    assert_got!(open_fds(), before, "open fds after KVM_CREATE_DEVICE_TEST");
+    assert_errno(
+        "an unknown type",
+        test_create(guest.vm(), 0xffff),
+        libc::ENODEV,
+    );
+}
+
+/// Whether the range answers with `value`, and with no exit.
+#[track_caller]
+fn assert_answers(vcpu: &mut Vcpu, addr: u64, value: u64) {
+    let read = vcpu.read(addr, 8);
+    assert_got!(
+        (read.value, read.exits),
+        (value, vec![]),
+        "8-byte read at {addr:#x}"
+    );
+}
+
+#[track_caller]
+fn assert_exits(vcpu: &mut Vcpu, addr: u64) {
+    assert_got!(
+        vcpu.read(addr, 8).exits,
+        [Exit::Read(addr, 8)],
+        "8-byte read at {addr:#x}"
+    );
+}
+
+fn several_devices_in_one_vm() {
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let mut devices: Vec<_> = (0..8)
+        .map(|number| {
+            let device = Device::new(guest.vm());
+            let addr = ADDR + SIZE * number;
+            device.set_region(0, &region(addr, SIZE, Some(&answer(number)), None));
+            (device, addr, number)
+        })
+        .collect();
+    for (_, addr, number) in &devices {
+        assert_answers(&mut vcpu, *addr, *number);
+    }
+
+    // Closing one leaves the others.
+    let (closed, addr, _) = devices.remove(3);
+    drop(closed);
+    assert_exits(&mut vcpu, addr);
+    for (_, addr, number) in &devices {
+        assert_answers(&mut vcpu, *addr, *number);
+    }
+}
+
+fn program_types_have_their_numbers() {
+    for kind in [ProgType::READ, ProgType::WRITE] {
+        let prog = only_return(kind, 0);
+        assert_got!(program_type(prog.as_raw_fd()), kind);
+        for expected_attach_type in [1, 62] {
+            let options = LoadOptions {
+                expected_attach_type,
+                ..Default::default()
+            };
+            let errno = Prog::try_load(kind, &ret(0), options).map_err(|refused| refused.errno);
+            assert_errno(
+                &format!("{kind:?} with expected_attach_type {expected_attach_type}"),
+                errno,
+                libc::EINVAL,
+            );
+        }
+    }
+}
+
+fn close_gives_accesses_to_user_space() {
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let device = Device::new(guest.vm());
+    let write = only_return(ProgType::WRITE, 0);
+    device.set_region(0, &region(ADDR, SIZE, Some(&answer(PATTERN)), Some(&write)));
+    assert_answers(&mut vcpu, ADDR, PATTERN);
+    assert_got!(vcpu.write(ADDR, 1, 7), []);
+
+    drop(device);
+    assert_exits(&mut vcpu, ADDR);
+    assert_got!(vcpu.write(ADDR, 1, 7), [Exit::Write(ADDR, 1, 7)]);
+}
+
+fn create_and_close_repeatedly() {
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    for round in 0..50 {
+        let device = Device::new(guest.vm());
+        device.set_region(0, &region(ADDR, SIZE, Some(&answer(round)), None));
+        assert_answers(&mut vcpu, ADDR, round);
+    }
+    assert_exits(&mut vcpu, ADDR);
+}
+
+fn close_in_any_order() {
+    const ORDERS: [[&str; 3]; 6] = [
+        ["vm", "vcpu", "device"],
+        ["vm", "device", "vcpu"],
+        ["vcpu", "vm", "device"],
+        ["vcpu", "device", "vm"],
+        ["device", "vm", "vcpu"],
+        ["device", "vcpu", "vm"],
+    ];
+    let census = Census::now();
+    for order in ORDERS {
+        let guest = Guest::new();
+        let mut vcpu = Some(guest.vcpu(0));
+        let mut device = Some(Device::new(guest.vm()));
+        let mut guest = Some(guest);
+        device
+            .as_ref()
+            .expect("just created")
+            .set_region(0, &region(ADDR, SIZE, Some(&answer(PATTERN)), None));
+
+        for fd in order {
+            match fd {
+                "vm" => drop(guest.take()),
+                "vcpu" => drop(vcpu.take()),
+                _ => drop(device.take()),
+            }
+            // Each fd that is left keeps the VM: regions can be set, a vCPU runs.
+            if let Some(device) = &device {
+                device.set_region(0, &region(ADDR, SIZE, Some(&answer(PATTERN)), None));
+            }
+            match (&mut vcpu, &device) {
+                (Some(vcpu), Some(_)) => assert_answers(vcpu, ADDR, PATTERN),
+                (Some(vcpu), None) => assert_exits(vcpu, ADDR),
+                (None, _) => {}
+            }
+        }
+        census.wait_for_newer(0, 0);
+    }
+}
+
+/// A manager loads programs; a VMM without any privilege attaches them.
+fn unprivileged_vmm() {
+    const NOBODY: libc::uid_t = 65534;
+
+    let kvm = Kvm::new().expect("open /dev/kvm");
+    let (read, write) = (answer(PATTERN), only_return(ProgType::WRITE, 0));
+    let vmm = move || {
+        // SAFETY: the raw system call changes this thread alone, unlike libc's.
+        let result = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
+        assert_got!(result, 0, "setresuid to nobody");
+        let load = Prog::try_load(ProgType::READ, &ret(0), LoadOptions::default());
+        assert_errno(
+            "loading a program as nobody",
+            load.map_err(|refused| refused.errno),
+            libc::EPERM,
+        );
+
+        let guest = Guest::on(kvm);
+        let mut vcpu = guest.vcpu(0);
+        let device = Device::new(guest.vm());
+        device.set_region(0, &region(ADDR, SIZE, Some(&read), Some(&write)));
+        assert_answers(&mut vcpu, ADDR, PATTERN);
+        assert_got!(vcpu.write(ADDR, 4, 7), []);
+    };
+    in_a_thread(vmm);
+}

@@ -1,0 +1,494 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Interrupts: eventfds that programs signal, polled by the VMM or wired to a guest.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use Reg::{R0, R1, R2, R6, R7, R10};
+use kvm_bpf::uapi::{KVM_DEV_BPF_MAX_IRQS, kvm_bpf_user_irq};
+use kvm_bpf_selftests::bpf::{
+    Index, Insn, LoadOptions, Map, Prog, ProgType, Reg, add_imm, atomic_add, call_kfunc,
+    jump_if_ne, load, lookup, mov, mov_imm, mov_signed32, store, store_imm,
+};
+use kvm_bpf_selftests::device::{Device, NO_REGION, region};
+use kvm_bpf_selftests::guest::{Guest, Vcpu};
+use kvm_bpf_selftests::harness::{meanwhile, wait_for};
+use kvm_bpf_selftests::programs::{CTX_BUF, ret};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::kfunc::required;
+use super::{ADDR, SIZE, assert_errno};
+
+tests!(
+    bad_arguments,
+    eventfd_polled_without_irqchip,
+    every_irq_has_its_eventfd,
+    irq_without_eventfd,
+    detached_and_replaced,
+    one_eventfd_for_two_irqs,
+    closed_by_the_vmm,
+    eventfd_outlives_the_device,
+    signalled_by_reads,
+    signalled_after_the_region_is_gone,
+    replaced_while_signalled,
+    only_our_programs_may_signal,
+    context_cannot_be_forged,
+    guest_takes_ioapic_edge,
+    guest_takes_ioapic_level,
+    guest_takes_msi,
+);
+
+const SIGNAL: &str = "bpf_kvm_irq_signal";
+
+fn eventfd() -> EventFd {
+    EventFd::new(EFD_NONBLOCK).expect("eventfd")
+}
+
+/// Takes what was signalled so far; 0 if nothing was.
+fn taken(eventfd: &EventFd) -> u64 {
+    match eventfd.read() {
+        Ok(count) => count,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+        Err(error) => panic!("reading an eventfd: {error}"),
+    }
+}
+
+/// Signals the irq in `r2` and keeps the kfunc's answer; `r1` is the context.
+fn signal_insns(results: &Map) -> Vec<Insn> {
+    let mut insns = vec![call_kfunc(required(SIGNAL)), mov_signed32(R7, R0)];
+    insns.extend(lookup(results, Index::Imm(0)));
+    insns.extend([
+        store(8, R0, 0, R7),
+        mov_imm(R1, 1),
+        jump_if_ne(R7, 0, 1),
+        atomic_add(8, R0, 8, R1),
+    ]);
+    insns.extend(ret(0));
+    insns
+}
+
+/// A guest with a device whose writes signal the irq that was written.
+struct Setup {
+    guest: Guest,
+    device: Device,
+    /// The last answer of the kfunc; how often it was 0.
+    results: Map,
+}
+
+impl Setup {
+    fn new() -> Self {
+        Self::on(Guest::new())
+    }
+
+    fn on(guest: Guest) -> Self {
+        let results = Map::new(1, 2);
+        let mut insns = vec![load(4, R2, R1, CTX_BUF)];
+        insns.extend(signal_insns(&results));
+        let write = Prog::load(ProgType::WRITE, &insns);
+        let device = Device::new(guest.vm());
+        device.set_region(0, &region(ADDR, SIZE, None, Some(&write)));
+        Setup {
+            guest,
+            device,
+            results,
+        }
+    }
+
+    /// Has the guest signal an irq; returns what the kfunc answered.
+    fn signal(&self, vcpu: &mut Vcpu, irq: u32) -> i64 {
+        self.results.set(0, &[0x5555, 0]);
+        assert_got!(vcpu.write(ADDR, 4, irq.into()), []);
+        self.results.get(0)[0] as i64
+    }
+}
+
+fn bad_arguments() {
+    let guest = Guest::new();
+    let device = Device::new(guest.vm());
+    let eventfd = eventfd();
+    let map = Map::new(1, 1);
+    let good = kvm_bpf_user_irq {
+        eventfd: eventfd.as_raw_fd(),
+        flags: 0,
+    };
+    let cases = [
+        ("a flag", good.eventfd, 1, libc::EINVAL),
+        ("the last flag", good.eventfd, 1 << 31, libc::EINVAL),
+        ("a flag to detach", -1, 1, libc::EINVAL),
+        ("a closed fd", 9999, 0, libc::EBADF),
+        ("-2", -2, 0, libc::EBADF),
+        ("a map", map.as_raw_fd(), 0, libc::EINVAL),
+        ("the VM", guest.vm().as_raw_fd(), 0, libc::EINVAL),
+    ];
+    for index in [0, KVM_DEV_BPF_MAX_IRQS - 1] {
+        for (what, eventfd, flags, errno) in cases {
+            let bad = kvm_bpf_user_irq { eventfd, flags };
+            assert_errno(what, device.try_set_irq(index, &bad), errno);
+        }
+        assert_got!(device.try_set_irq(index, &good), Ok(()));
+    }
+    assert_errno(
+        "an index past the last",
+        device.try_set_irq(KVM_DEV_BPF_MAX_IRQS, &good),
+        libc::ENXIO,
+    );
+}
+
+fn eventfd_polled_without_irqchip() {
+    let setup = Setup::new();
+    let mut vcpu = setup.guest.vcpu(0);
+    let eventfd = eventfd();
+    setup.device.set_irq(0, eventfd.as_raw_fd());
+    assert_got!(taken(&eventfd), 0, "before any signal");
+    for count in [1, 5, 20] {
+        for _ in 0..count {
+            assert_got!(setup.signal(&mut vcpu, 0), 0);
+        }
+        assert_got!(taken(&eventfd), count);
+    }
+}
+
+fn every_irq_has_its_eventfd() {
+    let setup = Setup::new();
+    let mut vcpu = setup.guest.vcpu(0);
+    let eventfds: Vec<_> = (0..KVM_DEV_BPF_MAX_IRQS).map(|_| eventfd()).collect();
+    for (index, eventfd) in (0..).zip(&eventfds) {
+        setup.device.set_irq(index, eventfd.as_raw_fd());
+    }
+    for irq in 0..KVM_DEV_BPF_MAX_IRQS as u32 {
+        assert_got!(setup.signal(&mut vcpu, irq), 0, "irq {irq}");
+        assert_got!(taken(&eventfds[irq as usize]), 1, "irq {irq}");
+    }
+    let others: u64 = eventfds.iter().map(taken).sum();
+    assert_got!(others, 0, "signals that nobody asked for");
+}
+
+fn irq_without_eventfd() {
+    let setup = Setup::new();
+    let mut vcpu = setup.guest.vcpu(0);
+    for irq in [0, 1, 255] {
+        let answer = setup.signal(&mut vcpu, irq);
+        assert_got!(answer, -i64::from(libc::ENOENT), "irq {irq}");
+    }
+    for irq in [256, 1 << 16, u32::MAX] {
+        let answer = setup.signal(&mut vcpu, irq);
+        let errnos = [libc::ENOENT, libc::EINVAL].map(|errno| -i64::from(errno));
+        assert!(
+            errnos.contains(&answer),
+            "irq {irq}: wanted ENOENT or EINVAL, got {answer}"
+        );
+    }
+}
+
+fn detached_and_replaced() {
+    let setup = Setup::new();
+    let mut vcpu = setup.guest.vcpu(0);
+    let (first, second) = (eventfd(), eventfd());
+    setup.device.set_irq(3, first.as_raw_fd());
+    assert_got!(setup.signal(&mut vcpu, 3), 0);
+    setup.device.set_irq(3, second.as_raw_fd());
+    assert_got!(setup.signal(&mut vcpu, 3), 0);
+    assert_got!((taken(&first), taken(&second)), (1, 1));
+
+    setup.device.set_irq(3, -1);
+    let detach = kvm_bpf_user_irq {
+        eventfd: -1,
+        flags: 0,
+    };
+    let again = setup.device.try_set_irq(3, &detach);
+    assert_errno("detaching again", again, libc::ENOENT);
+    assert_got!(setup.signal(&mut vcpu, 3), -i64::from(libc::ENOENT));
+    assert_got!((taken(&first), taken(&second)), (0, 0));
+
+    setup.device.set_irq(3, first.as_raw_fd());
+    assert_got!(setup.signal(&mut vcpu, 3), 0);
+    assert_got!(taken(&first), 1);
+}
+
+fn one_eventfd_for_two_irqs() {
+    let setup = Setup::new();
+    let mut vcpu = setup.guest.vcpu(0);
+    let eventfd = eventfd();
+    setup.device.set_irq(0, eventfd.as_raw_fd());
+    setup.device.set_irq(1, eventfd.as_raw_fd());
+    assert_got!(setup.signal(&mut vcpu, 0), 0);
+    assert_got!(setup.signal(&mut vcpu, 1), 0);
+    assert_got!(taken(&eventfd), 2);
+    setup.device.set_irq(0, -1);
+    assert_got!(setup.signal(&mut vcpu, 1), 0);
+    assert_got!(taken(&eventfd), 1);
+}
+
+/// The device holds the eventfd, whatever becomes of the VMM's fd.
+fn closed_by_the_vmm() {
+    let setup = Setup::new();
+    let mut vcpu = setup.guest.vcpu(0);
+    let eventfd = eventfd();
+    setup.device.set_irq(0, eventfd.as_raw_fd());
+    drop(eventfd);
+    for _ in 0..10 {
+        assert_got!(setup.signal(&mut vcpu, 0), 0);
+    }
+}
+
+/// Every reference that the device took is put, and none that it did not take.
+fn eventfd_outlives_the_device() {
+    let eventfd = eventfd();
+    for _ in 0..10 {
+        let setup = Setup::new();
+        let mut vcpu = setup.guest.vcpu(0);
+        for index in [0, 0, 1, 255] {
+            setup.device.set_irq(index, eventfd.as_raw_fd());
+        }
+        setup.device.set_irq(1, -1);
+        assert_got!(setup.signal(&mut vcpu, 255), 0);
+        drop(setup);
+        assert_got!(taken(&eventfd), 1);
+        eventfd.write(3).expect("the VMM's eventfd");
+        assert_got!(taken(&eventfd), 3);
+    }
+}
+
+fn signalled_by_reads() {
+    let setup = Setup::new();
+    let mut vcpu = setup.guest.vcpu(0);
+    let eventfd = eventfd();
+    setup.device.set_irq(9, eventfd.as_raw_fd());
+
+    // The context must still be good for a store after the call.
+    let mut insns = vec![
+        mov(R6, R1),
+        mov_imm(R2, 9),
+        call_kfunc(required(SIGNAL)),
+        store_imm(4, R6, CTX_BUF, 0x77),
+    ];
+    insns.extend(ret(0));
+    let read = Prog::load(ProgType::READ, &insns);
+    let addr = ADDR + SIZE;
+    setup
+        .device
+        .set_region(1, &region(addr, SIZE, Some(&read), None));
+    assert_got!(vcpu.read(addr, 4).value, 0x77);
+    assert_got!(taken(&eventfd), 1);
+}
+
+/// Regions and irqs come and go without each other.
+fn signalled_after_the_region_is_gone() {
+    let setup = Setup::new();
+    let mut vcpu = setup.guest.vcpu(0);
+    let eventfd = eventfd();
+    setup.device.set_irq(0, eventfd.as_raw_fd());
+    setup.device.set_region(0, &NO_REGION);
+    assert_got!(vcpu.write(ADDR, 4, 0).len(), 1, "exits without a region");
+    assert_got!(taken(&eventfd), 0);
+    let again = Setup::on(setup.guest);
+    assert_got!(again.signal(&mut vcpu, 0), -i64::from(libc::ENOENT));
+    assert_got!(taken(&eventfd), 0, "signals of another device's irq 0");
+}
+
+/// Each signal that was answered with 0 reached one of the eventfds, once.
+fn replaced_while_signalled() {
+    let setup = Setup::new();
+    let (first, second) = (eventfd(), eventfd());
+    let workers = (0..2).map(|id| {
+        let mut vcpu = setup.guest.vcpu(id);
+        move || assert_got!(vcpu.write(ADDR, 4, 0), [])
+    });
+    meanwhile(workers, || {
+        for _ in 0..200 {
+            setup.device.set_irq(0, first.as_raw_fd());
+            setup.device.set_irq(0, second.as_raw_fd());
+            setup.device.set_irq(0, -1);
+        }
+        // One of them for sure, however slow the vCPUs are.
+        setup.device.set_irq(0, first.as_raw_fd());
+        wait_for("a signal", true, || setup.results.get(0)[1] > 0);
+    });
+    let signalled = setup.results.get(0)[1];
+    assert_got!(taken(&first) + taken(&second), signalled, "signals taken");
+}
+
+fn only_our_programs_may_signal() {
+    let signal = required(SIGNAL);
+    // Socket filter, tc, XDP, tracepoint, raw tracepoint, cgroup/skb.
+    for kind in [1, 3, 6, 5, 17, 8] {
+        let mut insns = vec![mov_imm(R2, 0), call_kfunc(signal)];
+        insns.extend(ret(0));
+        let answer = Prog::try_load(ProgType(kind), &insns, LoadOptions::default());
+        assert!(
+            answer.is_err(),
+            "program type {kind} calls {SIGNAL}: wanted a refusal, got {answer:?}"
+        );
+    }
+}
+
+/// Neither memory of the program nor a part of the context is a context.
+fn context_cannot_be_forged() {
+    let signal = required(SIGNAL);
+    let map = Map::new(1, 4);
+    let stack = (0..4)
+        .map(|word| store_imm(8, R10, -8 * (word + 1), 0))
+        .chain([mov(R1, R10), add_imm(R1, -32)])
+        .collect();
+    let mut value = lookup(&map, Index::Imm(0));
+    value.push(mov(R1, R0));
+    let cases: [(&str, Vec<Insn>); 4] = [
+        ("the stack", stack),
+        ("a map's value", value),
+        ("a number", vec![mov_imm(R1, 4096)]),
+        ("the context + 8", vec![add_imm(R1, 8)]),
+    ];
+    for kind in [ProgType::READ, ProgType::WRITE] {
+        for (what, start) in &cases {
+            let mut insns = start.clone();
+            insns.extend([mov_imm(R2, 0), call_kfunc(signal)]);
+            insns.extend(ret(0));
+            let answer = Prog::try_load(kind, &insns, LoadOptions::default());
+            assert!(
+                answer.is_err(),
+                "{what} as {kind:?}'s context: wanted a refusal, got {answer:?}"
+            );
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod wired {
+    //! A guest with KVM's IOAPIC and local APIC that takes the interrupts.
+
+    use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry};
+    use kvm_bpf_selftests::guest::{
+        Args, Guest, Routine, VECTOR, Vcpu, enable_local_apic, route_ioapic_pin,
+    };
+
+    use super::*;
+
+    /// A pin that the old interrupt controller does not have.
+    const GSI: u32 = 20;
+
+    fn setup() -> (Setup, Vcpu) {
+        let setup = Setup::on(Guest::with_irqchip());
+        let mut vcpu = setup.guest.vcpu(0);
+        enable_local_apic(&mut vcpu);
+        (setup, vcpu)
+    }
+
+    /// One write by the guest, which then waits until it took so many interrupts.
+    fn write_and_take(vcpu: &mut Vcpu, count: u64) -> u64 {
+        let args = Args {
+            value: 0,
+            addr: ADDR,
+            count,
+            ..Default::default()
+        };
+        let (results, exits) = vcpu.call(Routine::AwaitInterrupts, args);
+        assert_got!(exits, []);
+        results.value
+    }
+
+    pub(super) fn ioapic_edge() {
+        let (setup, mut vcpu) = setup();
+        route_ioapic_pin(&mut vcpu, GSI, false);
+        let line = eventfd();
+        setup
+            .guest
+            .vm()
+            .register_irqfd(&line, GSI)
+            .expect("KVM_IRQFD");
+        setup.device.set_irq(0, line.as_raw_fd());
+        for _ in 0..10 {
+            assert_got!(write_and_take(&mut vcpu, 1), 1, "interrupts taken");
+        }
+    }
+
+    /// The line stays up until the VMM has no more to deliver: it raises it
+    /// again after each end of interrupt.
+    pub(super) fn ioapic_level() {
+        const INTERRUPTS: u64 = 5;
+
+        let (setup, mut vcpu) = setup();
+        route_ioapic_pin(&mut vcpu, GSI, true);
+        let (line, resample) = (eventfd(), eventfd());
+        setup
+            .guest
+            .vm()
+            .register_irqfd_with_resample(&line, &resample, GSI)
+            .expect("KVM_IRQFD with a resample fd");
+        setup.device.set_irq(0, line.as_raw_fd());
+
+        let resampled = || wait_for("an end of interrupt", 1, || taken(&resample));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 1..INTERRUPTS {
+                    resampled();
+                    line.write(1).expect("raising the line again");
+                }
+            });
+            let got = write_and_take(&mut vcpu, INTERRUPTS);
+            assert_got!(got, INTERRUPTS, "interrupts taken");
+        });
+        resampled();
+        // The line is down now, and rises again.
+        assert_got!(taken(&resample), 0, "ends of interrupt");
+        assert_got!(
+            write_and_take(&mut vcpu, 1),
+            1,
+            "interrupts after the line fell"
+        );
+    }
+
+    pub(super) fn msi() {
+        const MSI_GSI: u32 = 24;
+
+        let (setup, mut vcpu) = setup();
+        let mut entry = kvm_irq_routing_entry {
+            gsi: MSI_GSI,
+            type_: KVM_IRQ_ROUTING_MSI,
+            ..Default::default()
+        };
+        entry.u.msi.address_lo = 0xfee0_0000;
+        entry.u.msi.data = VECTOR.into();
+        let routing = KvmIrqRouting::from_entries(&[entry]).expect("one entry");
+        setup
+            .guest
+            .vm()
+            .set_gsi_routing(&routing)
+            .expect("KVM_SET_GSI_ROUTING");
+        let line = eventfd();
+        setup
+            .guest
+            .vm()
+            .register_irqfd(&line, MSI_GSI)
+            .expect("KVM_IRQFD");
+        setup.device.set_irq(0, line.as_raw_fd());
+        for _ in 0..10 {
+            assert_got!(write_and_take(&mut vcpu, 1), 1, "interrupts taken");
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod wired {
+    //! Not written yet for other interrupt controllers.
+
+    pub(super) fn only_x86() {
+        kvm_bpf_selftests::harness::skip("the guest that takes interrupts is x86's");
+    }
+
+    pub(super) use only_x86 as ioapic_edge;
+    pub(super) use only_x86 as ioapic_level;
+    pub(super) use only_x86 as msi;
+}
+
+fn guest_takes_ioapic_edge() {
+    wired::ioapic_edge();
+}
+
+fn guest_takes_ioapic_level() {
+    wired::ioapic_level();
+}
+
+fn guest_takes_msi() {
+    wired::msi();
+}

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Programs swapped while several vCPUs use them without a pause.
+//!
+//! `KVM_BPF_SWAPS` sets how often; emulation needs a smaller number than hardware.
+
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::time::Duration;
+
+use Reg::{R0, R1};
+use kvm_bpf_selftests::bpf::{
+    Census, Index, Insn, Map, Prog, ProgType, Reg, atomic_add, lookup, mov_imm, store_imm,
+};
+use kvm_bpf_selftests::device::{Device, region};
+use kvm_bpf_selftests::guest::{Args, Guest, Routine};
+use kvm_bpf_selftests::harness::{meanwhile, number_from_env, trial_within};
+use kvm_bpf_selftests::programs::{CTX_BUF, ret};
+use libtest_mimic::Trial;
+
+use super::{ADDR, SIZE};
+
+const VCPUS: u32 = 4;
+const BATCH: u64 = 100;
+
+pub(super) fn all() -> Vec<Trial> {
+    let limit = Duration::from_secs(120 + swaps() / 50);
+    let tests: [(&str, fn()); 3] = [
+        ("swap::hot_swap", hot_swap),
+        ("swap::sleepable_for_sleepable", sleepable_for_sleepable),
+        (
+            "swap::sleepable_for_non_sleepable",
+            sleepable_for_non_sleepable,
+        ),
+    ];
+    tests
+        .map(|(name, test)| trial_within(name, limit, test))
+        .into()
+}
+
+fn swaps() -> u64 {
+    number_from_env("KVM_BPF_SWAPS", 1000)
+}
+
+fn hot_swap() {
+    swap_under_load([Prog::load, Prog::load]);
+}
+
+fn sleepable_for_sleepable() {
+    swap_under_load([Prog::load_sleepable, Prog::load_sleepable]);
+}
+
+fn sleepable_for_non_sleepable() {
+    swap_under_load([Prog::load, Prog::load_sleepable]);
+}
+
+type Load = fn(ProgType, &[Insn]) -> Prog;
+
+/// Programs whose answers tell them apart from others, and a count of their writes.
+struct Pair {
+    load: Load,
+    byte: u8,
+    writes: Map,
+}
+
+impl Pair {
+    fn new(load: Load, byte: u8) -> Self {
+        Pair {
+            load,
+            byte,
+            writes: Map::new(1, 1),
+        }
+    }
+
+    /// What the guest reads.
+    fn answer(&self) -> u64 {
+        u64::from_ne_bytes([self.byte; 8])
+    }
+
+    fn load(&self) -> [Prog; 2] {
+        // A byte at a time, so that a mixture of two programs would show.
+        let mut read: Vec<_> = (0..8)
+            .map(|offset| store_imm(1, R1, CTX_BUF + offset, self.byte.into()))
+            .collect();
+        read.extend(ret(0));
+
+        let mut write = lookup(&self.writes, Index::Imm(0));
+        write.extend([mov_imm(R1, 1), atomic_add(8, R0, 0, R1)]);
+        write.extend(ret(0));
+
+        [
+            (self.load)(ProgType::READ, &read),
+            (self.load)(ProgType::WRITE, &write),
+        ]
+    }
+}
+
+/// Every access gets an answer of one pair, every write runs one program once,
+/// nothing reaches user space, nothing leaks.
+fn swap_under_load(load: [Load; 2]) {
+    let census = Census::now();
+    let swaps = swaps();
+
+    let guest = Guest::new();
+    let device = Device::new(guest.vm());
+    let pairs = [Pair::new(load[0], 0x5a), Pair::new(load[1], 0xc3)];
+    let programs = pairs.each_ref().map(Pair::load);
+    let set = |[read, write]: &[Prog; 2]| {
+        device.set_region(0, &region(ADDR, SIZE, Some(read), Some(write)));
+    };
+    set(&programs[0]);
+
+    let args = Args {
+        value: 1,
+        addr: ADDR,
+        count: BATCH,
+        pair: pairs.each_ref().map(Pair::answer),
+    };
+    let written = AtomicU64::new(0);
+    let workers = (0..VCPUS).map(|id| {
+        let mut vcpu = guest.vcpu(id);
+        let written = &written;
+        move || {
+            let (results, exits) = vcpu.call(Routine::Hammer, args);
+            assert_got!(exits, [], "exits of vCPU {id}");
+            assert!(
+                results.count == 0,
+                "vCPU {id}: wanted an answer of {:x?}, got {:#x}",
+                args.pair,
+                results.value
+            );
+            written.fetch_add(BATCH, SeqCst);
+        }
+    });
+    meanwhile(workers, || {
+        for swap in 1..=swaps {
+            let side = (swap % 2) as usize;
+            if swap % 15 == 0 {
+                // Programs that only the region holds: the next swap frees them.
+                set(&pairs[side].load());
+            } else {
+                set(&programs[side]);
+            }
+        }
+    });
+
+    let counts = pairs.each_ref().map(|pair| pair.writes.get(0)[0]);
+    let written = written.into_inner();
+    assert_got!(counts[0] + counts[1], written, "writes that ran a program");
+    assert!(
+        counts.iter().all(|&count| count > 0),
+        "wanted both pairs to be used, got {counts:?} writes"
+    );
+
+    drop((device, programs, pairs));
+    census.wait_for_newer(0, 0);
+}

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The verifier's code for narrow loads of context fields, which our own
+//! program types avoid: shown with types that have such fields.
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::{io, mem, ptr};
+
+use Reg::{R0, R1, R6, R7};
+use kvm_bpf_selftests::bpf::{
+    Index, LoadOptions, Map, Prog, ProgType, Reg, exit, load, load_signed, lookup, mov, store,
+};
+use kvm_bpf_selftests::harness::{Errno, skip};
+use kvm_bpf_selftests::programs::ret;
+use libbpf_rs::libbpf_sys as sys;
+
+tests!(
+    narrow_load_past_the_kernel_field,
+    narrow_load_of_half_a_64_bit_field,
+);
+
+/// `__sk_buff.protocol` has 4 bytes, the kernel's field 2: the others are 0.
+fn narrow_load_past_the_kernel_field() {
+    const SCHED_CLS: ProgType = ProgType(sys::BPF_PROG_TYPE_SCHED_CLS);
+    /// `offsetof(struct __sk_buff, protocol)`.
+    const PROTOCOL: i16 = 16;
+
+    // An Ethernet frame; its protocol, 0x8899, is big endian and has two sign bits.
+    let mut frame = [0; 64];
+    frame[12..14].copy_from_slice(&[0x88, 0x99]);
+    let field = u32::from(u16::from_ne_bytes([0x88, 0x99])).to_ne_bytes();
+
+    let mut wrong = Vec::new();
+    for (offset, width) in [(0, 4), (0, 2), (2, 2), (0, 1), (1, 1), (2, 1), (3, 1)] {
+        let mut bytes = [0; 4];
+        let part = &field[offset..offset + width];
+        if cfg!(target_endian = "little") {
+            bytes[..width].copy_from_slice(part);
+        } else {
+            bytes[4 - width..].copy_from_slice(part);
+        }
+        let zero_extended = u32::from_ne_bytes(bytes);
+        let unused = 32 - 8 * width as u32;
+        let sign_extended = ((zero_extended << unused) as i32 >> unused) as u32;
+
+        let at = PROTOCOL + offset as i16;
+        for (insn, wanted) in [
+            (load(width, R0, R1, at), zero_extended),
+            (load_signed(width, R0, R1, at), sign_extended),
+        ] {
+            let prog = Prog::load(SCHED_CLS, &[insn, exit()]);
+            let got = match prog.test_run(&frame) {
+                Ok(got) => got,
+                Err(Errno(libc::EOPNOTSUPP)) => skip("this kernel cannot test-run tc programs"),
+                Err(errno) => panic!("BPF_PROG_TEST_RUN: {errno:?}"),
+            };
+            if got != wanted {
+                wrong.push(format!(
+                    "{width} bytes at protocol + {offset} ({insn:?}): wanted {wanted:#x}, got {got:#x}"
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// The address of a page fault, whose halves both have bits set, seen by a perf program.
+fn narrow_load_of_half_a_64_bit_field() {
+    const PERF_EVENT: ProgType = ProgType(sys::BPF_PROG_TYPE_PERF_EVENT);
+    /// `offsetof(struct bpf_perf_event_data, addr)`: registers and one word come first.
+    const ADDR: i16 = 8 * if cfg!(target_arch = "x86_64") {
+        21 + 1
+    } else {
+        34 + 1
+    };
+
+    let map = Map::new(1, 3);
+    let mut insns = vec![mov(R6, R1)];
+    insns.extend(lookup(&map, Index::Imm(0)));
+    for (word, insn) in [
+        load(8, R7, R6, ADDR),
+        load(4, R7, R6, ADDR),
+        load(4, R7, R6, ADDR + 4),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        insns.extend([insn, store(8, R0, 8 * word as i16, R7)]);
+    }
+    insns.extend(ret(0));
+    let prog = match Prog::try_load(PERF_EVENT, &insns, LoadOptions::default()) {
+        Ok(prog) => prog,
+        Err(refused) if refused.log.is_empty() => skip("this kernel has no perf programs"),
+        Err(refused) => panic!("wanted a perf program to load, got {refused}"),
+    };
+
+    let page = fault_with(&prog);
+    let [whole, low, high] = map.get(0)[..] else {
+        unreachable!("three words");
+    };
+    assert!(
+        whole & !0xfff == page && whole >> 32 != 0,
+        "wanted a fault at {page:#x}, got {whole:#x}"
+    );
+    let (lower, upper) = (whole & u64::from(u32::MAX), whole >> 32);
+    let wanted = if cfg!(target_endian = "little") {
+        (lower, upper)
+    } else {
+        (upper, lower)
+    };
+    assert_got!((low, high), wanted, "loads at +0 and +4 of {whole:#x}");
+}
+
+// `_IO('$', 0)`, `_IO('$', 1)` and `_IOW('$', 8, __u32)`.
+const PERF_EVENT_IOC_ENABLE: libc::c_ulong = 0x2400;
+const PERF_EVENT_IOC_DISABLE: libc::c_ulong = 0x2401;
+const PERF_EVENT_IOC_SET_BPF: libc::c_ulong = 0x4004_2408;
+
+/// Runs a perf program on the fault of a new page; returns the page's address.
+fn fault_with(prog: &Prog) -> u64 {
+    let page = 4096;
+    // SAFETY: a new anonymous mapping touches no other memory.
+    let memory = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            page,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    assert!(
+        memory != libc::MAP_FAILED,
+        "mmap: {}",
+        io::Error::last_os_error()
+    );
+
+    let mut attr = sys::perf_event_attr {
+        type_: sys::PERF_TYPE_SOFTWARE,
+        size: mem::size_of::<sys::perf_event_attr>() as u32,
+        config: sys::PERF_COUNT_SW_PAGE_FAULTS.into(),
+        ..Default::default()
+    };
+    attr.__bindgen_anon_1.sample_period = 1;
+    attr.set_disabled(1);
+    // SAFETY: `attr` is as large as it says; the event is this thread's on any CPU.
+    let fd = unsafe { libc::syscall(libc::SYS_perf_event_open, &raw const attr, 0, -1, -1, 0) };
+    if fd < 0 {
+        skip(format!("perf_event_open: {}", io::Error::last_os_error()));
+    }
+    // SAFETY: the kernel just gave us this fd.
+    let event = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let ioctl = |request: libc::c_ulong, argument: i32| {
+        // SAFETY: these requests take no pointers.
+        let result = unsafe { libc::ioctl(event.as_raw_fd(), request, argument) };
+        assert!(
+            result == 0,
+            "ioctl {request:#x}: {}",
+            io::Error::last_os_error()
+        );
+    };
+    ioctl(PERF_EVENT_IOC_SET_BPF, prog.as_raw_fd());
+    ioctl(PERF_EVENT_IOC_ENABLE, 0);
+    // SAFETY: the page is ours.
+    unsafe { memory.cast::<u8>().write_volatile(1) };
+    ioctl(PERF_EVENT_IOC_DISABLE, 0);
+    // SAFETY: nothing refers to the page.
+    unsafe { libc::munmap(memory, page) };
+    memory as u64
+}
