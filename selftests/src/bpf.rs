@@ -296,7 +296,8 @@ impl Prog {
             } else {
                 0
             },
-            log_level: 1,
+            // libbpf tries a second time for the log, when the first failed.
+            log_level: 0,
             log_size: log.len() as u32,
             log_buf: log.as_mut_ptr().cast::<c_char>(),
             // One try: a program that the verifier refuses stays refused.

@@ -16,6 +16,8 @@ use std::process::ExitCode;
 use libtest_mimic::Arguments;
 
 fn main() -> ExitCode {
+    // Refusals are wanted here; a test that does not want one says so itself.
+    libbpf_rs::set_print(None);
     let mut args = Arguments::from_args();
     // The tests count the kernel's programs and maps, so by default one at a time.
     args.test_threads = args.test_threads.or(Some(1));

@@ -332,6 +332,7 @@ impl<T: ProgType> VerifierOps<T> {
     }
 }
 
+#[cfg(CONFIG_RUST_BPF_KUNIT_TEST)]
 #[macros::kunit_tests(rust_bpf_ctx)]
 mod tests {
     use super::*;

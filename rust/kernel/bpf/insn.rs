@@ -151,6 +151,7 @@ impl From<Insn> for bindings::bpf_insn {
     }
 }
 
+#[cfg(CONFIG_RUST_BPF_KUNIT_TEST)]
 #[macros::kunit_tests(rust_bpf_insn)]
 mod tests {
     use super::*;

@@ -374,6 +374,7 @@ impl<T: Handler> IoVTable<T> {
     }
 }
 
+#[cfg(CONFIG_RUST_KVM_KUNIT_TEST)]
 #[macros::kunit_tests(rust_kvm_io)]
 mod tests {
     use super::*;

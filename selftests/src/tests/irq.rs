@@ -167,17 +167,9 @@ fn every_irq_has_its_eventfd() {
 fn irq_without_eventfd() {
     let setup = Setup::new();
     let mut vcpu = setup.guest.vcpu(0);
-    for irq in [0, 1, 255] {
+    for irq in [0, 1, 255, 256, 1 << 16, u32::MAX] {
         let answer = setup.signal(&mut vcpu, irq);
         assert_got!(answer, -i64::from(libc::ENOENT), "irq {irq}");
-    }
-    for irq in [256, 1 << 16, u32::MAX] {
-        let answer = setup.signal(&mut vcpu, irq);
-        let errnos = [libc::ENOENT, libc::EINVAL].map(|errno| -i64::from(errno));
-        assert!(
-            errnos.contains(&answer),
-            "irq {irq}: wanted ENOENT or EINVAL, got {answer}"
-        );
     }
 }
 

@@ -117,7 +117,7 @@ fn vm_closed_under_a_running_vcpu() {
         }
     });
     assert_got!(recorder.count(), 100, "writes that the program saw");
-    drop((vcpus, device));
+    drop((vcpus, device, recorder));
     census.wait_for_newer(0, 0);
 }
 
