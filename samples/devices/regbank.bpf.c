@@ -6,9 +6,9 @@
  *	0x00	ID	32	RO	identification, 0x4b425042
  *	0x04	VERSION	32	RO	version of this register map, 1
  *	0x08	SCRATCH	64	RW	holds what was written
- *	0x10	COUNT	64	RO	accesses by the calling vCPU, this one
- *included 0x18	TIME	64	RO	nanoseconds of the host's monotonic
- *clock 0x20	IRQ	32	WO	a write of n signals interrupt n
+ *	0x10	COUNT	64	RO	accesses by the calling vCPU, with this one
+ *	0x18	TIME	64	RO	nanoseconds, the host's monotonic clock
+ *	0x20	IRQ	32	WO	a write of n signals interrupt n
  *
  * Registers are little endian.  Every naturally aligned access of 1, 2, 4 or 8
  * bytes reaches exactly the bytes it names.  Anything else, a write to a

@@ -309,9 +309,10 @@ impl Vcpu {
                 Ok(other) => {
                     panic!("{routine:?} {args:x?}: wanted an MMIO exit or the end, got {other:?}")
                 }
-                Err(error) if error.errno() == libc::EINTR => {
-                    panic!("{routine:?} {args:x?}: not done after {PATIENCE:?}")
-                }
+                Err(error) if error.errno() == libc::EINTR => panic!(
+                    "{routine:?} {args:x?}: not done after {PATIENCE:?}, at {:#x}",
+                    arch::pc(&self.fd) - CODE
+                ),
                 Err(error) => panic!("{routine:?} {args:x?}: KVM_RUN: {error}"),
             }
         }

@@ -120,6 +120,11 @@ pub(super) fn results(vcpu: &VcpuFd) -> Results {
     }
 }
 
+/// Where a vCPU is, for messages.
+pub(super) fn pc(vcpu: &VcpuFd) -> u64 {
+    register(vcpu, PC)
+}
+
 pub(super) fn is_done(exit: &VcpuExit<'_>) -> bool {
     matches!(exit, VcpuExit::MmioWrite(DONE, _))
 }

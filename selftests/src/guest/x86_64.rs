@@ -210,6 +210,11 @@ pub(super) fn results(vcpu: &VcpuFd) -> Results {
     }
 }
 
+/// Where a vCPU is, for messages.
+pub(super) fn pc(vcpu: &VcpuFd) -> u64 {
+    vcpu.get_regs().expect("KVM_GET_REGS").rip
+}
+
 pub(super) fn is_done(exit: &VcpuExit<'_>) -> bool {
     matches!(exit, VcpuExit::IoOut(DONE_PORT, _))
 }
