@@ -30,7 +30,9 @@
 #define SLOT_MASK 0x07
 
 #define ID 0x4b425042ULL
+#ifndef VERSION
 #define VERSION 1ULL
+#endif
 
 KVM_BPF_MMIO_DEVICE(REGBANK_SIZE, REGBANK_IRQS, "kvm-bpf,regbank");
 

@@ -102,8 +102,8 @@ pub fn in_a_thread(body: impl FnOnce() + Send + 'static) {
 }
 
 /// Repeats each of the workers on a thread of its own until `action` ends, well or not.
-pub fn meanwhile<R>(
-    workers: impl IntoIterator<Item = impl FnMut() + Send>,
+pub fn meanwhile<W: FnMut() + Send, R>(
+    workers: impl IntoIterator<Item = W>,
     action: impl FnOnce() -> R,
 ) -> R {
     struct SetOnDrop<'a>(&'a AtomicBool);
@@ -115,16 +115,22 @@ pub fn meanwhile<R>(
 
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
-        let _stop = SetOnDrop(&stop);
-        for mut worker in workers {
+        let end = SetOnDrop(&stop);
+        let spawn = |mut worker: W| {
             let stop = &stop;
             scope.spawn(move || {
                 while !stop.load(SeqCst) {
                     worker();
                 }
-            });
+            })
+        };
+        let threads: Vec<_> = workers.into_iter().map(spawn).collect();
+        let result = action();
+        drop(end);
+        for thread in threads {
+            thread.join().unwrap_or_else(|panic| resume_unwind(panic));
         }
-        action()
+        result
     })
 }
 

@@ -105,7 +105,8 @@ const STACK_TOP: u64 = 0xa000;
 const CODE_SELECTOR: u16 = 8;
 const DATA_SELECTOR: u16 = 16;
 
-const PRESENT_WRITABLE: u64 = 0b11;
+/// Present, writable, accessed and dirty: nothing is left for the processor to note.
+const PAGE: u64 = 0x63;
 const LARGE_PAGE: u64 = 1 << 7;
 
 const CR0_PROTECTION: u64 = 1;
@@ -120,13 +121,13 @@ pub const VECTOR: u8 = 0x40;
 pub(super) fn prepare_ram(ram: &Ram) {
     let put = |at: usize, index: usize, entry: u64| ram.write(at + 8 * index, &entry.to_le_bytes());
 
-    put(PML4, 0, PDPT as u64 | PRESENT_WRITABLE);
+    put(PML4, 0, PDPT as u64 | PAGE);
     for directory in 0..4 {
         let page = PAGE_DIRECTORIES + directory * 0x1000;
-        put(PDPT, directory, page as u64 | PRESENT_WRITABLE);
+        put(PDPT, directory, page as u64 | PAGE);
         for entry in 0..512 {
             let address = ((directory * 512 + entry) as u64) << 21;
-            put(page, entry, address | PRESENT_WRITABLE | LARGE_PAGE);
+            put(page, entry, address | PAGE | LARGE_PAGE);
         }
     }
 
