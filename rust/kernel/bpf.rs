@@ -42,6 +42,8 @@ pub mod insn;
 ///
 /// # Safety
 ///
+/// Each of `FIELDS` must have been made by [`bpf_ctx_field!`](crate::bpf_ctx_field) for `Context`.
+///
 /// The C tables of `TYPE` must be [`verifier_ops`](ctx::verifier_ops) and
 /// [`prog_ops`](ctx::prog_ops) of `Self`, so that the verifier admits only accesses of a
 /// `Context` that `FIELDS` describes.

@@ -32,6 +32,7 @@ use kernel::{
         },
         irq::Lines,
         prog::{
+            self,
             Context,
             IoRead,
             IoWrite, //
@@ -61,6 +62,7 @@ struct KvmBpf {
 
 impl kernel::Module for KvmBpf {
     fn init(_module: &'static ThisModule) -> Result<Self> {
+        prog::prepare()?;
         Ok(Self {
             _type: device::Registration::new()?,
         })

@@ -511,7 +511,7 @@ mod tests {
     use super::*;
     use Reg::{R1, R2};
 
-    /// The bytes are what llvm-mc makes of the same instructions.
+    /// By the tables of the instruction set's specification.
     #[test]
     fn encodings() {
         let bytes = |insn: Insn| {

@@ -37,7 +37,7 @@ pub const USER_ANSWER: u64 = 0xeeee_eeee_eeee_eeee;
 pub const PRESET: u64 = 0xa5a5_a5a5_a5a5_a5a5;
 
 /// How long a routine may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The guest's code; the numbers are those in the assembly.
 #[derive(Clone, Copy, Debug)]

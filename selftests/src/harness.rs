@@ -28,10 +28,10 @@ impl fmt::Debug for Errno {
 }
 
 /// How long a test may take before the whole run is given up.
-const TEST_LIMIT: Duration = Duration::from_secs(120);
+const TEST_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long a test waits for what the kernel does later, such as freeing after RCU.
-const WAIT_LIMIT: Duration = Duration::from_secs(20);
+const WAIT_LIMIT: Duration = Duration::from_secs(60);
 
 /// Carries a reason from [`skip`] to the runner.
 struct Skip(String);

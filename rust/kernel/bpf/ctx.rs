@@ -74,6 +74,13 @@ use crate::{
 };
 use core::marker::PhantomData;
 
+/// The width of a pointer, of the steps of a chain but the last.
+const POINTER: Width = if size_of::<usize>() == 8 {
+    Width::DoubleWord
+} else {
+    Width::Word
+};
+
 /// The longest chain of structures, and so the most instructions an access becomes.
 pub const MAX_CHAIN: usize = 4;
 
@@ -174,7 +181,7 @@ impl Field {
         let mut n = 0_usize;
 
         for (slot, &off) in out.iter_mut().zip(self.chain) {
-            *slot = Insn::load(Width::DoubleWord, access.dst(), base, off);
+            *slot = Insn::load(POINTER, access.dst(), base, off);
             base = access.dst();
             n += 1;
         }
@@ -210,7 +217,8 @@ macro_rules! bpf_ctx_field {
     ) => {{
         type Fake = <$ctx as $crate::bpf::ctx::Context>::Fake;
         // The chain starts from the context's own structure.
-        const _: fn(&$first) -> &<$ctx as $crate::bpf::ctx::Context>::Inner = |inner| inner;
+        const _: fn(*const $first) -> *const <$ctx as $crate::bpf::ctx::Context>::Inner =
+            |inner| inner;
         $crate::bpf_ctx_field!(@check $first . $f $(=> $next . $n)*);
 
         // SAFETY: The offsets are those of the fields named, and `@check` has compared the type
@@ -336,6 +344,7 @@ impl<T: ProgType> VerifierOps<T> {
 #[macros::kunit_tests(rust_bpf_ctx)]
 mod tests {
     use super::*;
+    use core::mem::offset_of;
 
     #[repr(C)]
     struct Fake {
@@ -380,7 +389,7 @@ mod tests {
         let (out, n) = rewrite(&DATA, store);
 
         assert_eq!(n, 1);
-        assert_eq!(out[0], store.at(16 + 2));
+        assert_eq!(out[0], store.at(offset_of!(Inner, data) as i16 + 2));
     }
 
     #[test]
@@ -388,9 +397,13 @@ mod tests {
         let (out, n) = rewrite(&DEEP, Insn::load(Width::Byte, 1, 6, 8 + 3));
 
         assert_eq!(n, 3);
-        assert_eq!(out[0], Insn::load(Width::DoubleWord, 1, 6, 8));
-        assert_eq!(out[1], Insn::load(Width::DoubleWord, 1, 1, 8));
-        assert_eq!(out[2], Insn::load(Width::Byte, 1, 1, 24 + 3));
+        let next = offset_of!(Inner, next) as i16;
+        assert_eq!(out[0], Insn::load(POINTER, 1, 6, next));
+        assert_eq!(out[1], Insn::load(POINTER, 1, 1, next));
+        assert_eq!(
+            out[2],
+            Insn::load(Width::Byte, 1, 1, offset_of!(Inner, deep) as i16 + 3)
+        );
     }
 
     #[test]

@@ -110,6 +110,9 @@ pub trait Device: Sized + Send + Sync + 'static {
 
 /// The registration of a device type.
 ///
+/// Keep it in the module's own type, which is dropped before the module goes. If it is leaked, KVM
+/// goes on using the code of a module that may have gone.
+///
 /// # Invariants
 ///
 /// KVM creates devices of the type `T::TYPE` with `DeviceVTable::<T>`.

@@ -53,11 +53,14 @@ impl Lines {
 
     /// Sets or removes the eventfd of a line, and returns the one it had.
     ///
+    /// Does nothing if there is no such line.
+    ///
     /// When this returns, nobody signals the old one any more. Sleeps for an RCU grace period if
     /// there was one.
     pub fn set(&self, line: usize, eventfd: Option<EventFd>) -> Option<EventFd> {
+        let slot = self.eventfds.get(line)?;
         let new = eventfd.map_or(ptr::null_mut(), EventFd::into_raw);
-        let old = self.eventfds.get(line)?.xchg(new, Full);
+        let old = slot.xchg(new, Full);
 
         if !old.is_null() {
             rcu::synchronize_rcu();

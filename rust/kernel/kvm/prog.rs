@@ -23,6 +23,8 @@ use crate::{
         ProgType, //
     },
     bpf_ctx_field,
+    error::to_result,
+    prelude::*, //
 };
 use core::{
     marker::PhantomData,
@@ -75,6 +77,15 @@ unsafe impl ctx::Context for Context<'_> {
     type Inner = bindings::bpf_kvm_io_ctx_kern;
 }
 
+/// Prepares what the kfuncs need that cannot be done while a program runs.
+///
+/// To be called before any program runs. May sleep.
+#[inline]
+pub fn prepare() -> Result {
+    // SAFETY: No requirements but process context.
+    to_result(unsafe { bindings::kvm_bpf_kfuncs_prepare() })
+}
+
 type Kern = bindings::bpf_kvm_io_ctx_kern;
 type KvmVcpu = bindings::kvm_vcpu;
 
@@ -87,8 +98,8 @@ const VCPU_ID: Field =
 /// Programs that answer loads.
 pub struct IoRead;
 
-// SAFETY: `kvm_io_read_verifier_ops` and `kvm_io_read_prog_ops` below are what
-// `include/linux/bpf_types.h` refers to for this type.
+// SAFETY: The fields are those of `Context`. `kvm_io_read_verifier_ops` and `kvm_io_read_prog_ops`
+// below are what `include/linux/bpf_types.h` refers to for this type.
 unsafe impl ProgType for IoRead {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_READ;
     type Context<'a> = Context<'a>;
@@ -103,8 +114,8 @@ unsafe impl ProgType for IoRead {
 /// Programs that take stores.
 pub struct IoWrite;
 
-// SAFETY: `kvm_io_write_verifier_ops` and `kvm_io_write_prog_ops` below are what
-// `include/linux/bpf_types.h` refers to for this type.
+// SAFETY: The fields are those of `Context`. `kvm_io_write_verifier_ops` and `kvm_io_write_prog_ops`
+// below are what `include/linux/bpf_types.h` refers to for this type.
 unsafe impl ProgType for IoWrite {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_WRITE;
     type Context<'a> = Context<'a>;

@@ -288,7 +288,7 @@ fn replaced_while_signalled() {
         move || assert_got!(vcpu.write(ADDR, 4, 0), [])
     });
     meanwhile(workers, || {
-        for _ in 0..200 {
+        for _ in 0..100 {
             setup.device.set_irq(0, first.as_raw_fd());
             setup.device.set_irq(0, second.as_raw_fd());
             setup.device.set_irq(0, -1);

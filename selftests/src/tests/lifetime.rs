@@ -91,12 +91,12 @@ fn close_under_load(rounds: i32, repetitions: u32) {
 }
 
 fn close_while_vcpus_run() {
-    close_under_load(1, 20);
+    close_under_load(1, 8);
 }
 
 /// The program takes most of a vCPU's time, so the close finds it at work.
 fn close_while_vcpus_are_inside() {
-    close_under_load(20_000, 20);
+    close_under_load(20_000, 8);
 }
 
 fn vm_closed_under_a_running_vcpu() {

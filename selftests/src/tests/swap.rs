@@ -23,7 +23,7 @@ const VCPUS: u32 = 4;
 const BATCH: u64 = 100;
 
 pub(super) fn all() -> Vec<Trial> {
-    let limit = Duration::from_secs(120 + swaps() / 50);
+    let limit = Duration::from_secs(300 + swaps() / 20);
     let tests: [(&str, fn()); 3] = [
         ("swap::hot_swap", hot_swap),
         ("swap::sleepable_for_sleepable", sleepable_for_sleepable),
