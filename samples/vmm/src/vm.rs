@@ -389,6 +389,9 @@ fn run_vcpu(id: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<Option<End>
             Ok(VcpuExit::Shutdown) => Some(End::TripleFault),
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Some(End::PowerOff),
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Some(End::Reset),
+            Ok(VcpuExit::InternalError) => {
+                return Err(Error::UnexpectedExit(id, internal_error(vcpu)));
+            }
             Ok(exit) => return Err(Error::UnexpectedExit(id, format!("{exit:?}"))),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
             Err(error) => return Err(Error::RunVcpu(id, error)),
@@ -398,6 +401,14 @@ fn run_vcpu(id: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<Option<End>
         }
     }
     Ok(None)
+}
+
+/// What KVM says of an error of its own.
+fn internal_error(vcpu: &mut VcpuFd) -> String {
+    // SAFETY: the exit reason was `KVM_EXIT_INTERNAL_ERROR`, for which KVM fills this member.
+    let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+    let data = internal.data.get(..internal.ndata as usize).unwrap_or(&[]);
+    format!("KVM internal error {}, {data:x?}", internal.suberror)
 }
 
 /// Makes the threads leave `KVM_RUN` and waits for them.
