@@ -98,8 +98,8 @@ const VCPU_ID: Field =
 /// Programs that answer loads.
 pub struct IoRead;
 
-// SAFETY: The fields are those of `Context`. `kvm_io_read_verifier_ops` and `kvm_io_read_prog_ops`
-// below are what `include/linux/bpf_types.h` refers to for this type.
+// SAFETY: The fields are those of `Context`. `include/linux/bpf_types.h` refers to
+// `kvm_io_read_verifier_ops` and `kvm_io_read_prog_ops` below for this type.
 unsafe impl ProgType for IoRead {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_READ;
     type Context<'a> = Context<'a>;
@@ -114,8 +114,8 @@ unsafe impl ProgType for IoRead {
 /// Programs that take stores.
 pub struct IoWrite;
 
-// SAFETY: The fields are those of `Context`. `kvm_io_write_verifier_ops` and `kvm_io_write_prog_ops`
-// below are what `include/linux/bpf_types.h` refers to for this type.
+// SAFETY: The fields are those of `Context`. `include/linux/bpf_types.h` refers to
+// `kvm_io_write_verifier_ops` and `kvm_io_write_prog_ops` below for this type.
 unsafe impl ProgType for IoWrite {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_WRITE;
     type Context<'a> = Context<'a>;
