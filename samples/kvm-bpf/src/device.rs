@@ -168,6 +168,9 @@ impl Device {
     }
 
     /// Has an interrupt of the device signal `eventfd`, instead of an earlier one.
+    ///
+    /// The device keeps the counter, not the file: where it is also an irqfd, keep `eventfd`
+    /// open, as KVM ends an irqfd when its last file descriptor is closed.
     pub fn set_irq(&self, index: u64, eventfd: &EventFd) -> Result<()> {
         let irq = kvm_bpf_user_irq {
             eventfd: eventfd.as_raw_fd(),

@@ -138,7 +138,7 @@ impl OpenImage {
     pub fn reuse_maps(&mut self, from: &Image) -> Result<(), Error> {
         for mut map in self.object.maps_mut() {
             let name = map.name().to_string_lossy().into_owned();
-            if is_named(&name, ".rodata") || is_named(&name, ".kconfig") {
+            if belongs_to_programs(&name) {
                 continue;
             }
             let same = from.object.maps().find(|old| {
@@ -208,6 +208,11 @@ impl OpenImage {
             write,
         })
     }
+}
+
+/// Whether a map holds constants, of which libbpf makes one per section (`.rodata.str1.1`).
+fn belongs_to_programs(map: &str) -> bool {
+    map.contains(".rodata") || map.ends_with(".kconfig")
 }
 
 /// Whether a map's full name is `name`, or `name` is the section of its global data.
@@ -326,6 +331,16 @@ mod tests {
         assert!(is_named("accesses", "accesses"));
         assert!(!is_named("accesses", "ses"));
         assert!(!is_named("regbank.bss", ".rodata"));
+    }
+
+    #[test]
+    fn constants_belong_to_the_programs() {
+        for name in ["regbank.rodata", ".rodata.str1.1", "regbank.kconfig"] {
+            assert!(belongs_to_programs(name), "{name}");
+        }
+        for name in ["accesses", "regbank.bss", "regbank.data"] {
+            assert!(!belongs_to_programs(name), "{name}");
+        }
     }
 
     #[test]

@@ -88,6 +88,14 @@ fn reload_on_sigusr1(sender: Sender<Event>) -> Result<(), vm::Error> {
     Ok(())
 }
 
+/// Has errors from here on named by later warnings only.
+fn forget_warnings() {
+    LIBBPF_WARNINGS
+        .lock()
+        .unwrap_or_else(|e| e.into_inner())
+        .clear();
+}
+
 /// Prints an error and its causes in one line; below it, the verifier's log if there is one.
 fn print_error(what: &str, error: &(dyn Error + 'static)) {
     let chain = || iter::successors(Some(error), |&error| error.source());

@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -106,6 +107,8 @@ pub struct GuestDevice {
 struct BpfDevice {
     path: PathBuf,
     device: MmioDevice,
+    /// Open as long as the device: when an eventfd's last fd is closed, KVM ends its irqfd.
+    _irqs: Vec<EventFd>,
 }
 
 /// What can happen while the guest runs.
@@ -179,6 +182,7 @@ impl Vm {
             let nr_irqs = image.note().nr_irqs;
             let device = MmioDevice::new(&vm, info.range.addr, image)
                 .map_err(|source| Error::Device(name.clone(), source))?;
+            let mut irqs = Vec::new();
             for index in 0..nr_irqs {
                 let (gsi, irq) = wire_interrupt(&vm, name, &mut free_gsis)?;
                 device
@@ -186,11 +190,13 @@ impl Vm {
                     .set_irq(index.into(), &irq)
                     .map_err(|source| Error::Device(name.clone(), source))?;
                 info.gsis.push(gsi);
+                irqs.push(irq);
             }
             bus.add(info.range.clone(), None);
             bpf_devices.push(BpfDevice {
                 path: PathBuf::from(name),
                 device,
+                _irqs: irqs,
             });
         }
         for info in userspace {
@@ -278,6 +284,7 @@ impl Vm {
 
 impl BpfDevice {
     fn reload(&mut self) -> Result<(), Error> {
+        crate::forget_warnings();
         let image = open_image(&self.path)?;
         self.device
             .replace(image)
@@ -362,7 +369,8 @@ fn start_vcpu(
     thread::Builder::new()
         .name(format!("vcpu{id}"))
         .spawn(move || {
-            let result = run_vcpu(id, &mut vcpu, &shared);
+            let result = catch_unwind(AssertUnwindSafe(|| run_vcpu(id, &mut vcpu, &shared)))
+                .unwrap_or_else(|_| Err(Error::UnexpectedExit(id, "its thread panicked".into())));
             // Nobody listens any more when another vCPU ended the guest first.
             let _ = sender.send(Event::Vcpu(result));
         })
