@@ -43,7 +43,6 @@ use kernel::{
     prelude::*,
     sync::{
         aref::ARef,
-        Arc,
         Mutex, //
     },
     uapi,
@@ -74,14 +73,14 @@ const NO_FD: i32 = -1;
 
 /// The programs of a region, and what they act on.
 struct Programs {
-    irqs: Arc<Lines>,
+    irqs: ARef<Lines>,
     read: Option<ARef<Prog<IoRead>>>,
     write: Option<ARef<Prog<IoWrite>>>,
 }
 
 impl Programs {
     /// Takes references to the programs that user space has named.
-    fn get(region: &uapi::kvm_bpf_user_region, irqs: Arc<Lines>) -> Result<Self> {
+    fn get(region: &uapi::kvm_bpf_user_region, irqs: ARef<Lines>) -> Result<Self> {
         if region.bpf_readfd == NO_FD && region.bpf_writefd == NO_FD {
             return Err(EINVAL);
         }
@@ -129,12 +128,22 @@ impl Handler for Programs {
 
 type Region = io::Registration<Programs>;
 
-#[pin_data]
+#[pin_data(PinnedDrop)]
 struct BpfDevice {
     /// By index, and only as long as the largest index in use has needed.
     #[pin]
     regions: Mutex<KVec<Option<Region>>>,
-    irqs: Arc<Lines>,
+    irqs: ARef<Lines>,
+}
+
+#[pinned_drop]
+impl PinnedDrop for BpfDevice {
+    fn drop(self: Pin<&mut Self>) {
+        // In this order, so that programs have their interrupts as long as they run. Those that a
+        // program has put aside outlive us, but not their eventfds.
+        self.regions.lock().clear();
+        self.irqs.close();
+    }
 }
 
 impl BpfDevice {
@@ -234,7 +243,7 @@ impl Device for BpfDevice {
     fn create(_vm: &Vm) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             regions <- new_mutex!(KVec::new()),
-            irqs: Arc::init(Lines::new(), GFP_KERNEL_ACCOUNT)?,
+            irqs: Lines::new()?,
         })
     }
 

@@ -237,10 +237,10 @@ macro_rules! bpf_ctx_field {
         }
     }};
     (@check $last:ident . $f:ident) => {
-        const _: () = assert!(::core::mem::offset_of!($last, $f) < 0x7ff8);
+        $crate::static_assert!(::core::mem::offset_of!($last, $f) < 0x7ff8);
     };
     (@check $here:ident . $f:ident => $next:ident . $n:ident $(=> $more:ident . $m:ident)*) => {
-        const _: () = assert!(::core::mem::offset_of!($here, $f) < 0x7ff8);
+        $crate::static_assert!(::core::mem::offset_of!($here, $f) < 0x7ff8);
         const _: fn(&$here) -> *const $next = |here| here.$f;
         $crate::bpf_ctx_field!(@check $next . $n $(=> $more . $m)*);
     };
