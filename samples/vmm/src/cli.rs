@@ -7,6 +7,9 @@ use std::str::FromStr;
 
 use clap::Parser;
 
+use crate::provide::PERF_TABLE_MAX;
+use crate::{arch, userspace};
+
 /// Boots a Linux guest with devices made of eBPF programs.
 ///
 /// The guest's console is standard output; the VMM itself writes to standard
@@ -15,7 +18,7 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Args {
-    /// Guest kernel, a 64-bit bzImage.
+    /// Guest kernel: a 64-bit bzImage for x86-64, an Image for arm64.
     #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
 
@@ -23,8 +26,9 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
 
-    /// Added to the kernel command line "console=ttyS0 reboot=k panic=-1".
-    #[arg(long, value_name = "TEXT", default_value = "")]
+    // Its help says what it is added to.
+    #[arg(long, value_name = "TEXT", default_value = "",
+          help = format!("Added to the kernel command line {:?}", arch::CMDLINE))]
     pub append: String,
 
     /// Guest memory in MiB.
@@ -41,9 +45,17 @@ pub struct Args {
     #[arg(long, value_name = "DEVICE.o@ADDR")]
     pub bpf: Vec<At>,
 
-    /// A device that this program serves; the one there is: regbank (repeatable).
-    #[arg(long, value_name = "NAME@ADDR")]
+    // Its help lists the names.
+    #[arg(long, value_name = "NAME@ADDR",
+          help = format!("A device that this program serves: {} (repeatable)",
+                         userspace::NAMES.join(", ")))]
     pub userspace: Vec<At>,
+
+    /// Frequencies in kHz that a virtual cpufreq device offers, ascending, up to 64.
+    ///
+    /// Default: the highest one of the host's first CPU.
+    #[arg(long, value_name = "KHZ,...")]
+    pub perf_table: Option<PerfTable>,
 
     /// Write the counts of exits to FILE as JSON, instead of a summary to standard error.
     #[arg(long, value_name = "FILE")]
@@ -80,6 +92,28 @@ impl FromStr for At {
     }
 }
 
+/// A table of frequencies: `KHZ[,KHZ...]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PerfTable(pub Vec<u32>);
+
+impl FromStr for PerfTable {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let table = text
+            .split(',')
+            .map(|khz| khz.parse().map_err(|error| format!("{khz:?}: {error}")))
+            .collect::<Result<Vec<u32>, _>>()?;
+        if table.len() > PERF_TABLE_MAX {
+            return Err(format!("more than {PERF_TABLE_MAX} frequencies"));
+        }
+        if table.first() == Some(&0) || !table.is_sorted_by(|a, b| a < b) {
+            return Err("frequencies are to ascend from above 0".to_string());
+        }
+        Ok(PerfTable(table))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -112,6 +146,28 @@ mod tests {
     fn devices_repeat() {
         let args = parse(&["--bpf", "a@1", "--bpf", "b@2", "--userspace", "regbank@3"]).unwrap();
         assert_eq!((args.bpf.len(), args.userspace.len()), (2, 1));
+    }
+
+    #[test]
+    fn tables_ascend() {
+        let table: PerfTable = "400000,800000,1600000".parse().unwrap();
+        assert_eq!(table.0, [400_000, 800_000, 1_600_000]);
+        let many = |count: u32| (1..=count).map(|khz| khz.to_string()).collect::<Vec<_>>();
+        assert!(many(64).join(",").parse::<PerfTable>().is_ok());
+        assert!(many(65).join(",").parse::<PerfTable>().is_err());
+        for bad in [
+            "",
+            "0",
+            "0,1",
+            "1,",
+            "2,1",
+            "1,1",
+            "-1",
+            "4294967296",
+            "1 2",
+        ] {
+            assert!(bad.parse::<PerfTable>().is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -2,14 +2,22 @@
 
 //! A small VMM that boots a Linux guest with devices made of eBPF programs.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod bus;
 mod cli;
+mod console;
+#[cfg(all(test, not(target_arch = "aarch64")))]
+#[path = "aarch64/fdt.rs"]
+mod fdt;
+mod provide;
 mod report;
-mod userspace;
 mod vm;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+#[cfg(target_arch = "aarch64")]
+use aarch64 as arch;
 #[cfg(target_arch = "x86_64")]
 use x86_64 as arch;
 
@@ -21,6 +29,7 @@ use std::sync::mpsc::{self, Sender};
 use std::{iter, mem, ptr, thread};
 
 use clap::Parser;
+use kvm_bpf_vmm::userspace;
 use libbpf_rs::PrintLevel;
 use vmm_sys_util::errno;
 use vmm_sys_util::signal::block_signal;

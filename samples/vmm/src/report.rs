@@ -102,6 +102,24 @@ impl Device {
     }
 }
 
+/// A vCPU's thread as it was when the guest ended.
+#[derive(Debug, Serialize)]
+pub struct Vcpu {
+    /// KVM's number of the vCPU.
+    pub id: usize,
+    /// Bounds of the utilisation that the scheduler assumes, 0 to 1024.
+    pub uclamp_min: u32,
+    /// The upper one.
+    pub uclamp_max: u32,
+}
+
+impl Vcpu {
+    /// Whether nobody has set the bounds; a host kernel without them says that both are 0.
+    fn is_unclamped(&self) -> bool {
+        matches!((self.uclamp_min, self.uclamp_max), (0, 0 | 1024))
+    }
+}
+
 /// What the VMM tells at the end of a run.
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -113,6 +131,8 @@ pub struct Report {
     pub unclaimed_exits: u64,
     /// The devices, by address.
     pub devices: Vec<Device>,
+    /// The vCPUs.
+    pub vcpus: Vec<Vcpu>,
 }
 
 impl fmt::Display for Report {
@@ -135,6 +155,13 @@ impl fmt::Display for Report {
                 self.unclaimed_exits
             )?;
         }
+        for vcpu in self.vcpus.iter().filter(|vcpu| !vcpu.is_unclamped()) {
+            write!(
+                f,
+                "\nvCPU {}: utilisation clamped to {} to {}",
+                vcpu.id, vcpu.uclamp_min, vcpu.uclamp_max
+            )?;
+        }
         Ok(())
     }
 }
@@ -154,6 +181,15 @@ mod tests {
             reloads: 0,
             unclaimed_exits: 0,
             devices: vec![Device::new("bank", Server::Userspace, 0x1000, 16, &exits)],
+            vcpus: [(0, 1024), (512, 512), (0, 0)]
+                .into_iter()
+                .enumerate()
+                .map(|(id, (uclamp_min, uclamp_max))| Vcpu {
+                    id,
+                    uclamp_min,
+                    uclamp_max,
+                })
+                .collect(),
         }
     }
 
@@ -168,6 +204,8 @@ mod tests {
         assert_eq!(registers[1]["offset"], 8);
         assert_eq!(registers[1]["direction"], "read");
         assert_eq!(registers[1]["exits"], 2);
+        assert_eq!(json["vcpus"][1]["id"], 1);
+        assert_eq!(json["vcpus"][0]["uclamp_max"], 1024);
     }
 
     #[test]
@@ -175,7 +213,9 @@ mod tests {
         let text = report().to_string();
         assert_eq!(
             text,
-            "guest ended: reset\nbank at 0x1000, served by user space: 4 exits to user space"
+            "guest ended: reset\n\
+             bank at 0x1000, served by user space: 4 exits to user space\n\
+             vCPU 1: utilisation clamped to 512 to 512"
         );
     }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 use kvm_bindings::{
     KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_userspace_memory_region,
 };
-use kvm_bpf::{MmioDevice, OpenImage};
+use kvm_bpf::{Image, MmioDevice, OpenImage};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
@@ -25,8 +25,9 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::arch;
 use crate::bus::{Bus, Conflict, Range, check_ranges};
 use crate::cli::{Args, At};
-use crate::report::Report;
-use crate::userspace::RegisterBank;
+use crate::provide;
+use crate::report::{Report, Vcpu};
+use crate::userspace::{self, uclamp};
 
 /// Why the VM could not be made, or stopped before the guest ended it.
 #[derive(Debug, thiserror::Error)]
@@ -39,8 +40,15 @@ pub enum Error {
     Read(PathBuf, #[source] io::Error),
     #[error("{0}")]
     Device(String, #[source] kvm_bpf::device::Error),
-    #[error("{0}: no such user-space device, only regbank")]
+    #[error("{0}: no such user-space device, only {names}", names = userspace::NAMES.join(", "))]
     NoSuchDevice(String),
+    #[error("{device}: cannot fill its map {map}")]
+    Provide {
+        device: String,
+        map: &'static str,
+        #[source]
+        source: libbpf_rs::Error,
+    },
     #[error(transparent)]
     Conflict(#[from] Conflict),
     #[error("{0}: no interrupt line is left for it")]
@@ -57,8 +65,8 @@ pub enum Error {
     Platform(#[source] arch::Error),
     #[error("{}: cannot boot it", .0.display())]
     Load(PathBuf, #[source] arch::Error),
-    #[error("cannot create vCPU {0}")]
-    CreateVcpu(u8, #[source] errno::Error),
+    #[error("cannot create the vCPUs")]
+    CreateVcpu(#[source] errno::Error),
     #[error("cannot set up vCPU {0}")]
     SetupVcpu(u8, #[source] arch::Error),
     #[error("cannot start a thread")]
@@ -69,6 +77,8 @@ pub enum Error {
     RunVcpu(usize, #[source] errno::Error),
     #[error("vCPU {0} stopped: {1}")]
     UnexpectedExit(usize, String),
+    #[error("the guest crashed: triple fault of vCPU {0}")]
+    TripleFault(usize),
 }
 
 /// How a guest ends.
@@ -78,8 +88,6 @@ pub enum End {
     Reset,
     /// It switched itself off.
     PowerOff,
-    /// A fault that it could not handle, or `reboot=t`.
-    TripleFault,
 }
 
 impl End {
@@ -87,7 +95,6 @@ impl End {
         match self {
             End::Reset => "reset",
             End::PowerOff => "power off",
-            End::TripleFault => "triple fault",
         }
     }
 }
@@ -123,6 +130,7 @@ pub enum Event {
 pub struct Vm {
     vcpus: Vec<VcpuFd>,
     bpf_devices: Vec<BpfDevice>,
+    perf_table: Vec<u32>,
     bus: Bus,
     platform: arch::Platform,
     // The last ones: nothing above may outlive them.
@@ -145,17 +153,18 @@ impl Vm {
             let note = image.note();
             devices.push(guest_device(at, note.mmio_size, note.compatible.clone()));
         }
+        let mut userspace_irqs = Vec::new();
         for at in &args.userspace {
-            if at.what != "regbank" {
-                return Err(Error::NoSuchDevice(at.what.clone()));
-            }
-            let compatible = vec![RegisterBank::COMPATIBLE.to_string()];
-            devices.push(guest_device(at, RegisterBank::SIZE, compatible));
+            let info = userspace::describe(&at.what)
+                .ok_or_else(|| Error::NoSuchDevice(at.what.clone()))?;
+            let compatible = info.compatible.iter().map(|name| name.to_string());
+            devices.push(guest_device(at, info.size, compatible.collect()));
+            userspace_irqs.push(info.nr_irqs);
         }
         let mut taken = arch::reserved_ranges();
         taken.push(Range {
             name: "guest RAM".to_string(),
-            addr: 0,
+            addr: arch::RAM_START,
             size: memory_size,
         });
         let ranges: Vec<_> = devices.iter().map(|device| device.range.clone()).collect();
@@ -172,37 +181,45 @@ impl Vm {
         let vm = kvm.create_vm().map_err(Error::CreateVm)?;
         let memory = create_memory(&vm, memory_size)?;
         let platform = arch::Platform::new(&vm).map_err(Error::Platform)?;
+        let vcpus = (0..args.cpus)
+            .map(|id| vm.create_vcpu(id.into()))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(Error::CreateVcpu)?;
+        platform.wire(&vm).map_err(Error::Platform)?;
 
+        let perf_table = match &args.perf_table {
+            Some(table) => table.0.clone(),
+            None => provide::default_perf_table(),
+        };
         let mut bus = Bus::default();
         let mut bpf_devices = Vec::new();
         let mut free_gsis = arch::DEVICE_GSIS;
         let (bpf, userspace) = devices.split_at_mut(images.len());
         for (info, image) in bpf.iter_mut().zip(images) {
-            let name = &info.range.name;
             let nr_irqs = image.note().nr_irqs;
             let device = MmioDevice::new(&vm, info.range.addr, image)
-                .map_err(|source| Error::Device(name.clone(), source))?;
-            let mut irqs = Vec::new();
-            for index in 0..nr_irqs {
-                let (gsi, irq) = wire_interrupt(&vm, name, &mut free_gsis)?;
+                .map_err(|source| Error::Device(info.range.name.clone(), source))?;
+            provide_to(&info.range.name, device.image(), &perf_table)?;
+            let irqs = wire_interrupts(&vm, info, nr_irqs, &mut free_gsis)?;
+            for (index, irq) in (0..).zip(&irqs) {
                 device
                     .device()
-                    .set_irq(index.into(), &irq)
-                    .map_err(|source| Error::Device(name.clone(), source))?;
-                info.gsis.push(gsi);
-                irqs.push(irq);
+                    .set_irq(index, irq)
+                    .map_err(|source| Error::Device(info.range.name.clone(), source))?;
             }
             bus.add(info.range.clone(), None);
             bpf_devices.push(BpfDevice {
-                path: PathBuf::from(name),
+                path: PathBuf::from(&info.range.name),
                 device,
                 _irqs: irqs,
             });
         }
-        for info in userspace {
-            let (gsi, irq) = wire_interrupt(&vm, &info.range.name, &mut free_gsis)?;
-            info.gsis.push(gsi);
-            bus.add(info.range.clone(), Some(Box::new(RegisterBank::new(irq))));
+        for (info, nr_irqs) in userspace.iter_mut().zip(userspace_irqs) {
+            let irqs = wire_interrupts(&vm, info, nr_irqs, &mut free_gsis)?;
+            let name = &info.range.name;
+            let model = userspace::create(name, irqs, &perf_table)
+                .ok_or_else(|| Error::NoSuchDevice(name.clone()))?;
+            bus.add(info.range.clone(), Some(model));
         }
 
         let cmdline = format!("{} {}", arch::CMDLINE, args.append);
@@ -216,19 +233,15 @@ impl Vm {
         )
         .map_err(|source| Error::Load(args.kernel.clone(), source))?;
 
-        let mut vcpus = Vec::new();
-        for id in 0..args.cpus {
-            let vcpu = vm
-                .create_vcpu(id.into())
-                .map_err(|source| Error::CreateVcpu(id, source))?;
-            arch::setup_vcpu(&kvm, &vcpu, id, args.cpus, entry)
+        for (id, vcpu) in (0..).zip(&vcpus) {
+            arch::setup_vcpu(&kvm, &vm, vcpu, id, args.cpus, entry)
                 .map_err(|source| Error::SetupVcpu(id, source))?;
-            vcpus.push(vcpu);
         }
 
         Ok(Vm {
             vcpus,
             bpf_devices,
+            perf_table,
             bus,
             platform,
             _vm: vm,
@@ -246,49 +259,60 @@ impl Vm {
             platform: self.platform,
             stop: AtomicBool::new(false),
         });
-        let threads = self
-            .vcpus
-            .into_iter()
-            .enumerate()
-            .map(|(id, vcpu)| start_vcpu(id, vcpu, shared.clone(), sender.clone()))
-            .collect::<Result<Vec<_>, _>>()?;
+        let mut threads = Vec::new();
+        let mut started = Ok(());
+        for (id, vcpu) in self.vcpus.into_iter().enumerate() {
+            match start_vcpu(id, vcpu, shared.clone(), sender.clone()) {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    started = Err(error);
+                    break;
+                }
+            }
+        }
 
         let mut reloads = 0;
-        let end = loop {
-            match events.recv() {
-                Ok(Event::Reload) => {
-                    for device in &mut self.bpf_devices {
-                        match device.reload() {
-                            Ok(()) => reloads += 1,
-                            Err(error) => crate::print_error("reload", &error),
+        let end = started.and_then(|()| {
+            loop {
+                match events.recv() {
+                    Ok(Event::Reload) => {
+                        for device in &mut self.bpf_devices {
+                            match device.reload(&self.perf_table) {
+                                Ok(()) => reloads += 1,
+                                Err(error) => crate::print_error("reload", &error),
+                            }
                         }
                     }
+                    Ok(Event::Vcpu(Ok(None))) => (),
+                    Ok(Event::Vcpu(Ok(Some(end)))) => break Ok(end),
+                    Ok(Event::Vcpu(Err(error))) => break Err(error),
+                    Err(mpsc::RecvError) => unreachable!("this function holds a sender"),
                 }
-                Ok(Event::Vcpu(Ok(None))) => (),
-                Ok(Event::Vcpu(Ok(Some(end)))) => break Ok(end),
-                Ok(Event::Vcpu(Err(error))) => break Err(error),
-                Err(mpsc::RecvError) => unreachable!("this function holds a sender"),
             }
-        };
+        });
 
+        // Also those that run while another one could not be started.
         shared.stop.store(true, Ordering::SeqCst);
-        stop_vcpus(threads);
+        let vcpus = stop_vcpus(threads);
         end.map(|end| Report {
             end: end.describe(),
             reloads,
             unclaimed_exits: shared.bus.unclaimed(),
             devices: shared.bus.report(),
+            vcpus,
         })
     }
 }
 
 impl BpfDevice {
-    fn reload(&mut self) -> Result<(), Error> {
+    fn reload(&mut self, perf_table: &[u32]) -> Result<(), Error> {
         crate::forget_warnings();
         let image = open_image(&self.path)?;
+        let name = self.path.display().to_string();
         self.device
             .replace(image)
-            .map_err(|source| Error::Device(self.path.display().to_string(), source))
+            .map_err(|source| Error::Device(name.clone(), source))?;
+        provide_to(&name, self.device.image(), perf_table)
     }
 }
 
@@ -304,6 +328,14 @@ fn open_image(path: &Path) -> Result<OpenImage, Error> {
         .map_err(|source| Error::Device(path.display().to_string(), source.into()))
 }
 
+fn provide_to(device: &str, image: &Image, perf_table: &[u32]) -> Result<(), Error> {
+    provide::fill(image, perf_table).map_err(|(map, source)| Error::Provide {
+        device: device.to_string(),
+        map,
+        source,
+    })
+}
+
 fn guest_device(at: &At, size: u64, compatible: Vec<String>) -> GuestDevice {
     GuestDevice {
         range: Range {
@@ -317,7 +349,7 @@ fn guest_device(at: &At, size: u64, compatible: Vec<String>) -> GuestDevice {
 }
 
 fn create_memory(vm: &VmFd, size: u64) -> Result<GuestMemoryMmap, Error> {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), size as usize)])
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(arch::RAM_START), size as usize)])
         .map_err(|source| Error::Memory(size >> 20, source))?;
     for (slot, region) in memory.iter().enumerate() {
         let kvm_region = kvm_userspace_memory_region {
@@ -332,6 +364,22 @@ fn create_memory(vm: &VmFd, size: u64) -> Result<GuestMemoryMmap, Error> {
         unsafe { vm.set_user_memory_region(kvm_region) }.map_err(Error::SetMemory)?;
     }
     Ok(memory)
+}
+
+/// Gives a device its interrupt lines; answers an eventfd for each, which raises it.
+fn wire_interrupts(
+    vm: &VmFd,
+    device: &mut GuestDevice,
+    count: u32,
+    free: &mut impl Iterator<Item = u32>,
+) -> Result<Vec<EventFd>, Error> {
+    let mut irqs = Vec::new();
+    for _ in 0..count {
+        let (gsi, irq) = wire_interrupt(vm, &device.range.name, free)?;
+        device.gsis.push(gsi);
+        irqs.push(irq);
+    }
+    Ok(irqs)
 }
 
 /// Takes an interrupt line and makes an eventfd that raises it.
@@ -365,7 +413,7 @@ fn start_vcpu(
     mut vcpu: VcpuFd,
     shared: Arc<Shared>,
     sender: Sender<Event>,
-) -> Result<JoinHandle<()>, Error> {
+) -> Result<JoinHandle<Option<Vcpu>>, Error> {
     thread::Builder::new()
         .name(format!("vcpu{id}"))
         .spawn(move || {
@@ -373,6 +421,13 @@ fn start_vcpu(
                 .unwrap_or_else(|_| Err(Error::UnexpectedExit(id, "its thread panicked".into())));
             // Nobody listens any more when another vCPU ended the guest first.
             let _ = sender.send(Event::Vcpu(result));
+            // A thread may ask this of itself as long as it is there, so at its end.
+            let (uclamp_min, uclamp_max) = uclamp::of_thread(0).ok()?;
+            Some(Vcpu {
+                id,
+                uclamp_min,
+                uclamp_max,
+            })
         })
         .map_err(Error::Thread)
 }
@@ -382,19 +437,25 @@ fn run_vcpu(id: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<Option<End>
     while !shared.stop.load(Ordering::SeqCst) {
         let end = match vcpu.run() {
             Ok(VcpuExit::MmioRead(addr, data)) => {
-                shared.bus.read(id, addr, data);
+                if !shared.platform.mmio_read(addr, data) {
+                    shared.bus.read(id, addr, data);
+                }
                 None
             }
             Ok(VcpuExit::MmioWrite(addr, data)) => {
-                shared.bus.write(id, addr, data);
+                if !shared.platform.mmio_write(addr, data) {
+                    shared.bus.write(id, addr, data);
+                }
                 None
             }
+            #[cfg(target_arch = "x86_64")]
             Ok(VcpuExit::IoIn(port, data)) => {
                 shared.platform.port_read(port, data);
                 None
             }
+            #[cfg(target_arch = "x86_64")]
             Ok(VcpuExit::IoOut(port, data)) => shared.platform.port_write(port, data),
-            Ok(VcpuExit::Shutdown) => Some(End::TripleFault),
+            Ok(VcpuExit::Shutdown) => return Err(Error::TripleFault(id)),
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Some(End::PowerOff),
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Some(End::Reset),
             Ok(VcpuExit::InternalError) => {
@@ -419,9 +480,9 @@ fn internal_error(vcpu: &mut VcpuFd) -> String {
     format!("KVM internal error {}, {data:x?}", internal.suberror)
 }
 
-/// Makes the threads leave `KVM_RUN` and waits for them.
-fn stop_vcpus(threads: Vec<JoinHandle<()>>) {
-    for thread in threads {
+/// Makes the threads leave `KVM_RUN` and waits for them; answers what they tell of themselves.
+fn stop_vcpus(threads: Vec<JoinHandle<Option<Vcpu>>>) -> Vec<Vcpu> {
+    let stop = |thread: JoinHandle<Option<Vcpu>>| {
         // A signal that arrives just before KVM_RUN does not interrupt it, so
         // send it until the thread is gone.
         while !thread.is_finished() {
@@ -430,8 +491,9 @@ fn stop_vcpus(threads: Vec<JoinHandle<()>>) {
             thread::sleep(Duration::from_millis(1));
         }
         // A panic has been printed already.
-        let _ = thread.join();
-    }
+        thread.join().ok().flatten()
+    };
+    threads.into_iter().filter_map(stop).collect()
 }
 
 /// The signal is there to interrupt `KVM_RUN`; there is nothing to do in its handler.

@@ -8,9 +8,7 @@
 mod acpi;
 
 use std::fs::File;
-use std::io::{Stdout, stdout};
 use std::ops::RangeInclusive;
-use std::sync::Mutex;
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, Msrs, kvm_cpuid_entry2, kvm_msr_entry,
@@ -21,12 +19,10 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::{self, KernelLoader};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, ReadVolatile};
-use vm_superio::serial::NoEvents;
-use vm_superio::{Serial, Trigger};
 use vmm_sys_util::errno;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::Range;
+use crate::console::Console;
 use crate::vm::{End, GuestDevice};
 
 /// What the VMM needs of KVM here.
@@ -43,6 +39,9 @@ pub const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
 /// IOAPIC pins for devices: all but those of the timer, the console and COM2.
 pub const DEVICE_GSIS: RangeInclusive<u32> = 5..=23;
 
+/// First address of RAM.
+pub const RAM_START: u64 = 0;
+
 const IOAPIC_ADDR: u64 = 0xfec0_0000;
 const LOCAL_APIC_ADDR: u64 = 0xfee0_0000;
 /// Pages that KVM needs on Intel for guests in real mode.
@@ -51,7 +50,7 @@ const TSS_ADDR: u64 = 0xfffb_d000;
 const TSS_LEN: u64 = 3 * 0x1000;
 
 const COM1_PORT: u16 = 0x3f8;
-const COM1_LAST: u16 = COM1_PORT + 7;
+const COM1_LAST: u16 = COM1_PORT + Console::SIZE as u16 - 1;
 const COM1_GSI: u32 = 4;
 /// The keyboard controller's command port, and its command to reset the CPU.
 const RESET_PORT: u16 = 0x64;
@@ -145,20 +144,9 @@ pub fn reserved_ranges() -> Vec<Range> {
     ]
 }
 
-/// Signals an eventfd as the interrupt of a device model.
-struct EventTrigger(EventFd);
-
-impl Trigger for EventTrigger {
-    type E = std::io::Error;
-
-    fn trigger(&self) -> std::io::Result<()> {
-        self.0.write(1)
-    }
-}
-
 /// The console and the ports that end the guest.
 pub struct Platform {
-    serial: Mutex<Serial<EventTrigger, NoEvents, Stdout>>,
+    console: Console,
 }
 
 impl Platform {
@@ -177,22 +165,32 @@ impl Platform {
         })
         .map_err(kvm("create the timer"))?;
 
-        let irq = EventFd::new(libc::EFD_NONBLOCK)
+        let console = Console::new()
             .map_err(|error| Error::Kvm("create the console's interrupt", error.into()))?;
-        vm.register_irqfd(&irq, COM1_GSI)
-            .map_err(kvm("wire the console's interrupt"))?;
-        Ok(Platform {
-            serial: Mutex::new(Serial::new(EventTrigger(irq), stdout())),
-        })
+        Ok(Platform { console })
+    }
+
+    /// Makes interrupts work; call it when all vCPUs are created, and before an irqfd is.
+    pub fn wire(&self, vm: &VmFd) -> Result<(), Error> {
+        self.console
+            .wire(vm, COM1_GSI)
+            .map_err(kvm("wire the console's interrupt"))
+    }
+
+    /// Answers a read of the platform's own devices, of which none is at an address here.
+    pub fn mmio_read(&self, _addr: u64, _data: &mut [u8]) -> bool {
+        false
+    }
+
+    /// Takes a write to the platform's own devices, likewise.
+    pub fn mmio_write(&self, _addr: u64, _data: &[u8]) -> bool {
+        false
     }
 
     /// Answers a read from a port.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         match port {
-            COM1_PORT..=COM1_LAST => {
-                let mut serial = self.serial.lock().unwrap_or_else(|e| e.into_inner());
-                data.fill_with(|| serial.read((port - COM1_PORT) as u8));
-            }
+            COM1_PORT..=COM1_LAST => self.console.read((port - COM1_PORT).into(), data),
             // The keyboard controller is ready for a command; the sleep status is clear.
             RESET_PORT | SLEEP_STATUS_PORT => data.fill(0),
             _ => data.fill(0xff),
@@ -203,12 +201,7 @@ impl Platform {
     pub fn port_write(&self, port: u16, data: &[u8]) -> Option<End> {
         match (port, data) {
             (COM1_PORT..=COM1_LAST, _) => {
-                let mut serial = self.serial.lock().unwrap_or_else(|e| e.into_inner());
-                for &byte in data {
-                    // It fails when standard output does, and then there is
-                    // nowhere to complain to and the guest may go on.
-                    let _ = serial.write((port - COM1_PORT) as u8, byte);
-                }
+                self.console.write((port - COM1_PORT).into(), data);
                 None
             }
             (RESET_PORT, [RESET_VALUE]) => Some(End::Reset),
@@ -218,7 +211,10 @@ impl Platform {
     }
 }
 
-/// Loads kernel, initramfs, command line and tables; answers the address to enter at.
+/// Address that the guest starts at.
+pub type Entry = u64;
+
+/// Loads kernel, initramfs, command line and tables.
 pub fn load(
     memory: &GuestMemoryMmap,
     kernel: &mut File,
@@ -226,7 +222,7 @@ pub fn load(
     cmdline: &str,
     cpus: u8,
     devices: &[GuestDevice],
-) -> Result<u64, Error> {
+) -> Result<Entry, Error> {
     let loaded =
         BzImage::load(memory, None, kernel, Some(GuestAddress(HIGH_RAM))).map_err(Error::Kernel)?;
     let mut params = boot_params {
@@ -332,7 +328,14 @@ fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), Error> {
 }
 
 /// Sets up a vCPU; the first one enters the kernel, the others wait for it.
-pub fn setup_vcpu(kvm_fd: &Kvm, vcpu: &VcpuFd, id: u8, cpus: u8, entry: u64) -> Result<(), Error> {
+pub fn setup_vcpu(
+    kvm_fd: &Kvm,
+    _vm: &VmFd,
+    vcpu: &VcpuFd,
+    id: u8,
+    cpus: u8,
+    entry: Entry,
+) -> Result<(), Error> {
     let supported = kvm_fd
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(kvm("ask for the supported CPUID"))?;
@@ -474,10 +477,7 @@ mod tests {
     fn ports_end_the_guest() {
         assert_eq!(SLEEP_OFF, 0x34);
         let platform = Platform {
-            serial: Mutex::new(Serial::new(
-                EventTrigger(EventFd::new(0).unwrap()),
-                stdout(),
-            )),
+            console: Console::new().unwrap(),
         };
         assert_eq!(platform.port_write(0x64, &[0xfe]), Some(End::Reset));
         assert_eq!(platform.port_write(0x64, &[0xff]), None);

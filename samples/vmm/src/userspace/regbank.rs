@@ -8,13 +8,7 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// A device model: told of each access, with its offset from the device's start.
-pub trait MmioDevice: Send {
-    /// Answers a guest read of 1 to 8 bytes.
-    fn read(&mut self, vcpu: usize, offset: u64, data: &mut [u8]);
-    /// Takes a guest write of 1 to 8 bytes.
-    fn write(&mut self, vcpu: usize, offset: u64, data: &[u8]);
-}
+use super::{Description, MmioDevice};
 
 const ID: u64 = 0x4b42_5042;
 const VERSION: u64 = 1;
@@ -39,10 +33,12 @@ pub struct RegisterBank {
 }
 
 impl RegisterBank {
-    /// Bytes of MMIO space.
-    pub const SIZE: u64 = 0x1000;
-    /// Device-tree name.
-    pub const COMPATIBLE: &str = "kvm-bpf,regbank";
+    /// What the guest is told of it.
+    pub const DESCRIPTION: Description = Description {
+        compatible: &["kvm-bpf,regbank"],
+        size: 0x1000,
+        nr_irqs: 1,
+    };
 
     /// A bank whose interrupt 0 signals `irq`.
     pub fn new(irq: EventFd) -> Self {

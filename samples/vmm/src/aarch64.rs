@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What is arm64's own: boot, CPUs, interrupt controller, console.
+//!
+//! The guest enters an Image with a device tree, as the kernel's boot protocol
+//! (Documentation/arch/arm64/booting.rst) describes it. KVM serves the
+//! interrupt controller (a GICv3, which the host's must be too), the timer and
+//! PSCI, through which the guest starts its other CPUs, resets and powers off.
+
+mod fdt;
+
+use std::fs::File;
+use std::mem::offset_of;
+use std::ops::RangeInclusive;
+use std::ptr;
+
+use kvm_bindings::{
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_DEV_ARM_VGIC_CTRL_INIT,
+    KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS,
+    KVM_REG_ARM_CORE, KVM_REG_ARM64, KVM_REG_SIZE_U64, KVM_VGIC_V3_ADDR_TYPE_DIST,
+    KVM_VGIC_V3_ADDR_TYPE_REDIST, kvm_create_device, kvm_device_attr,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_vcpu_init, user_pt_regs,
+};
+use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
+use linux_loader::loader::pe::PE;
+use linux_loader::loader::{self, KernelLoader};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, ReadVolatile};
+use vmm_sys_util::errno;
+
+use self::fdt::{GIC_DIST_ADDR, GIC_REDIST_ADDR, Machine, SERIAL_ADDR, SERIAL_GSI, SERIAL_SIZE};
+pub use self::fdt::{RAM_START, reserved_ranges};
+use crate::console::Console;
+use crate::vm::GuestDevice;
+
+/// What the VMM needs of KVM here.
+pub const CAPABILITIES: [(Cap, &str); 6] = [
+    (Cap::ArmPsci02, "KVM_CAP_ARM_PSCI_0_2"),
+    (Cap::DeviceCtrl, "KVM_CAP_DEVICE_CTRL"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::OneReg, "KVM_CAP_ONE_REG"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+];
+
+/// Command line that every guest gets.
+pub const CMDLINE: &str = "console=ttyS0 panic=-1";
+
+/// Shared interrupts for devices: all but the console's. KVM's GSI n is SPI n if not told else.
+pub const DEVICE_GSIS: RangeInclusive<u32> = SERIAL_GSI + 1..=255;
+
+/// Interrupts of the GIC, with the 32 that are each CPU's own.
+const NR_IRQS: u32 = 32 + 256;
+
+/// The tree is in the last part of RAM, which is as large as the kernel takes one.
+const FDT_MAX_SIZE: u64 = 2 << 20;
+/// `COMMAND_LINE_SIZE` of the kernel, with the final NUL.
+const CMDLINE_MAX: usize = 2048;
+/// Where an Image's header has the size in memory, which its file may lack the end of.
+const IMAGE_SIZE: u64 = 16;
+const PAGE: u64 = 0x1000;
+
+/// Why the guest could not be prepared.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot {0}")]
+    Kvm(&'static str, #[source] errno::Error),
+    // The loader's errors name their causes themselves.
+    #[error("{0}")]
+    Kernel(loader::Error),
+    #[error("the kernel needs {needed} MiB of guest memory and there are {have}")]
+    SmallMemory { needed: u64, have: u64 },
+    #[error("the initramfs has {0} bytes and finds no room in guest memory")]
+    InitrdSize(u64),
+    #[error("cannot read the initramfs")]
+    Initrd(#[source] vm_memory::GuestMemoryError),
+    #[error("cannot write to guest memory")]
+    Memory(#[from] vm_memory::GuestMemoryError),
+    #[error("the command line has {len} bytes and the kernel takes {max}")]
+    Cmdline { len: usize, max: usize },
+    #[error("cannot write the device tree")]
+    Fdt(#[source] vm_fdt::Error),
+    #[error("{0} bytes of device tree, too many devices")]
+    FdtSize(usize),
+}
+
+fn kvm(what: &'static str) -> impl Fn(errno::Error) -> Error {
+    move |source| Error::Kvm(what, source)
+}
+
+/// The interrupt controller and the console.
+pub struct Platform {
+    gic: DeviceFd,
+    console: Console,
+}
+
+impl Platform {
+    /// Creates the interrupt controller, which must be there before the vCPUs, and the console.
+    pub fn new(vm: &VmFd) -> Result<Self, Error> {
+        let mut create = kvm_create_device {
+            type_: kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
+            fd: 0,
+            flags: 0,
+        };
+        let gic = vm
+            .create_device(&mut create)
+            .map_err(kvm("create the interrupt controller, a GICv3"))?;
+        for (r#type, addr) in [
+            (KVM_VGIC_V3_ADDR_TYPE_DIST, GIC_DIST_ADDR),
+            (KVM_VGIC_V3_ADDR_TYPE_REDIST, GIC_REDIST_ADDR),
+        ] {
+            set_attr(&gic, KVM_DEV_ARM_VGIC_GRP_ADDR, r#type, Some(&addr))
+                .map_err(kvm("place the interrupt controller"))?;
+        }
+        set_attr(&gic, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, Some(&NR_IRQS))
+            .map_err(kvm("set the number of interrupts"))?;
+        let console = Console::new()
+            .map_err(|error| Error::Kvm("create the console's interrupt", error.into()))?;
+        Ok(Platform { gic, console })
+    }
+
+    /// Makes interrupts work; call it when all vCPUs are created, and before an irqfd is.
+    pub fn wire(&self, vm: &VmFd) -> Result<(), Error> {
+        let (group, init) = (KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_CTRL_INIT);
+        set_attr::<()>(&self.gic, group, init, None)
+            .map_err(kvm("start the interrupt controller"))?;
+        self.console
+            .wire(vm, SERIAL_GSI)
+            .map_err(kvm("wire the console's interrupt"))
+    }
+
+    /// Answers a read of the platform's own devices, and says if it was one.
+    pub fn mmio_read(&self, addr: u64, data: &mut [u8]) -> bool {
+        match addr.checked_sub(SERIAL_ADDR) {
+            Some(offset) if offset < Console::SIZE => self.console.read(offset, data),
+            Some(offset) if offset < SERIAL_SIZE => data.fill(0),
+            _ => return false,
+        }
+        true
+    }
+
+    /// Takes a write to the platform's own devices, and says if it was one.
+    pub fn mmio_write(&self, addr: u64, data: &[u8]) -> bool {
+        match addr.checked_sub(SERIAL_ADDR) {
+            Some(offset) if offset < Console::SIZE => self.console.write(offset, data),
+            Some(offset) if offset < SERIAL_SIZE => (),
+            _ => return false,
+        }
+        true
+    }
+}
+
+fn set_attr<T>(
+    device: &DeviceFd,
+    group: u32,
+    attr: u32,
+    value: Option<&T>,
+) -> Result<(), errno::Error> {
+    device.set_device_attr(&kvm_device_attr {
+        flags: 0,
+        group,
+        attr: attr.into(),
+        addr: value.map_or(0, |value| ptr::from_ref(value) as u64),
+    })
+}
+
+/// Where the guest starts, and with what.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    pc: u64,
+    fdt: u64,
+}
+
+/// Loads kernel, initramfs and device tree.
+pub fn load(
+    memory: &GuestMemoryMmap,
+    kernel: &mut File,
+    initrd: Option<&mut File>,
+    cmdline: &str,
+    cpus: u8,
+    devices: &[GuestDevice],
+) -> Result<Entry, Error> {
+    if cmdline.len() >= CMDLINE_MAX {
+        return Err(Error::Cmdline {
+            len: cmdline.len(),
+            max: CMDLINE_MAX - 1,
+        });
+    }
+    let loaded =
+        PE::load(memory, Some(GuestAddress(RAM_START)), kernel, None).map_err(Error::Kernel)?;
+    let pc = loaded.kernel_load.raw_value();
+    let size: u64 = memory.read_obj(GuestAddress(pc + IMAGE_SIZE))?;
+    let kernel_end = pc.saturating_add(u64::from_le(size)).max(loaded.kernel_end);
+    let memory_end = memory.last_addr().raw_value() + 1;
+    let fdt = memory_end - FDT_MAX_SIZE;
+    if kernel_end > fdt {
+        return Err(Error::SmallMemory {
+            needed: (kernel_end - RAM_START)
+                .saturating_add(FDT_MAX_SIZE)
+                .div_ceil(1 << 20),
+            have: (memory_end - RAM_START) >> 20,
+        });
+    }
+    let initrd = initrd
+        .map(|initrd| load_initrd(memory, initrd, kernel_end, fdt))
+        .transpose()?;
+
+    let tree = fdt::build(&Machine {
+        cmdline,
+        memory_size: memory_end - RAM_START,
+        initrd,
+        cpus,
+        devices,
+    })
+    .map_err(Error::Fdt)?;
+    if tree.len() as u64 > FDT_MAX_SIZE {
+        return Err(Error::FdtSize(tree.len()));
+    }
+    memory.write_slice(&tree, GuestAddress(fdt))?;
+    Ok(Entry { pc, fdt })
+}
+
+/// Puts the initramfs below `end` and clear of the kernel; answers its first address and its end.
+fn load_initrd(
+    memory: &GuestMemoryMmap,
+    initrd: &mut File,
+    kernel_end: u64,
+    end: u64,
+) -> Result<(u64, u64), Error> {
+    let size = initrd.metadata().map_or(0, |metadata| metadata.len());
+    let addr = end.checked_sub(size).map(|addr| addr & !(PAGE - 1));
+    let addr = addr
+        .filter(|&addr| addr >= kernel_end)
+        .ok_or(Error::InitrdSize(size))?;
+    let slice = memory
+        .get_slice(GuestAddress(addr), size as usize)
+        .map_err(Error::Initrd)?;
+    initrd
+        .read_exact_volatile(&mut { slice })
+        .map_err(|error| Error::Initrd(error.into()))?;
+    Ok((addr, addr + size))
+}
+
+/// Sets up a vCPU; the first one enters the kernel, the others wait for PSCI.
+pub fn setup_vcpu(
+    _kvm: &Kvm,
+    vm: &VmFd,
+    vcpu: &VcpuFd,
+    id: u8,
+    _cpus: u8,
+    entry: Entry,
+) -> Result<(), Error> {
+    let mut init = kvm_vcpu_init::default();
+    vm.get_preferred_target(&mut init)
+        .map_err(kvm("ask for the kind of CPU"))?;
+    init.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
+    if id != 0 {
+        init.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
+    }
+    vcpu.vcpu_init(&init).map_err(kvm("initialise it"))?;
+    if id != 0 {
+        return Ok(());
+    }
+    for (offset, value) in [
+        (offset_of!(user_pt_regs, pc), entry.pc),
+        (offset_of!(user_pt_regs, regs), entry.fdt),
+    ] {
+        vcpu.set_one_reg(core_register(offset), &value.to_le_bytes())
+            .map_err(kvm("set the registers"))?;
+    }
+    Ok(())
+}
+
+/// KVM's name of a 64-bit core register: its place in `struct kvm_regs`, in units of 4 bytes.
+fn core_register(offset: usize) -> u64 {
+    let index = offset as u64 / 4;
+    KVM_REG_ARM64 | KVM_REG_SIZE_U64 | u64::from(KVM_REG_ARM_CORE) | index
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registers_have_their_names() {
+        // X0 and PC, as Documentation/virt/kvm/api.rst lists them.
+        assert_eq!(
+            core_register(offset_of!(user_pt_regs, regs)),
+            0x6030_0000_0010_0000
+        );
+        assert_eq!(
+            core_register(offset_of!(user_pt_regs, pc)),
+            0x6030_0000_0010_0040
+        );
+    }
+
+    #[test]
+    fn interrupts_suffice() {
+        assert!(*DEVICE_GSIS.end() < NR_IRQS - 32);
+        assert_eq!(NR_IRQS % 32, 0);
+    }
+}

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The guest's console: a 16550A whose output is standard output.
+
+use std::io::{self, Stdout, stdout};
+use std::sync::Mutex;
+
+use kvm_ioctls::VmFd;
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Signals an eventfd as the interrupt of a device model.
+struct EventTrigger(EventFd);
+
+impl Trigger for EventTrigger {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// The serial port; where its eight registers are is the architecture's affair.
+pub struct Console {
+    serial: Mutex<Serial<EventTrigger, NoEvents, Stdout>>,
+}
+
+impl Console {
+    /// Number of registers, a byte each.
+    pub const SIZE: u64 = 8;
+
+    /// A console without interrupt so far.
+    pub fn new() -> io::Result<Self> {
+        let irq = EventTrigger(EventFd::new(libc::EFD_NONBLOCK)?);
+        Ok(Console {
+            serial: Mutex::new(Serial::new(irq, stdout())),
+        })
+    }
+
+    /// Has its interrupt raise `gsi`, edge-triggered.
+    pub fn wire(&self, vm: &VmFd, gsi: u32) -> Result<(), errno::Error> {
+        vm.register_irqfd(&self.lock().interrupt_evt().0, gsi)
+    }
+
+    /// Answers a read of the register at `offset`, which is below [`Console::SIZE`].
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut serial = self.lock();
+        data.fill_with(|| serial.read(offset as u8));
+    }
+
+    /// Takes a write of the register at `offset`, which is below [`Console::SIZE`].
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        let mut serial = self.lock();
+        for &byte in data {
+            // It fails when standard output does, and then there is nowhere
+            // to complain to and the guest may go on.
+            let _ = serial.write(offset as u8, byte);
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Serial<EventTrigger, NoEvents, Stdout>> {
+        self.serial.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
