@@ -94,6 +94,31 @@
 extern int bpf_kvm_irq_signal(struct bpf_kvm_io_ctx *ctx,
 			      __u32 irq) __ksym __weak;
 
+/*
+ * An interrupt of a device, for what runs without a context: the callbacks of
+ * timers and work queues.  Keep it in a map:
+ *
+ *	struct bpf_kvm_irq __kptr *irq;
+ *
+ * bpf_kptr_xchg() stores and takes it; the kernel frees what the map still
+ * holds in the end.  Non-sleepable programs and timer callbacks may also load
+ * it, and use it if it is not NULL.  Opaque, but not just declared: the type of
+ * a kptr has to be in BTF.
+ */
+struct bpf_kvm_irq {
+} __attribute__((preserve_access_index));
+
+/*
+ * A reference to interrupt @irq of the device that @ctx belongs to, NULL if
+ * there is no such index.  Release it, or leave it to a map.
+ */
+extern struct bpf_kvm_irq *bpf_kvm_irq_acquire(struct bpf_kvm_io_ctx *ctx,
+					       __u32 irq) __ksym __weak;
+extern void bpf_kvm_irq_release(struct bpf_kvm_irq *irq) __ksym __weak;
+
+/* Signal it; -ENOENT if it has no eventfd, or the device is gone. */
+extern int bpf_kvm_irq_raise(struct bpf_kvm_irq *irq) __ksym __weak;
+
 /* Current and highest frequency of a host CPU, in kHz. */
 extern long bpf_get_cpu_freq(__u32 cpu) __ksym __weak;
 extern long bpf_get_cpu_max_hw_freq(__u32 cpu) __ksym __weak;

@@ -1,0 +1,346 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * PrimeCell Real Time Clock PL031 (Arm DDI 0224).
+ *
+ *	offset	name	access	meaning
+ *	0x000	DR	RO	the time, in seconds
+ *	0x004	MR	RW	match: the time of the alarm
+ *	0x008	LR	RW	load: sets the time; reads as last written
+ *	0x00c	CR	RW	bit 0: the clock runs
+ *	0x010	IMSC	RW	bit 0: let the interrupt through
+ *	0x014	RIS	RO	bit 0: interrupt, raw
+ *	0x018	MIS	RO	bit 0: interrupt, masked: RIS & IMSC
+ *	0x01c	ICR	WO	bit 0: clear RIS
+ *	0xfe0	ID	RO	8 registers of one byte: peripheral, PrimeCell
+ *
+ * Registers have 32 bits, and all drivers known access them so.  Any other
+ * access reads 0 and is ignored when written: another width, an offset that is
+ * no multiple of 4, an unknown register, the wrong direction.
+ *
+ * The clock runs from the start, as if firmware had set it: DR is the time of
+ * day, CR reads 1, and writes of CR change nothing (the manual says so of a
+ * clock that runs).  A counter of seconds, which nothing loads, is behind DR;
+ * LR sets the difference to it.  So DR has the new value at once, and its next
+ * step is that of the counter: up to a second later.
+ *
+ * RIS is an event: it is set when DR becomes equal to MR, by the passing of
+ * time or by a write of either, and stays until ICR clears it.  A match that
+ * lies in the past waits for DR to wrap around.
+ *
+ * The interrupt is wired edge-triggered: it is signalled whenever MIS goes from
+ * 0 to 1, once, by an access or by a timer, whichever finds it first.  A kernel
+ * without interrupt objects has no use for the timer, so there an alarm waits
+ * for the guest's next access.
+ */
+#include "kvm_bpf.h"
+
+#define PL031_SIZE 0x1000
+#define PL031_IRQS 1
+#define PL031_IRQ 0
+
+#define DR 0x000
+#define MR 0x004
+#define LR 0x008
+#define CR 0x00c
+#define IMSC 0x010
+#define RIS 0x014
+#define MIS 0x018
+#define ICR 0x01c
+#define ID_FIRST 0xfe0
+#define ID_LAST 0xffc
+
+#define CR_START 1
+#define INTERRUPT 1
+
+/* A byte for each of the registers from ID_FIRST, the lowest first. */
+#define IDS 0xb105f00d00041031ULL
+
+#define CLOCK_BOOTTIME 7
+#define NSEC_PER_SEC 1000000000ULL
+
+/* Several vCPUs that set alarms at the same moment start the timer again. */
+#define START_TRIES 8
+
+KVM_BPF_MMIO_DEVICE(PL031_SIZE, PL031_IRQS, "arm,pl031\0arm,primecell");
+
+/* What the VMM adds to bpf_ktime_get_boot_ns() to get the time of day, in
+ * nanoseconds.  A map of its own: it stays when the programs are replaced. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} clock SEC(".maps");
+
+struct pl031 {
+	/* Of all but "timer" and "irq". */
+	struct bpf_spin_lock lock;
+	__u32 mr;
+	__u32 lr;
+	/* DR less the counter. */
+	__u32 offset;
+	__u32 imsc;
+	__u32 ris;
+	/* The latest look at the host's clock. */
+	__u64 boot_ns;
+	/* The counter at that moment.  RIS knows of all matches up to it. */
+	__u64 counter;
+	/* Fires at the next alarm; too early or without need does no harm. */
+	struct bpf_timer timer;
+	/* For the timer, which has no context. */
+	struct bpf_kvm_irq __kptr *irq;
+};
+
+/* The VMM has to keep this map open: else the kernel cancels the timer. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct pl031);
+} pl031 SEC(".maps");
+
+static __always_inline __u64 clock_offset(void)
+{
+	__u32 zero = 0;
+	__u64 *offset = bpf_map_lookup_elem(&clock, &zero);
+
+	return offset ? *offset : 0;
+}
+
+/* The functions from here to the next such comment run under the lock. */
+
+static __always_inline __u32 rtc_dr(const struct pl031 *rtc)
+{
+	return rtc->counter + rtc->offset;
+}
+
+static __always_inline __u32 rtc_mis(const struct pl031 *rtc)
+{
+	return rtc->ris & rtc->imsc;
+}
+
+/* Seconds from the counter's value to the next match, at least 1. */
+static __always_inline __u64 rtc_until_match(const struct pl031 *rtc)
+{
+	__u32 seconds = rtc->mr - rtc_dr(rtc);
+
+	return seconds ? seconds : 1ULL << 32;
+}
+
+/*
+ * Let time pass up to @boot_ns; true if that raises the interrupt.
+ *
+ * The clock is read before the lock is taken, so another may have come in
+ * between with a later time: go on from there.  The counter still goes back if
+ * the VMM sets the clock back; matches then happen again.
+ */
+static __always_inline _Bool rtc_advance(struct pl031 *rtc, __u64 boot_ns,
+					 __u64 clock_ns)
+{
+	__u32 before = rtc_mis(rtc);
+	__u64 counter;
+
+	if (boot_ns > rtc->boot_ns)
+		rtc->boot_ns = boot_ns;
+	counter = (rtc->boot_ns + clock_ns) / NSEC_PER_SEC;
+	if (counter > rtc->counter &&
+	    counter - rtc->counter >= rtc_until_match(rtc))
+		rtc->ris = INTERRUPT;
+	rtc->counter = counter;
+	return !before && rtc_mis(rtc);
+}
+
+/* When the interrupt will rise by itself, as the timer counts; 0: never. */
+static __always_inline __u64 rtc_alarm(const struct pl031 *rtc, __u64 clock_ns)
+{
+	if (rtc->ris || !rtc->imsc)
+		return 0;
+	return (rtc->counter + rtc_until_match(rtc)) * NSEC_PER_SEC - clock_ns;
+}
+
+static __always_inline __u32 rtc_read(const struct pl031 *rtc, __u64 offset)
+{
+	switch (offset) {
+	case DR:
+		return rtc_dr(rtc);
+	case MR:
+		return rtc->mr;
+	case LR:
+		return rtc->lr;
+	case CR:
+		return CR_START;
+	case IMSC:
+		return rtc->imsc;
+	case RIS:
+		return rtc->ris;
+	case MIS:
+		return rtc_mis(rtc);
+	}
+	return 0;
+}
+
+/* True if the write raises the interrupt. */
+static __always_inline _Bool rtc_write(struct pl031 *rtc, __u64 offset,
+				       __u32 value)
+{
+	__u32 before = rtc_mis(rtc);
+
+	switch (offset) {
+	case MR:
+		rtc->mr = value;
+		break;
+	case LR:
+		rtc->lr = value;
+		rtc->offset = value - (__u32)rtc->counter;
+		break;
+	case IMSC:
+		rtc->imsc = value & INTERRUPT;
+		break;
+	case ICR:
+		rtc->ris &= ~value;
+		break;
+	}
+	if ((offset == MR || offset == LR) && rtc->mr == rtc_dr(rtc))
+		rtc->ris = INTERRUPT;
+	return !before && rtc_mis(rtc);
+}
+
+/* Without the lock from here. */
+
+static __always_inline void signal_irq(struct bpf_kvm_io_ctx *ctx)
+{
+	if (bpf_ksym_exists(bpf_kvm_irq_signal))
+		bpf_kvm_irq_signal(ctx, PL031_IRQ);
+}
+
+/*
+ * Start the timer for @alarm_ns, and again should that no longer be the next
+ * alarm: two vCPUs may start it in the other order than they changed the
+ * registers.  Who starts it last finds it right.
+ */
+static __always_inline void start_timer(struct pl031 *rtc, __u64 clock_ns,
+					__u64 alarm_ns)
+{
+	for (int try = 0; alarm_ns && try < START_TRIES; try++) {
+		__u64 started = alarm_ns;
+
+		bpf_timer_start(&rtc->timer, alarm_ns, BPF_F_TIMER_ABS);
+		bpf_spin_lock(&rtc->lock);
+		alarm_ns = rtc_alarm(rtc, clock_ns);
+		bpf_spin_unlock(&rtc->lock);
+		if (alarm_ns == started)
+			break;
+	}
+}
+
+static int on_timer(void *map, __u32 *key, struct pl031 *rtc)
+{
+	__u64 clock_ns = clock_offset();
+	__u64 boot_ns = bpf_ktime_get_boot_ns();
+	struct bpf_kvm_irq *irq;
+	__u64 alarm_ns;
+	_Bool raised;
+
+	bpf_spin_lock(&rtc->lock);
+	raised = rtc_advance(rtc, boot_ns, clock_ns);
+	alarm_ns = rtc_alarm(rtc, clock_ns);
+	bpf_spin_unlock(&rtc->lock);
+
+	irq = rtc->irq;
+	if (raised && irq && bpf_ksym_exists(bpf_kvm_irq_raise))
+		bpf_kvm_irq_raise(irq);
+	start_timer(rtc, clock_ns, alarm_ns);
+	return 0;
+}
+
+/*
+ * Prepare for on_timer(), each time anew, so that the callback is the latest
+ * program's and the interrupt the latest device's.  When the programs are
+ * replaced the kernel keeps the old one for its callback, until the first write
+ * of the guest with the interrupt enabled brings in the new one.
+ */
+static __always_inline void prepare_timer(struct bpf_kvm_io_ctx *ctx,
+					  struct pl031 *rtc)
+{
+	struct bpf_kvm_irq *irq;
+
+	if (!bpf_ksym_exists(bpf_kvm_irq_acquire))
+		return;
+	irq = bpf_kvm_irq_acquire(ctx, PL031_IRQ);
+	if (!irq)
+		return;
+	irq = bpf_kptr_xchg(&rtc->irq, irq);
+	if (irq)
+		bpf_kvm_irq_release(irq);
+
+	/* It may exist already. */
+	bpf_timer_init(&rtc->timer, &pl031, CLOCK_BOOTTIME);
+	bpf_timer_set_callback(&rtc->timer, on_timer);
+}
+
+static __always_inline struct pl031 *rtc_state(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&pl031, &zero);
+}
+
+KVM_IO_READ
+int pl031_read(struct bpf_kvm_io_ctx *ctx)
+{
+	__u64 clock_ns = clock_offset();
+	__u64 boot_ns = bpf_ktime_get_boot_ns();
+	struct pl031 *rtc = rtc_state();
+	__u64 offset = ctx->offset;
+	_Bool raised;
+	__u32 value;
+
+	if (!rtc || ctx->len != 4 || offset & 3)
+		return 0;
+	if (offset >= ID_FIRST && offset <= ID_LAST) {
+		*(__u64 *)ctx->buf = IDS >> (offset - ID_FIRST) * 2 & 0xff;
+		return 0;
+	}
+
+	bpf_spin_lock(&rtc->lock);
+	raised = rtc_advance(rtc, boot_ns, clock_ns);
+	value = rtc_read(rtc, offset);
+	bpf_spin_unlock(&rtc->lock);
+
+	*(__u64 *)ctx->buf = value;
+	if (raised)
+		signal_irq(ctx);
+	return 0;
+}
+
+KVM_IO_WRITE
+int pl031_write(struct bpf_kvm_io_ctx *ctx)
+{
+	__u64 clock_ns = clock_offset();
+	__u64 boot_ns = bpf_ktime_get_boot_ns();
+	struct pl031 *rtc = rtc_state();
+	__u64 data = *(__u64 *)ctx->buf;
+	__u64 offset = ctx->offset;
+	__u64 alarm_ns;
+	_Bool raised;
+
+	if (!rtc || ctx->len != 4)
+		return 0;
+
+	/* At most one of the two raises it: only ICR lowers it. */
+	bpf_spin_lock(&rtc->lock);
+	raised = rtc_advance(rtc, boot_ns, clock_ns);
+	raised |= rtc_write(rtc, offset, data);
+	alarm_ns = rtc_alarm(rtc, clock_ns);
+	bpf_spin_unlock(&rtc->lock);
+
+	if (raised)
+		signal_irq(ctx);
+	if (alarm_ns) {
+		prepare_timer(ctx, rtc);
+		start_timer(rtc, clock_ns, alarm_ns);
+	}
+	return 0;
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";

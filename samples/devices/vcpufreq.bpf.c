@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * Virtual CPU frequency: the device of Linux's drivers/cpufreq/virtual-cpufreq.c.
+ *
+ * Each of the guest's CPUs has a page of 32-bit registers, little endian; CPU n's
+ * begins at n * 0x1000:
+ *
+ *	offset	name		access	meaning
+ *	0x00	cur_perf	RO	what the vCPU runs at now, in kHz
+ *	0x04	set_perf	WO	what the guest asks for, in kHz
+ *	0x08	perftbl_len	RO	entries in the table of frequencies
+ *	0x0c	perftbl_sel	WO	which entry to read; one selection per CPU
+ *	0x10	perftbl_rd	RO	the selected entry in kHz, 0 past the end
+ *	0x14	perf_domain	RO	CPUs with the same number share a frequency
+ *
+ * Any other access reads 0 and is ignored when written.
+ *
+ * The table is the VMM's, the same for all CPUs.  Its last entry, "max" below,
+ * stands for the fastest CPU of the host at its highest frequency, which is
+ * also what the scheduler counts as 1024.  So the two directions are
+ *
+ *	set_perf kHz:	clamp the vCPU's thread to 1024 * kHz / max, rounded up,
+ *			as its lowest and highest utilisation
+ *	cur_perf:	max * (host CPU's current / highest frequency)
+ *			    * (host CPU's capacity / 1024)
+ *
+ * and what a request means does not depend on the host CPU that the vCPU is on
+ * at that moment.  Every CPU is a domain of its own.
+ *
+ * A vCPU's program can clamp no thread but its own, and the driver writes
+ * set_perf on the CPU itself.  On another CPU's page the request is recorded,
+ * with no effect on any thread; cur_perf there is the last request.  CPUs are
+ * numbered by KVM's vCPU ids.
+ */
+#include "kvm_bpf.h"
+
+#define MAX_CPUS 8
+#define CPU_SHIFT 12
+#define CPU_SIZE (1 << CPU_SHIFT)
+
+#define CUR_PERF 0x00
+#define SET_PERF 0x04
+#define PERFTBL_LEN 0x08
+#define PERFTBL_SEL 0x0c
+#define PERFTBL_RD 0x10
+#define PERF_DOMAIN 0x14
+
+#define PERFTBL_MAX 64
+#define CAPACITY_SCALE 1024
+
+KVM_BPF_MMIO_DEVICE(MAX_CPUS *CPU_SIZE, 0, "qemu,virtual-cpufreq");
+
+/* Frequencies in kHz, ascending, with zeroes after the last.  The VMM fills it
+ * before the guest runs; without one the driver finds no device. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PERFTBL_MAX);
+	__type(key, __u32);
+	__type(value, __u32);
+} perf_table SEC(".maps");
+
+struct vcpufreq {
+	/* The last frequency asked for, in kHz, at most max; 0: none yet. */
+	__u32 request;
+	/* perftbl_sel */
+	__u32 sel;
+	/* What the vCPU's thread was clamped to last, 0 to 1024. */
+	__u32 clamp;
+	/* The errno of the last attempt, negative, or 0. */
+	__s32 error;
+};
+
+/* By the guest's CPU number. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_CPUS);
+	__type(key, __u32);
+	__type(value, struct vcpufreq);
+} vcpus SEC(".maps");
+
+static __always_inline __u32 table_entry(__u32 index)
+{
+	__u32 *entry = bpf_map_lookup_elem(&perf_table, &index);
+
+	return entry ? *entry : 0;
+}
+
+/* Number of entries: where the zeroes begin, found by halves since cur_perf is
+ * read in every tick of the guest. */
+static __always_inline __u32 table_len(void)
+{
+	__u32 len = 0;
+
+#pragma unroll
+	for (__u32 step = PERFTBL_MAX; step; step /= 2)
+		if (table_entry(len + step - 1))
+			len += step;
+	return len;
+}
+
+static __always_inline __u32 table_max(void)
+{
+	__u32 len = table_len();
+
+	return len ? table_entry(len - 1) : 0;
+}
+
+/* What the calling vCPU runs at, in kHz, where 1024 is @max; 0: not known. */
+static __always_inline __u32 host_perf(__u32 max)
+{
+	__u32 cpu = bpf_get_smp_processor_id();
+	long now, highest, scale;
+
+	if (!bpf_ksym_exists(bpf_get_cpu_freq) ||
+	    !bpf_ksym_exists(bpf_get_cpu_max_hw_freq) ||
+	    !bpf_ksym_exists(bpf_get_cpu_scale))
+		return 0;
+	now = bpf_get_cpu_freq(cpu);
+	highest = bpf_get_cpu_max_hw_freq(cpu);
+	scale = bpf_get_cpu_scale(cpu);
+	if (now <= 0 || highest <= 0 || scale <= 0)
+		return 0;
+	/* A boost may go past what cpufreq calls the highest. */
+	if (now > highest)
+		now = highest;
+	if (scale > CAPACITY_SCALE)
+		scale = CAPACITY_SCALE;
+	/* 32, 11 and 22 bits: up to 2 THz there is room. */
+	return (__u64)max * (__u64)scale / CAPACITY_SCALE * (__u64)now /
+	       (__u64)highest;
+}
+
+static __always_inline __u32 cur_perf(const struct vcpufreq *vcpu, _Bool own)
+{
+	__u32 max = table_max();
+	__u32 perf = own ? host_perf(max) : 0;
+
+	if (!perf)
+		perf = vcpu->request ? vcpu->request : max;
+	return perf;
+}
+
+static __always_inline void set_perf(struct vcpufreq *vcpu, __u32 khz,
+				     _Bool own)
+{
+	__u32 max = table_max();
+	__u32 clamp;
+
+	if (!khz || !max)
+		return;
+	if (khz > max)
+		khz = max;
+	vcpu->request = khz;
+	if (!own || !bpf_ksym_exists(bpf_set_current_uclamp))
+		return;
+	clamp = ((__u64)khz * CAPACITY_SCALE + max - 1) / max;
+	vcpu->error = bpf_set_current_uclamp(clamp, clamp);
+	if (!vcpu->error)
+		vcpu->clamp = clamp;
+}
+
+KVM_IO_READ
+int vcpufreq_read(struct bpf_kvm_io_ctx *ctx)
+{
+	__u64 offset = ctx->offset;
+	__u32 cpu = offset >> CPU_SHIFT;
+	struct vcpufreq *vcpu = bpf_map_lookup_elem(&vcpus, &cpu);
+	__u32 value = 0;
+
+	if (!vcpu || ctx->len != 4)
+		return 0;
+	switch (offset & (CPU_SIZE - 1)) {
+	case CUR_PERF:
+		value = cur_perf(vcpu, cpu == ctx->vcpu_id);
+		break;
+	case PERFTBL_LEN:
+		value = table_len();
+		break;
+	case PERFTBL_RD:
+		value = table_entry(vcpu->sel);
+		break;
+	case PERF_DOMAIN:
+		value = cpu;
+		break;
+	}
+	*(__u64 *)ctx->buf = value;
+	return 0;
+}
+
+/* Sleepable, for the clamp. */
+KVM_IO_WRITE_SLEEPABLE
+int vcpufreq_write(struct bpf_kvm_io_ctx *ctx)
+{
+	__u64 data = *(__u64 *)ctx->buf;
+	__u64 offset = ctx->offset;
+	__u32 cpu = offset >> CPU_SHIFT;
+	struct vcpufreq *vcpu = bpf_map_lookup_elem(&vcpus, &cpu);
+
+	if (!vcpu || ctx->len != 4)
+		return 0;
+	switch (offset & (CPU_SIZE - 1)) {
+	case SET_PERF:
+		set_perf(vcpu, data, cpu == ctx->vcpu_id);
+		break;
+	case PERFTBL_SEL:
+		vcpu->sel = data;
+		break;
+	}
+	return 0;
+}
+
+char _license[] SEC("license") = "Dual BSD/GPL";
