@@ -79,14 +79,22 @@ impl Device {
     /// Creates one that must come into being.
     #[track_caller]
     pub fn new(vm: &VmFd) -> Self {
+        match Self::try_new(vm) {
+            Ok(device) => device,
+            Err(errno) => panic!("wanted KVM_CREATE_DEVICE to work, got {errno:?}"),
+        }
+    }
+
+    /// Creates one, or gives the kernel's answer.
+    pub fn try_new(vm: &VmFd) -> Result<Self, Errno> {
         let mut request = kvm_create_device {
             type_: KVM_DEV_TYPE_BPF,
             fd: 0,
             flags: 0,
         };
         match vm.create_device(&mut request) {
-            Ok(fd) => Device(fd),
-            Err(error) => panic!("wanted KVM_CREATE_DEVICE to work, got {error}"),
+            Ok(fd) => Ok(Device(fd)),
+            Err(error) => Err(Errno(error.errno())),
         }
     }
 

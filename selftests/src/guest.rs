@@ -21,8 +21,8 @@ mod arch;
 mod arch;
 
 #[cfg(target_arch = "x86_64")]
-pub use arch::{VECTOR, enable_local_apic, route_ioapic_pin};
-pub use arch::{register_after_read, ticks};
+pub use arch::VECTOR;
+pub use arch::{IRQCHIP_ADDR, register_after_read, ticks};
 
 /// The guest has RAM from 0 up to here and nowhere else.
 pub const RAM_SIZE: u64 = 0x1_0000;
@@ -53,9 +53,9 @@ pub enum Routine {
     ReadLoop = 9,
     /// Writes 4 bytes, `count` times.
     WriteLoop = 10,
-    /// Writes 8 bytes, then waits until it took `count` interrupts (x86-64).
+    /// Writes 8 bytes, then waits until it took `count` interrupts.
     AwaitInterrupts = 11,
-    /// Counts an interrupt and writes `pair.1` to address `pair.0`, if not 0 (x86-64).
+    /// Counts an interrupt and writes `pair.1` to address `pair.0`, if not 0.
     InterruptHandler = 12,
 }
 
@@ -95,6 +95,15 @@ pub enum Exit {
     Read(u64, usize),
     /// Address, width and value of a write.
     Write(u64, usize, u64),
+}
+
+/// An access that user space has to serve.
+#[derive(Debug)]
+pub enum Access<'a> {
+    /// Address, and where the answer goes.
+    Read(u64, &'a mut [u8]),
+    /// Address and data.
+    Write(u64, &'a [u8]),
 }
 
 /// What a read gave.
@@ -184,6 +193,7 @@ pub struct Guest {
     kvm: Kvm,
     vm: VmFd,
     ram: Arc<Ram>,
+    irqchip: Option<arch::Irqchip>,
 }
 
 impl Guest {
@@ -205,15 +215,33 @@ impl Guest {
         };
         // SAFETY: the mapping lives as long as the VM and its vCPUs, which share it.
         unsafe { vm.set_user_memory_region(slot) }.expect("KVM_SET_USER_MEMORY_REGION");
-        Guest { kvm, vm, ram }
+        Guest {
+            kvm,
+            vm,
+            ram,
+            irqchip: None,
+        }
     }
 
-    /// A VM with KVM's own interrupt controllers.
-    #[cfg(target_arch = "x86_64")]
+    /// A VM with KVM's own interrupt controllers, for one vCPU that takes interrupts.
     pub fn with_irqchip() -> Self {
-        let guest = Self::new();
-        guest.vm.create_irq_chip().expect("KVM_CREATE_IRQCHIP");
+        let mut guest = Self::new();
+        guest.irqchip = Some(arch::Irqchip::new(&guest.vm));
         guest
+    }
+
+    /// Adds that vCPU and makes it accept interrupts.
+    pub fn vcpu_with_interrupts(&self) -> Vcpu {
+        let mut vcpu = self.vcpu(0);
+        let irqchip = self.irqchip.as_ref().expect("a guest with an irqchip");
+        irqchip.connect(&mut vcpu);
+        vcpu
+    }
+
+    /// Has the interrupt controller hand on a line (its GSI) to that vCPU.
+    pub fn route_line(&self, vcpu: &mut Vcpu, gsi: u32, level: bool) {
+        let irqchip = self.irqchip.as_ref().expect("a guest with an irqchip");
+        irqchip.route_line(vcpu, gsi, level);
     }
 
     /// The VM's fd.
@@ -288,24 +316,48 @@ impl Vcpu {
         self.run(routine, 0, args)
     }
 
+    /// Runs a loop whose accesses, where they reach user space, are served there.
+    pub fn serve(
+        &mut self,
+        routine: Routine,
+        args: Args,
+        serve: impl FnMut(Access<'_>),
+    ) -> Results {
+        self.run_and_serve(routine, 0, args, serve)
+    }
+
     fn run(&mut self, routine: Routine, variant: u64, args: Args) -> (Results, Vec<Exit>) {
+        let mut exits = Vec::new();
+        let results = self.run_and_serve(routine, variant, args, |access| match access {
+            Access::Read(addr, data) => {
+                exits.push(Exit::Read(addr, data.len()));
+                data.copy_from_slice(&USER_ANSWER.to_le_bytes()[..data.len()]);
+            }
+            Access::Write(addr, data) => {
+                let mut value = [0; 8];
+                value[..data.len()].copy_from_slice(data);
+                exits.push(Exit::Write(addr, data.len(), u64::from_le_bytes(value)));
+            }
+        });
+        (results, exits)
+    }
+
+    fn run_and_serve(
+        &mut self,
+        routine: Routine,
+        variant: u64,
+        args: Args,
+        mut serve: impl FnMut(Access<'_>),
+    ) -> Results {
         let pc = CODE + routine.offset() + 64 * variant;
         arch::set_registers(&self.fd, pc, &args);
 
-        let mut exits = Vec::new();
         let alarm = Alarm::new();
         loop {
             match self.fd.run() {
                 Ok(exit) if arch::is_done(&exit) => break,
-                Ok(VcpuExit::MmioRead(addr, data)) => {
-                    exits.push(Exit::Read(addr, data.len()));
-                    data.copy_from_slice(&USER_ANSWER.to_le_bytes()[..data.len()]);
-                }
-                Ok(VcpuExit::MmioWrite(addr, data)) => {
-                    let mut value = [0; 8];
-                    value[..data.len()].copy_from_slice(data);
-                    exits.push(Exit::Write(addr, data.len(), u64::from_le_bytes(value)));
-                }
+                Ok(VcpuExit::MmioRead(addr, data)) => serve(Access::Read(addr, data)),
+                Ok(VcpuExit::MmioWrite(addr, data)) => serve(Access::Write(addr, data)),
                 Ok(other) => {
                     panic!("{routine:?} {args:x?}: wanted an MMIO exit or the end, got {other:?}")
                 }
@@ -324,7 +376,7 @@ impl Vcpu {
         assert_eq!(errno, Err(libc::EINTR), "KVM_RUN with immediate_exit");
         self.fd.set_kvm_immediate_exit(0);
 
-        (arch::results(&self.fd), exits)
+        arch::results(&self.fd)
     }
 }
 
@@ -452,7 +504,6 @@ mod tests {
         }
     }
 
-    #[cfg(target_arch = "x86_64")]
     #[test]
     fn takes_interrupts() {
         use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -461,14 +512,13 @@ mod tests {
             return;
         }
         let guest = Guest::with_irqchip();
-        let mut vcpu = guest.vcpu(0);
-        enable_local_apic(&mut vcpu);
+        let mut vcpu = guest.vcpu_with_interrupts();
         let (line, resample) = (
             EventFd::new(0).unwrap(),
             EventFd::new(EFD_NONBLOCK).unwrap(),
         );
         for level in [false, true] {
-            route_ioapic_pin(&mut vcpu, 20, level);
+            guest.route_line(&mut vcpu, 20, level);
             if level {
                 guest.vm().unregister_irqfd(&line, 20).unwrap();
                 guest

@@ -6,6 +6,9 @@
 //! The environment may set
 //!
 //! * `KVM_BPF_PROGS`: where the compiled `progs/*.bpf.c` are, `/progs` by default,
+//! * `KVM_BPF_DEVICES`: where the compiled `samples/devices` are, `/devices` by default,
+//! * `KVM_BPF_SEED`, `KVM_BPF_ACCESSES`: the script by which sample devices are compared with
+//!   models in user space, 1 and 5000 by default,
 //! * `KVM_BPF_SWAPS`: how many swaps under load, 1000 by default,
 //! * `KVM_BPF_MODULE`: the file of `kvm_bpf.ko`, to test unloading and loading.
 

@@ -2,6 +2,11 @@
 
 //! Device programs that several tests share.
 
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+use kvm_bpf::OpenImage;
+
 use crate::bpf::{
     Index, Insn, Map, Prog, ProgType, Reg, atomic_add, exit, load, lookup, mov, mov_imm, mov_imm64,
     store,
@@ -18,6 +23,15 @@ pub const CTX_LEN: i16 = 16;
 pub const CTX_VCPU_ID: i16 = 20;
 /// `sizeof(struct bpf_kvm_io_ctx)`.
 pub const CTX_SIZE: i16 = 24;
+
+/// A device of `samples/devices`; `KVM_BPF_DEVICES` tells where, `/devices` if not set.
+#[track_caller]
+pub fn sample(name: &str) -> OpenImage {
+    let directory = env::var_os("KVM_BPF_DEVICES").map_or_else(|| "/devices".into(), PathBuf::from);
+    let path = directory.join(Path::new(name).with_extension("bpf.o"));
+    let file = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    OpenImage::open(name, &file).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
 
 /// Returns a value; the end of every program here.
 pub fn ret(value: i32) -> [Insn; 2] {

@@ -43,11 +43,14 @@ macro_rules! assert_got {
 mod access;
 mod context;
 mod device;
+mod fault;
 mod irq;
 mod kfunc;
 mod lifetime;
+mod pl031;
 mod region;
 mod swap;
+mod vcpufreq;
 mod verifier;
 
 /// Where most tests have their region.
@@ -69,7 +72,10 @@ pub fn all() -> Vec<Trial> {
         lifetime::all(),
         irq::all(),
         kfunc::all(),
+        fault::all(),
         verifier::all(),
+        pl031::all(),
+        vcpufreq::all(),
     ]
     .into_iter()
     .flatten()

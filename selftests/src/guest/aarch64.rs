@@ -4,12 +4,17 @@
 
 use std::arch::{asm, global_asm};
 
-use kvm_bindings::kvm_vcpu_init;
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_bindings::{
+    KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
+    KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST,
+    kvm_create_device, kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_vcpu_init,
+};
+use kvm_ioctls::{DeviceFd, Kvm, VcpuExit, VcpuFd, VmFd};
 
-use super::{Args, Ram, Results};
+use super::{Args, CODE, Ram, Results, Routine};
 
-// x0 = value, x1 = address, x2 = count, x3 and x4 = expected, x5 = where to say "done".
+// x0 = value, x1 = address, x2 = count, x3 and x4 = expected or acknowledge, x5 = where to say
+// "done". Registers of the GIC's CPU interface are named by their encoding.
 // Only plain loads and stores of one register: those KVM can emulate.
 global_asm!(
     r#"
@@ -69,7 +74,32 @@ kvm_bpf_guest:
         subs x2, x2, #1
         b.ne 2b
         done
-    routine 11
+    routine 11      // write, then wait until x2 interrupts were taken
+        mov x6, #0x4000
+        msr vbar_el1, x6
+        mov x6, #0xff
+        msr s3_0_c4_c6_0, x6    // ICC_PMR_EL1: any priority
+        mov x6, #1
+        msr s3_0_c12_c12_7, x6  // ICC_IGRPEN1_EL1
+        isb
+        mov x7, #0
+        msr daifclr, #2
+        str x0, [x1]
+2:      cmp x7, x2
+        b.lo 2b
+        msr daifset, #2
+        mov x0, x7
+        done
+    routine 12      // interrupt handler: tell the device at x3, if any; end of interrupt
+        mrs x6, s3_0_c12_c12_0  // ICC_IAR1_EL1
+        cmp x6, #1020           // from here on none: it has gone meanwhile
+        b.hs 3f
+        add x7, x7, #1
+        cbz x3, 2f
+        str x4, [x3]
+2:      msr s3_0_c12_c12_1, x6  // ICC_EOIR1_EL1
+3:      eret
+    routine 13
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection
@@ -83,7 +113,17 @@ const DONE: u64 = 0xf000_0000;
 const CORE_REGISTER: u64 = 0x6030_0000_0010_0000;
 const PC: u64 = 32;
 
-pub(super) fn prepare_ram(_ram: &Ram) {}
+/// Where the guest's exception vectors are, and the one for interrupts at EL1.
+const VECTORS: u64 = 0x4000;
+const IRQ_VECTOR: u64 = VECTORS + 0x280;
+
+/// Writes the one exception vector that is used: a branch to its routine.
+pub(super) fn prepare_ram(ram: &Ram) {
+    const BRANCH: u32 = 0x1400_0000;
+
+    let words = (CODE + Routine::InterruptHandler.offset() - IRQ_VECTOR) / 4;
+    ram.write(IRQ_VECTOR as usize, &(BRANCH | words as u32).to_le_bytes());
+}
 
 pub(super) fn prepare_vcpu(_kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd) {
     let mut init = kvm_vcpu_init::default();
@@ -140,4 +180,84 @@ pub fn ticks() -> u64 {
     // SAFETY: Linux lets user space read the virtual counter.
     unsafe { asm!("isb", "mrs {}, cntvct_el0", out(reg) ticks) };
     ticks
+}
+
+/// The GIC distributor's registers.
+pub const IRQCHIP_ADDR: u64 = 0x800_0000;
+const REDISTRIBUTORS: u64 = 0x80a_0000;
+/// Of all kinds; a GSI is a shared one.
+const INTERRUPTS: u32 = 64;
+const FIRST_SHARED: u64 = 32;
+
+/// KVM's GICv3.
+pub(super) struct Irqchip(DeviceFd);
+
+impl Irqchip {
+    pub(super) fn new(vm: &VmFd) -> Self {
+        let mut request = kvm_create_device {
+            type_: kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
+            fd: 0,
+            flags: 0,
+        };
+        let device = vm.create_device(&mut request).expect("a GICv3");
+        let irqchip = Irqchip(device);
+        let number = INTERRUPTS;
+        let addr = (&raw const number) as u64;
+        irqchip.set(KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, addr);
+        for (kind, addr) in [
+            (KVM_VGIC_V3_ADDR_TYPE_DIST, IRQCHIP_ADDR),
+            (KVM_VGIC_V3_ADDR_TYPE_REDIST, REDISTRIBUTORS),
+        ] {
+            let addr = (&raw const addr) as u64;
+            irqchip.set(KVM_DEV_ARM_VGIC_GRP_ADDR, kind.into(), addr);
+        }
+        irqchip
+    }
+
+    fn set(&self, group: u32, attr: u64, addr: u64) {
+        let attr = kvm_device_attr {
+            group,
+            attr,
+            addr,
+            flags: 0,
+        };
+        self.0
+            .set_device_attr(&attr)
+            .unwrap_or_else(|error| panic!("{attr:?} of the GIC: {error}"));
+    }
+
+    /// All vCPUs are there: the interrupt controller starts.
+    pub(super) fn connect(&self, vcpu: &mut super::Vcpu) {
+        const CONTROL: u64 = 0;
+        const ENABLE_GROUP_1: u64 = 1 << 1;
+
+        self.set(
+            KVM_DEV_ARM_VGIC_GRP_CTRL,
+            KVM_DEV_ARM_VGIC_CTRL_INIT.into(),
+            0,
+        );
+        vcpu.write(IRQCHIP_ADDR + CONTROL, 4, ENABLE_GROUP_1);
+    }
+
+    /// Sets up a shared interrupt, in group 1, for the first CPU.
+    pub(super) fn route_line(&self, vcpu: &mut super::Vcpu, gsi: u32, level: bool) {
+        const GROUP: u64 = 0x80;
+        const SET_ENABLE: u64 = 0x100;
+        const PRIORITY: u64 = 0x400;
+        const CONFIGURATION: u64 = 0xc00;
+        const ROUTE: u64 = 0x6000;
+
+        let id = FIRST_SHARED + u64::from(gsi);
+        let bit = 1 << (id % 32);
+        let edge = u64::from(!level) << (2 * (id % 16) + 1);
+        for (register, width, value) in [
+            (GROUP + id / 32 * 4, 4, bit),
+            (CONFIGURATION + id / 16 * 4, 4, edge),
+            (PRIORITY + id, 1, 0x80),
+            (ROUTE + 8 * id, 8, 0),
+            (SET_ENABLE + id / 32 * 4, 4, bit),
+        ] {
+            vcpu.write(IRQCHIP_ADDR + register, width, value);
+        }
+    }
 }

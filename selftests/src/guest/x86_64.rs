@@ -235,22 +235,35 @@ pub fn ticks() -> u64 {
     unsafe { std::arch::x86_64::_rdtsc() }
 }
 
-/// Makes the local APIC of a guest with an in-kernel irqchip accept interrupts.
-pub fn enable_local_apic(vcpu: &mut super::Vcpu) {
-    const SPURIOUS_VECTOR: u64 = 0xfee0_00f0;
-    const ENABLE: u64 = 0x1ff;
+/// The IOAPIC's registers.
+pub const IRQCHIP_ADDR: u64 = 0xfec0_0000;
 
-    vcpu.write(SPURIOUS_VECTOR, 4, ENABLE);
-}
+/// KVM's PICs, IOAPIC and local APICs.
+pub(super) struct Irqchip;
 
-/// Programs one pin of the in-kernel IOAPIC to raise [`VECTOR`].
-pub fn route_ioapic_pin(vcpu: &mut super::Vcpu, pin: u32, level: bool) {
-    const SELECT: u64 = 0xfec0_0000;
-    const WINDOW: u64 = 0xfec0_0010;
+impl Irqchip {
+    pub(super) fn new(vm: &VmFd) -> Self {
+        vm.create_irq_chip().expect("KVM_CREATE_IRQCHIP");
+        Irqchip
+    }
 
-    let low = u64::from(VECTOR) | u64::from(level) << 15;
-    for (register, value) in [(0x11 + 2 * pin, 0), (0x10 + 2 * pin, low)] {
-        vcpu.write(SELECT, 4, u64::from(register));
-        vcpu.write(WINDOW, 4, value);
+    /// Makes the local APIC accept interrupts.
+    pub(super) fn connect(&self, vcpu: &mut super::Vcpu) {
+        const SPURIOUS_VECTOR: u64 = 0xfee0_00f0;
+        const ENABLE: u64 = 0x1ff;
+
+        vcpu.write(SPURIOUS_VECTOR, 4, ENABLE);
+    }
+
+    /// Programs a pin of the IOAPIC to raise [`VECTOR`].
+    pub(super) fn route_line(&self, vcpu: &mut super::Vcpu, pin: u32, level: bool) {
+        const SELECT: u64 = IRQCHIP_ADDR;
+        const WINDOW: u64 = IRQCHIP_ADDR + 0x10;
+
+        let low = u64::from(VECTOR) | u64::from(level) << 15;
+        for (register, value) in [(0x11 + 2 * pin, 0), (0x10 + 2 * pin, low)] {
+            vcpu.write(SELECT, 4, u64::from(register));
+            vcpu.write(WINDOW, 4, value);
+        }
     }
 }

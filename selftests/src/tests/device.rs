@@ -3,13 +3,15 @@
 //! The device's life: created, used by several, closed in any order, used without privileges.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
+use std::process::Command;
 
 use kvm_bpf::uapi::KVM_DEV_TYPE_BPF;
 use kvm_bpf_selftests::bpf::{Census, LoadOptions, Prog, ProgType, program_type};
 use kvm_bpf_selftests::device::{Device, region, test_create};
 use kvm_bpf_selftests::guest::{Exit, Guest, Vcpu};
-use kvm_bpf_selftests::harness::in_a_thread;
+use kvm_bpf_selftests::harness::{in_a_thread, skip};
 use kvm_bpf_selftests::programs::{answer, only_return, ret};
 use kvm_ioctls::Kvm;
 
@@ -24,6 +26,7 @@ tests!(
     create_and_close_repeatedly,
     close_in_any_order,
     unprivileged_vmm,
+    the_kernels_own_selftest,
 );
 
 fn kernel_has_the_device() {
@@ -206,4 +209,14 @@ fn unprivileged_vmm() {
         assert_got!(vcpu.write(ADDR, 4, 7), []);
     };
     in_a_thread(vmm);
+}
+
+/// `tools/testing/selftests/kvm/bpf_device_test` of the series.
+fn the_kernels_own_selftest() {
+    let test = "/bin/bpf_device_test";
+    match Command::new(test).output() {
+        Ok(output) => assert!(output.status.success(), "{test}: {output:?}"),
+        Err(error) if error.kind() == ErrorKind::NotFound => skip(format!("{test} is not there")),
+        Err(error) => panic!("{test}: {error}"),
+    }
 }

@@ -214,7 +214,7 @@ fn uclamp_needs_a_sleepable_program() {
 }
 
 /// A program that clang made; `KVM_BPF_PROGS` tells where, `/progs` if not set.
-fn open_image(name: &str) -> OpenImage {
+pub(super) fn open_image(name: &str) -> OpenImage {
     let directory = env::var_os("KVM_BPF_PROGS").map_or_else(|| "/progs".into(), PathBuf::from);
     let path = directory.join(Path::new(name).with_extension("bpf.o"));
     let file = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));

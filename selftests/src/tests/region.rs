@@ -13,7 +13,7 @@ use kvm_bpf::uapi::{
 };
 use kvm_bpf_selftests::bpf::{Census, Map, ProgType};
 use kvm_bpf_selftests::device::{Device, NO_REGION, region};
-use kvm_bpf_selftests::guest::{Exit, Guest};
+use kvm_bpf_selftests::guest::{Exit, Guest, IRQCHIP_ADDR};
 use kvm_bpf_selftests::harness::{Errno, meanwhile, wait_for};
 use kvm_bpf_selftests::programs::{answer, only_return};
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
@@ -365,23 +365,20 @@ fn overlap_with_coalesced_mmio() {
     assert_occupied(&guest);
 }
 
-#[cfg(target_arch = "x86_64")]
 fn overlap_with_the_irqchip() {
-    const IOAPIC: u64 = 0xfec0_0000;
-
     let guest = Guest::with_irqchip();
+    // On arm64 the interrupt controller is on the bus only when it has started.
+    let _vcpu = guest.vcpu_with_interrupts();
     let device = Device::new(guest.vm());
     let prog = answer(0);
-    for (what, addr) in [("the IOAPIC", IOAPIC), ("its second half", IOAPIC + 0x80)] {
+    for (what, addr) in [
+        ("its registers", IRQCHIP_ADDR),
+        ("its second half", IRQCHIP_ADDR + 0x80),
+    ] {
         let bad = region(addr, 0x80, Some(&prog), None);
         assert_refused(what, &device, 0, &bad, libc::EEXIST);
     }
-    device.set_region(0, &region(IOAPIC - SIZE, SIZE, Some(&prog), None));
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn overlap_with_the_irqchip() {
-    kvm_bpf_selftests::harness::skip("the IOAPIC is x86's");
+    device.set_region(0, &region(IRQCHIP_ADDR - SIZE, SIZE, Some(&prog), None));
 }
 
 fn errors_hold_no_program() {

@@ -1,0 +1,801 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The real-time clock of `samples/devices`: its registers, its time, its alarm, and
+//! thousands of accesses compared with the clock of the crate `vm-superio`.
+
+use std::io;
+use std::mem;
+use std::os::fd::AsRawFd;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use kvm_bpf::MmioDevice;
+use kvm_bpf_selftests::bpf::Census;
+use kvm_bpf_selftests::guest::{Guest, Vcpu};
+use kvm_bpf_selftests::harness::{Random, number_from_env};
+use kvm_bpf_selftests::programs::sample;
+use libbpf_rs::{MapCore, MapFlags};
+use vm_superio::Rtc;
+use vm_superio::rtc_pl031::{NoEvents, RtcState};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::kfunc::required;
+use super::{ADDR, SIZE};
+
+tests!(
+    registers,
+    other_accesses,
+    time_of_day,
+    load_and_count_on,
+    wraps_around,
+    alarm_while_no_vcpu_runs,
+    alarm_found_by_an_access,
+    alarm_made_by_a_write,
+    masked_alarm,
+    alarm_in_the_past,
+    alarm_replaced,
+    two_vcpus_set_alarms,
+    closed_with_alarm,
+    swapped_with_alarm,
+    as_vm_superio,
+);
+
+const DR: u64 = 0x00;
+const MR: u64 = 0x04;
+const LR: u64 = 0x08;
+const CR: u64 = 0x0c;
+const IMSC: u64 = 0x10;
+const RIS: u64 = 0x14;
+const MIS: u64 = 0x18;
+const ICR: u64 = 0x1c;
+const ID_FIRST: u64 = 0xfe0;
+
+/// Peripheral and PrimeCell identification, of the reference manual's table of registers.
+const IDS: [u32; 8] = [0x31, 0x10, 0x04, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
+
+/// How late a signal may come under emulation.
+const LATE: Duration = Duration::from_secs(10);
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A clock of the host.
+fn host_clock(id: libc::clockid_t) -> Duration {
+    // SAFETY: a timespec is plain numbers, which the kernel writes.
+    let now = unsafe {
+        let mut now: libc::timespec = mem::zeroed();
+        libc::clock_gettime(id, &mut now);
+        now
+    };
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}
+
+/// The time of day.
+fn host_time() -> Duration {
+    host_clock(libc::CLOCK_REALTIME)
+}
+
+/// The device's "clock": time of day less time since boot, in nanoseconds.
+fn clock_offset() -> u64 {
+    // The clocks cannot be read at one moment, so take the best of some tries.
+    let look = || {
+        let before = host_time();
+        let boot = host_clock(libc::CLOCK_BOOTTIME);
+        let after = host_time();
+        (after.saturating_sub(before), before, boot)
+    };
+    let (_, time, boot) = (0..100).map(|_| look()).min().expect("some tries");
+    (time.as_nanos() as u64).wrapping_sub(boot.as_nanos() as u64)
+}
+
+/// A guest with a clock.
+struct Clock {
+    guest: Guest,
+    vcpu: Vcpu,
+    device: MmioDevice,
+    irq: EventFd,
+}
+
+fn read(vcpu: &mut Vcpu, register: u64) -> u32 {
+    let read = vcpu.read(ADDR + register, 4);
+    assert_got!(read.exits, [], "exits of a read at {register:#x}");
+    read.value as u32
+}
+
+fn write(vcpu: &mut Vcpu, register: u64, value: u32) {
+    let exits = vcpu.write(ADDR + register, 4, value.into());
+    assert_got!(exits, [], "exits of a write at {register:#x}");
+}
+
+impl Clock {
+    fn new() -> Self {
+        let guest = Guest::new();
+        let device = MmioDevice::new(guest.vm(), ADDR, sample("pl031"))
+            .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"));
+        let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        device.device().set_irq(0, &irq).expect("interrupt 0");
+        let clock = device.image().map("clock").expect("the device's map");
+        clock
+            .update(&[0; 4], &clock_offset().to_ne_bytes(), MapFlags::ANY)
+            .expect("BPF_MAP_UPDATE_ELEM");
+        Clock {
+            vcpu: guest.vcpu(0),
+            guest,
+            device,
+            irq,
+        }
+    }
+
+    /// One whose alarm works, without an interrupt so far.
+    fn with_alarm() -> Self {
+        required("bpf_kvm_irq_acquire");
+        let mut clock = Clock::new();
+        clock.write(IMSC, 1);
+        assert_got!(clock.signals(), 0, "signals of a new clock");
+        clock
+    }
+
+    fn read(&mut self, register: u64) -> u32 {
+        read(&mut self.vcpu, register)
+    }
+
+    fn write(&mut self, register: u64, value: u32) {
+        write(&mut self.vcpu, register, value);
+    }
+
+    /// RIS and MIS.
+    fn status(&mut self) -> (u32, u32) {
+        (self.read(RIS), self.read(MIS))
+    }
+
+    /// Sets the alarm so many seconds after the next tick but one at the latest.
+    fn alarm_in(&mut self, seconds: u32) {
+        let now = self.read(DR);
+        self.write(MR, now.wrapping_add(seconds));
+    }
+
+    /// How often the interrupt was signalled since the last look.
+    fn signals(&self) -> u64 {
+        match self.irq.read() {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            Err(error) => panic!("reading an eventfd: {error}"),
+        }
+    }
+
+    /// Waits for a signal while no vCPU runs; says whether there was one.
+    fn signalled_within(&self, limit: Duration) -> bool {
+        let mut fd = libc::pollfd {
+            fd: self.irq.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one pollfd, a local.
+        let ready = unsafe { libc::poll(&mut fd, 1, limit.as_millis() as libc::c_int) };
+        assert!(ready >= 0, "poll: {}", io::Error::last_os_error());
+        ready == 1
+    }
+
+    /// Waits for the alarm, which signals once, and clears it.
+    #[track_caller]
+    fn expect_alarm(&mut self) {
+        assert!(self.signalled_within(LATE), "no alarm within {LATE:?}");
+        assert_got!(self.status(), (1, 1), "RIS and MIS after the alarm");
+        assert_got!(self.signals(), 1, "signals of one alarm");
+        self.write(ICR, 1);
+        assert_got!(self.status(), (0, 0), "RIS and MIS after ICR");
+    }
+}
+
+fn registers() {
+    let mut clock = Clock::new();
+    for (register, wanted) in [
+        (MR, 0),
+        (LR, 0),
+        (CR, 1),
+        (IMSC, 0),
+        (RIS, 0),
+        (MIS, 0),
+        (ICR, 0),
+    ] {
+        assert_got!(clock.read(register), wanted, "register {register:#x}");
+    }
+    for (offset, wanted) in (ID_FIRST..).step_by(4).zip(IDS) {
+        assert_got!(clock.read(offset), wanted, "id at {offset:#x}");
+        clock.write(offset, !wanted);
+        assert_got!(clock.read(offset), wanted, "id at {offset:#x}");
+    }
+    // Far apart: where MR and DR meet, an alarm is due.
+    for value in [0x1234_5678, u32::MAX, 0x8000_1000] {
+        clock.write(MR, value);
+        assert_got!(clock.read(MR), value, "MR");
+        clock.write(LR, !value);
+        assert_got!(clock.read(LR), !value, "LR");
+        assert_got!(clock.read(MR), value, "MR");
+    }
+    for (value, wanted) in [(u32::MAX, 1), (u32::MAX - 1, 0), (1, 1), (0, 0)] {
+        clock.write(IMSC, value);
+        assert_got!(clock.read(IMSC), wanted, "IMSC after {value:#x}");
+    }
+    // It runs, and nothing stops or resets it.
+    clock.write(LR, 5_000_000);
+    for value in [0, 1, u32::MAX] {
+        clock.write(CR, value);
+        assert_got!(clock.read(CR), 1, "CR after {value:#x}");
+        assert_got!(clock.read(LR), 5_000_000, "LR after CR = {value:#x}");
+        let got = clock.read(DR);
+        assert!(
+            (5_000_000..5_000_060).contains(&got),
+            "DR after CR = {value:#x}: {got}"
+        );
+    }
+    for register in [DR, RIS, MIS] {
+        clock.write(register, u32::MAX);
+    }
+    assert_got!(clock.status(), (0, 0));
+    let got = clock.read(DR);
+    assert!((5_000_000..5_000_060).contains(&got), "DR written: {got}");
+    assert_got!(clock.signals(), 0);
+}
+
+/// What is no access to a register: reads 0, is ignored, never leaves the kernel.
+fn other_accesses() {
+    let mut clock = Clock::new();
+    clock.write(MR, 0x1234_5678);
+    clock.write(LR, 0x1000_0000);
+    let unknown = [0x20, 0x24, 0x80, 0x7fc, 0xfd8, 0xfdc];
+    for offset in unknown {
+        clock.write(offset, u32::MAX);
+        assert_got!(clock.read(offset), 0, "unknown register {offset:#x}");
+    }
+    let registers = [DR, MR, LR, CR, IMSC, RIS, MIS, ICR, ID_FIRST, SIZE - 8];
+    let mut other = Vec::new();
+    for register in registers {
+        other.extend([(register, 1), (register + 1, 1), (register, 2)]);
+        if register % 8 == 0 {
+            other.push((register, 8));
+        }
+        // On arm64 these do not reach KVM: a guest without MMU takes a fault.
+        if cfg!(target_arch = "x86_64") {
+            other.extend([(register + 1, 4), (register + 2, 4), (register + 1, 2)]);
+        }
+    }
+    for (offset, width) in other {
+        assert_got!(
+            clock.vcpu.write(ADDR + offset, width, u64::MAX),
+            [],
+            "{width}-byte write at {offset:#x}"
+        );
+        let read = clock.vcpu.read(ADDR + offset, width);
+        assert_got!(
+            (read.value, read.exits),
+            (0, vec![]),
+            "{width}-byte read at {offset:#x}"
+        );
+    }
+    assert_got!(clock.read(MR), 0x1234_5678, "MR after all this");
+    assert_got!(clock.read(LR), 0x1000_0000, "LR after all this");
+    assert_got!(clock.read(IMSC), 0, "IMSC after all this");
+    assert_got!(clock.status(), (0, 0));
+    assert_got!(clock.signals(), 0);
+}
+
+/// A read of DR, and the seconds of the host's time between which it was.
+fn read_between(clock: &mut Clock) -> (u64, u32, u64) {
+    let before = host_time().as_secs();
+    let value = clock.read(DR);
+    (before, value, host_time().as_secs())
+}
+
+fn time_of_day() {
+    let mut clock = Clock::new();
+    for _ in 0..50 {
+        let (before, got, after) = read_between(&mut clock);
+        assert!(
+            (before..=after).contains(&got.into()),
+            "wanted {before} to {after}, got {got}"
+        );
+        sleep(Duration::from_millis(30));
+    }
+    // The time stays when the programs are replaced.
+    clock.device.replace(sample("pl031")).expect("replacing");
+    let (before, got, after) = read_between(&mut clock);
+    assert!(
+        (before..=after).contains(&got.into()),
+        "replaced: wanted {before} to {after}, got {got}"
+    );
+}
+
+fn load_and_count_on() {
+    let mut clock = Clock::new();
+    for value in [7, 4_000_000_000] {
+        let before = host_time().as_secs();
+        clock.write(LR, value);
+        let after = host_time().as_secs();
+        let mut last = 0;
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(2500) {
+            let (earliest, got, latest) = read_between(&mut clock);
+            let passed = u64::from(got.wrapping_sub(value));
+            // It steps with the host's second, whenever it was loaded.
+            assert!(
+                (earliest - after.min(earliest)..=latest - before).contains(&passed),
+                "{passed} s after loading {value} between {before} and {after}, now {latest}"
+            );
+            assert!(passed >= last, "went from {last} back to {passed}");
+            last = passed;
+            sleep(Duration::from_millis(20));
+        }
+        assert!(last >= 2, "wanted at least 2 s to have passed, got {last}");
+        assert_got!(clock.read(LR), value, "LR");
+    }
+}
+
+fn wraps_around() {
+    let mut clock = Clock::with_alarm();
+    clock.write(MR, 1);
+    clock.write(LR, u32::MAX);
+    assert_got!(clock.signals(), 0);
+    clock.expect_alarm();
+    let got = clock.read(DR);
+    assert!((1..60).contains(&got), "DR after the wrap: {got}");
+}
+
+fn alarm_while_no_vcpu_runs() {
+    let mut clock = Clock::with_alarm();
+    for seconds in [2, 3] {
+        let before = host_time().as_secs();
+        clock.write(LR, 1000);
+        clock.write(MR, 1000 + seconds);
+        assert_got!(clock.signals(), 0, "signals before the alarm");
+        assert!(clock.signalled_within(LATE), "no alarm within {LATE:?}");
+        let now = host_time();
+        assert!(
+            now.as_secs() >= before + u64::from(seconds),
+            "wanted the alarm {seconds} s after {before}, got {now:?}"
+        );
+        assert_got!(clock.signals(), 1, "signals at the alarm");
+        sleep(SECOND + SECOND / 2);
+        assert_got!(clock.signals(), 0, "signals after the alarm");
+        let got = clock.read(DR);
+        assert!(got > 1000 + seconds, "DR after the alarm: {got}");
+        assert_got!(clock.status(), (1, 1));
+        // Only bit 0 clears it.
+        clock.write(ICR, !1);
+        assert_got!(clock.status(), (1, 1));
+        clock.write(ICR, 1);
+        assert_got!(clock.status(), (0, 0));
+        assert_got!(clock.signals(), 0, "signals after clearing");
+    }
+}
+
+/// The vCPU looks all the time, so the timer and an access both come upon the moment.
+fn alarm_found_by_an_access() {
+    let mut clock = Clock::with_alarm();
+    for _ in 0..2 {
+        clock.alarm_in(1);
+        let match_at = clock.read(MR);
+        let start = Instant::now();
+        loop {
+            // In this order: time passes between the two.
+            let dr_first = clock.read(DR);
+            let ris = clock.read(RIS);
+            let dr_last = clock.read(DR);
+            if ris == 1 {
+                assert!(dr_last >= match_at, "RIS is set at {dr_last}");
+                break;
+            }
+            assert!(dr_first < match_at, "RIS is not set at {dr_first}");
+            assert!(start.elapsed() < LATE, "no alarm within {LATE:?}");
+        }
+        // The timer may have found it, and be about to signal.
+        assert!(clock.signalled_within(LATE), "no signal within {LATE:?}");
+        sleep(SECOND / 10);
+        assert_got!(clock.signals(), 1, "signals of one alarm");
+        clock.write(ICR, 1);
+        sleep(SECOND);
+        assert_got!(clock.signals(), 0, "signals of an alarm that was cleared");
+        assert_got!(clock.status(), (0, 0));
+    }
+}
+
+/// DR and MR made equal by the guest, by a write of either.
+fn alarm_made_by_a_write() {
+    let mut clock = Clock::with_alarm();
+    clock.write(MR, 777);
+    for _ in 0..3 {
+        clock.write(LR, 777);
+        assert_got!(clock.signals(), 1, "signals when LR makes DR equal MR");
+        assert_got!(clock.status(), (1, 1));
+        // It is set already.
+        clock.write(LR, 777);
+        assert_got!(clock.signals(), 0, "signals when it is set already");
+        clock.write(ICR, 1);
+        assert_got!(clock.status(), (0, 0));
+        assert_got!(clock.signals(), 0);
+    }
+    let mut made = 0;
+    for _ in 0..5 {
+        // Unless a second begins between the two.
+        clock.alarm_in(0);
+        let signals = clock.signals();
+        assert_got!(clock.status(), (signals as u32, signals as u32));
+        clock.write(ICR, 1);
+        made += signals;
+    }
+    assert!(made > 0, "wanted MR = DR to raise the interrupt, got none");
+}
+
+fn masked_alarm() {
+    let mut clock = Clock::with_alarm();
+    clock.alarm_in(1);
+    // The timer has been started; it must find nothing to do.
+    clock.write(IMSC, 0);
+    sleep(2 * SECOND);
+    assert_got!(clock.status(), (1, 0), "RIS and MIS of a masked alarm");
+    assert_got!(clock.signals(), 0, "signals of a masked alarm");
+    clock.write(IMSC, 1);
+    assert_got!(clock.signals(), 1, "signals when it is unmasked");
+    clock.write(IMSC, 1);
+    assert_got!(clock.signals(), 0, "signals when nothing changes");
+    clock.write(IMSC, 0);
+    clock.write(IMSC, 1);
+    assert_got!(clock.signals(), 1, "signals when it is unmasked again");
+    clock.write(IMSC, 0);
+    clock.write(ICR, 1);
+    clock.write(IMSC, 1);
+    assert_got!(
+        clock.signals(),
+        0,
+        "signals when there is nothing to unmask"
+    );
+
+    // Unmasked in time: the timer is started by that.
+    clock.write(IMSC, 0);
+    clock.alarm_in(2);
+    clock.write(IMSC, 1);
+    clock.expect_alarm();
+}
+
+fn alarm_in_the_past() {
+    let mut clock = Clock::with_alarm();
+    clock.write(LR, 2000);
+    clock.write(MR, 1999);
+    sleep(2 * SECOND);
+    assert_got!(clock.status(), (0, 0));
+    // Nor is the past passed when the clock is set further back, but now it will be.
+    clock.write(LR, 1997);
+    assert_got!(clock.status(), (0, 0));
+    clock.expect_alarm();
+    // And not when it is set ahead across the match.
+    clock.write(LR, 1000);
+    clock.write(LR, 3000);
+    sleep(2 * SECOND);
+    assert_got!(clock.status(), (0, 0));
+    assert_got!(clock.signals(), 0);
+}
+
+fn alarm_replaced() {
+    let mut clock = Clock::with_alarm();
+    clock.alarm_in(2);
+    clock.alarm_in(1000);
+    assert!(!clock.signalled_within(3 * SECOND), "the first alarm came");
+    assert_got!(clock.status(), (0, 0));
+    clock.alarm_in(1);
+    clock.expect_alarm();
+    // The clock set, so that the alarm is earlier, and later.
+    clock.alarm_in(1000);
+    let match_at = clock.read(MR);
+    clock.write(LR, match_at - 1);
+    clock.expect_alarm();
+    clock.write(MR, match_at + 3);
+    clock.write(LR, match_at - 1000);
+    assert!(!clock.signalled_within(4 * SECOND), "the old alarm came");
+    assert_got!(clock.status(), (0, 0));
+}
+
+/// Two vCPUs at once; the alarm of the last write counts.
+fn two_vcpus_set_alarms() {
+    let mut clock = Clock::with_alarm();
+    let mut other = clock.guest.vcpu(1);
+    for far_first in [true, false] {
+        let now = clock.read(DR);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 0..50 {
+                    write(&mut other, MR, now + 2000 + round);
+                }
+            });
+            for round in 0..50 {
+                write(&mut clock.vcpu, MR, now + 1000 + round);
+            }
+        });
+        assert_got!(clock.signals(), 0, "signals of alarms far away");
+        if far_first {
+            clock.alarm_in(1);
+        } else {
+            let now = read(&mut other, DR);
+            write(&mut other, MR, now + 1);
+        }
+        clock.expect_alarm();
+    }
+}
+
+/// Nothing comes of an alarm whose device is gone, and nothing is left.
+fn closed_with_alarm() {
+    let census = Census::now();
+    for _ in 0..2 {
+        let mut clock = Clock::with_alarm();
+        clock.alarm_in(2);
+        let Clock {
+            guest,
+            vcpu,
+            device,
+            irq,
+        } = clock;
+        drop(device);
+        assert_got!(irq.read().is_err(), true, "no signal so far");
+        census.wait_for_newer(0, 0);
+        sleep(3 * SECOND);
+        assert!(irq.read().is_err(), "wanted no signal after closing");
+        drop((guest, vcpu));
+    }
+    census.wait_for_newer(0, 0);
+}
+
+fn swapped_with_alarm() {
+    let census = Census::now();
+    let mut clock = Clock::with_alarm();
+    census.wait_for_newer(2, 2);
+
+    clock.alarm_in(3);
+    let match_at = clock.read(MR);
+    for _ in 0..3 {
+        clock.device.replace(sample("pl031")).expect("replacing");
+    }
+    assert_got!(clock.read(MR), match_at, "MR after replacing");
+    // The timer keeps the program that has started it.
+    census.wait_for_newer(3, 2);
+    assert!(clock.signalled_within(LATE), "no alarm within {LATE:?}");
+    census.wait_for_newer(3, 2);
+    // The next write has the callback from the new program; the old one goes.
+    clock.expect_alarm();
+    census.wait_for_newer(2, 2);
+    clock.alarm_in(1);
+    clock.expect_alarm();
+    drop(clock);
+    census.wait_for_newer(0, 0);
+}
+
+/// The clock of vm-superio, made to do what it documents not to.
+///
+/// Where the two differ:
+///
+/// * A write of 1 to CR resets vm-superio's load register and time; by the manual, as here,
+///   it starts the clock and is without effect on one that runs.
+/// * vm-superio has no alarm: it sets no RIS, and has no interrupt.
+/// * When vm-superio's time does not fit into 32 bits, it goes on with the host's.
+/// * vm-superio answers reads inside an identification register with that register.
+struct Model {
+    rtc: Rtc<NoEvents>,
+    /// The host's second of the last access; the clock has seen matches up to it.
+    second: u32,
+}
+
+impl Model {
+    fn at(second: u32) -> Self {
+        Model {
+            rtc: Rtc::new(),
+            second,
+        }
+    }
+
+    /// What DR has in a second of the host's time.
+    fn dr(&self, second: u32) -> u32 {
+        // vm-superio's own arithmetic, but modulo 2^32.
+        second.wrapping_add(self.rtc.state().offset as u32)
+    }
+
+    fn mis(&self) -> u32 {
+        self.rtc.state().ris & self.rtc.state().imsc
+    }
+
+    fn set_ris(&mut self) {
+        let state = RtcState {
+            ris: 1,
+            ..self.rtc.state()
+        };
+        self.rtc = Rtc::from_state(&state, NoEvents);
+    }
+
+    /// Lets time pass; says whether that raised the interrupt.
+    fn advance(&mut self, second: u32) -> bool {
+        let before = self.mis();
+        let passed = second - self.second;
+        let until_match = self.rtc.state().mr.wrapping_sub(self.dr(self.second));
+        if (1..=passed).contains(&until_match) {
+            self.set_ris();
+        }
+        self.second = second;
+        self.mis() > before
+    }
+
+    fn read(&mut self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.rtc.read(offset as u16, &mut data);
+        let got = u32::from_le_bytes(data);
+        if offset >= ID_FIRST && !offset.is_multiple_of(4) {
+            assert_got!(got, IDS[(offset - ID_FIRST) as usize / 4]);
+            return 0;
+        }
+        if offset == DR {
+            let wanted = i64::from(self.second) + self.rtc.state().offset;
+            if u32::try_from(wanted).is_err() {
+                assert_got!(got, self.second, "vm-superio's DR that does not fit");
+                return wanted as u32;
+            }
+        }
+        got
+    }
+
+    /// Says whether the write raised the interrupt.
+    fn write(&mut self, offset: u64, value: u32) -> bool {
+        let before = self.mis();
+        let state = self.rtc.state();
+        self.rtc.write(offset as u16, &value.to_le_bytes());
+        if offset == CR && value == 1 {
+            let reset = RtcState {
+                lr: 0,
+                offset: 0,
+                ..state
+            };
+            assert_got!(self.rtc.state(), reset, "vm-superio after CR = 1");
+            self.rtc = Rtc::from_state(&state, NoEvents);
+        }
+        if (offset == MR || offset == LR) && self.rtc.state().mr == self.dr(self.second) {
+            self.set_ris();
+        }
+        self.mis() > before
+    }
+}
+
+/// How far the two clocks may be apart, in nanoseconds.
+const MARGIN: u32 = 500_000;
+
+/// The second of the host's time, for both clocks: not close to its ends.
+fn begin_second() -> u32 {
+    loop {
+        let now = host_time();
+        if (MARGIN..1_000_000_000 - MARGIN).contains(&now.subsec_nanos()) {
+            return now.as_secs() as u32;
+        }
+    }
+}
+
+/// Whether it is still this second, for both clocks.
+fn is_still(second: u32) -> bool {
+    let now = host_time();
+    now.as_secs() as u32 == second && now.subsec_nanos() < 1_000_000_000 - MARGIN
+}
+
+/// Brings both clocks into the same state.
+fn synchronise(clock: &mut Clock) -> Model {
+    loop {
+        let second = begin_second();
+        let mut model = Model::at(second);
+        // No match to come soon, and nothing left of an earlier one.
+        for (register, value) in [(IMSC, 0), (MR, 0), (LR, 1_000_000), (ICR, 1)] {
+            clock.write(register, value);
+            model.write(register, value);
+        }
+        clock.signals();
+        if is_still(second) {
+            return model;
+        }
+    }
+}
+
+/// A step of the script that both clocks go through.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Read(u64),
+    Write(u64, u32),
+    /// Let the next second begin.
+    Wait,
+}
+
+/// The next steps: one access most of the time, of the registers and what is beside them.
+fn next_steps(random: &mut Random, dr: u32) -> Vec<Step> {
+    if random.below(300) == 0 {
+        return vec![
+            Step::Write(ICR, 1),
+            Step::Write(IMSC, random.below(4) as u32),
+            Step::Write(MR, dr.wrapping_add(1)),
+            Step::Wait,
+        ];
+    }
+    let offset = match random.below(16) {
+        index @ 0..8 => 4 * index,
+        8..10 => ID_FIRST + 4 * random.below(8),
+        10 => 4 * random.below(SIZE / 4),
+        11 if cfg!(target_arch = "x86_64") => ID_FIRST + random.below(29),
+        12 if cfg!(target_arch = "x86_64") => random.below(SIZE - 4),
+        // What makes alarms, more often.
+        13 => IMSC,
+        14 => MR,
+        _ => ICR,
+    };
+    if random.below(2) == 0 {
+        return vec![Step::Read(offset)];
+    }
+    let value = match random.below(8) {
+        0 => random.next() as u32,
+        1 => 0,
+        2 => u32::MAX - random.below(3) as u32,
+        3 | 4 => 1,
+        // Near the time, to either side.
+        _ => dr.wrapping_add(random.below(6) as u32).wrapping_sub(2),
+    };
+    vec![Step::Write(offset, value)]
+}
+
+/// `KVM_BPF_SEED` and `KVM_BPF_ACCESSES` set the script.
+fn as_vm_superio() {
+    required("bpf_kvm_irq_acquire");
+    let seed = number_from_env("KVM_BPF_SEED", 1);
+    let accesses = number_from_env("KVM_BPF_ACCESSES", 5000);
+    let mut random = Random::new(seed);
+    let mut clock = Clock::new();
+    let mut model = synchronise(&mut clock);
+    let (mut compared, mut alarms, mut alarms_by_time) = (0, 0, 0);
+    let mut steps = Vec::new();
+    for number in 0..accesses {
+        if steps.is_empty() {
+            steps = next_steps(&mut random, model.dr(model.second));
+            steps.reverse();
+        }
+        let step = steps.pop().expect("at least one step");
+        let what = format!("access {number} of seed {seed}: {step:x?}");
+
+        // A second may begin before the access, and is then known to both.
+        let mut second = begin_second();
+        while matches!(step, Step::Wait) && second == model.second {
+            sleep(SECOND / 100);
+            second = begin_second();
+        }
+        let by_time = model.advance(second);
+        let (got, wanted, by_write) = match step {
+            Step::Read(offset) => (clock.read(offset), model.read(offset), false),
+            Step::Write(offset, value) => {
+                clock.write(offset, value);
+                (0, 0, model.write(offset, value))
+            }
+            Step::Wait => (clock.read(RIS), model.read(RIS), false),
+        };
+        let signals = u64::from(by_time) + u64::from(by_write);
+        let mut signalled = clock.signals();
+        if !is_still(second) {
+            // One began meanwhile: who knows on which side of it the access was.
+            model = synchronise(&mut clock);
+            continue;
+        }
+        if signalled < signals {
+            // The timer has found the moment, and is about to signal.
+            assert!(clock.signalled_within(LATE), "{what}: no signal");
+            signalled += clock.signals();
+        }
+        assert_got!(got, wanted, "{what}");
+        assert_got!(signalled, signals, "{what}: signals");
+        compared += 1;
+        alarms += signals;
+        alarms_by_time += u64::from(by_time);
+    }
+    assert!(
+        compared > accesses / 2,
+        "wanted most accesses compared, got {compared} of {accesses}"
+    );
+    // Some of each kind are in the 5000 of any seed.
+    assert!(
+        accesses < 5000 || (alarms_by_time > 0 && alarms > alarms_by_time),
+        "wanted alarms of both kinds compared, got {alarms}, {alarms_by_time} of them by time"
+    );
+}
