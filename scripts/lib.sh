@@ -163,6 +163,20 @@ kernel_env() {
 	export KBUILD_BUILD_TIMESTAMP=2026-01-01 KBUILD_BUILD_USER=kvm-bpf KBUILD_BUILD_HOST=localhost
 }
 
+# kernel_cc ARCH VARIANT: the C compiler.  gcc, as it is done sooner; clang for
+# the debug kernel, since with gcc Rust and KASAN exclude each other.
+kernel_cc() {
+	local target
+	target=$(rust_target "$1")
+	if [[ $2 == debug ]]; then
+		say "clang$(llvm_suffix)"
+	elif [[ $1 == "$(machine_arch)" ]]; then
+		say gcc
+	else
+		say "${target/-unknown/}-gcc"
+	fi
+}
+
 # base KEY: a line of patches/BASE.
 base() { sed -n "s/^$1 //p" "$TOP/patches/BASE"; }
 
