@@ -6,7 +6,7 @@
  *	0x000	DR	RO	the time, in seconds
  *	0x004	MR	RW	match: the time of the alarm
  *	0x008	LR	RW	load: sets the time; reads as last written
- *	0x00c	CR	RW	bit 0: the clock runs
+ *	0x00c	CR	RW	bit 0: the clock runs; always 1 here
  *	0x010	IMSC	RW	bit 0: let the interrupt through
  *	0x014	RIS	RO	bit 0: interrupt, raw
  *	0x018	MIS	RO	bit 0: interrupt, masked: RIS & IMSC
@@ -28,9 +28,9 @@
  * lies in the past waits for DR to wrap around.
  *
  * The interrupt is wired edge-triggered: it is signalled whenever MIS goes from
- * 0 to 1, once, by an access or by a timer, whichever finds it first.  A kernel
- * without interrupt objects has no use for the timer, so there an alarm waits
- * for the guest's next access.
+ * 0 to 1, once, by an access or by a timer, whichever finds it first.  On a
+ * kernel without bpf_kvm_irq_acquire() there is no timer, and an alarm waits for
+ * the guest's next access.
  */
 #include "kvm_bpf.h"
 
@@ -58,7 +58,8 @@
 #define CLOCK_BOOTTIME 7
 #define NSEC_PER_SEC 1000000000ULL
 
-/* Several vCPUs that set alarms at the same moment start the timer again. */
+/* How often to start the timer anew when another vCPU has changed the alarm
+ * meanwhile. */
 #define START_TRIES 8
 
 KVM_BPF_MMIO_DEVICE(PL031_SIZE, PL031_IRQS, "arm,pl031\0arm,primecell");
@@ -130,8 +131,9 @@ static __always_inline __u64 rtc_until_match(const struct pl031 *rtc)
 /*
  * Let time pass up to @boot_ns; true if that raises the interrupt.
  *
- * The clock is read before the lock is taken, so another may have come in
- * between with a later time: go on from there.  The counter still goes back if
+ * The clock is read before the lock is taken, under which helpers may not be
+ * called, so another may have come in between with a later time: go on from
+ * there.  The counter still goes back if
  * the VMM sets the clock back; matches then happen again.
  */
 static __always_inline _Bool rtc_advance(struct pl031 *rtc, __u64 boot_ns,
@@ -256,8 +258,9 @@ static int on_timer(void *map, __u32 *key, struct pl031 *rtc)
 /*
  * Prepare for on_timer(), each time anew, so that the callback is the latest
  * program's and the interrupt the latest device's.  When the programs are
- * replaced the kernel keeps the old one for its callback, until the first write
- * of the guest with the interrupt enabled brings in the new one.
+ * replaced the kernel keeps the old one for its callback, until the guest's
+ * first write while the interrupt is enabled and not pending brings in the new
+ * one.
  */
 static __always_inline void prepare_timer(struct bpf_kvm_io_ctx *ctx,
 					  struct pl031 *rtc)
@@ -327,7 +330,8 @@ int pl031_write(struct bpf_kvm_io_ctx *ctx)
 	if (!rtc || ctx->len != 4)
 		return 0;
 
-	/* At most one of the two raises it: only ICR lowers it. */
+	/* If time raises the interrupt, the write can only lower it again: the
+	 * edge has been, and is signalled. */
 	bpf_spin_lock(&rtc->lock);
 	raised = rtc_advance(rtc, boot_ns, clock_ns);
 	raised |= rtc_write(rtc, offset, data);

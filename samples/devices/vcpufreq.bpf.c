@@ -27,10 +27,11 @@
  * and what a request means does not depend on the host CPU that the vCPU is on
  * at that moment.  Every CPU is a domain of its own.
  *
- * A vCPU's program can clamp no thread but its own, and the driver writes
- * set_perf on the CPU itself.  On another CPU's page the request is recorded,
- * with no effect on any thread; cur_perf there is the last request.  CPUs are
- * numbered by KVM's vCPU ids.
+ * A vCPU's program can clamp no thread but its own.  A request on another CPU's
+ * page is recorded, and takes effect when that CPU next reads its cur_perf, as
+ * it does in every tick.  For another CPU, and where the host does not know its
+ * frequency, cur_perf is the last request, or max before any.  CPUs are numbered
+ * by KVM's vCPU ids.  A guest has at most 8: the driver reads a page for each.
  */
 #include "kvm_bpf.h"
 
@@ -51,7 +52,7 @@
 KVM_BPF_MMIO_DEVICE(MAX_CPUS *CPU_SIZE, 0, "qemu,virtual-cpufreq");
 
 /* Frequencies in kHz, ascending, with zeroes after the last.  The VMM fills it
- * before the guest runs; without one the driver finds no device. */
+ * before the guest runs; without one the driver's probe fails with -ENODEV. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, PERFTBL_MAX);
@@ -125,7 +126,7 @@ static __always_inline __u32 host_perf(__u32 max)
 		now = highest;
 	if (scale > CAPACITY_SCALE)
 		scale = CAPACITY_SCALE;
-	/* 32, 11 and 22 bits: up to 2 THz there is room. */
+	/* 32 bits times 11, less 10, times 32: it fits 64. */
 	return (__u64)max * (__u64)scale / CAPACITY_SCALE * (__u64)now /
 	       (__u64)highest;
 }
@@ -140,26 +141,47 @@ static __always_inline __u32 cur_perf(const struct vcpufreq *vcpu, _Bool own)
 	return perf;
 }
 
+/* Utilisation for a frequency, 0 to 1024. */
+static __always_inline __u32 to_clamp(__u32 khz, __u32 max)
+{
+	return max ? ((__u64)khz * CAPACITY_SCALE + max - 1) / max : 0;
+}
+
+static __always_inline void clamp_thread(struct vcpufreq *vcpu, __u32 clamp)
+{
+	if (!bpf_ksym_exists(bpf_set_current_uclamp))
+		return;
+	vcpu->error = bpf_set_current_uclamp(clamp, clamp);
+	if (!vcpu->error)
+		vcpu->clamp = clamp;
+}
+
 static __always_inline void set_perf(struct vcpufreq *vcpu, __u32 khz,
 				     _Bool own)
 {
 	__u32 max = table_max();
-	__u32 clamp;
 
 	if (!khz || !max)
 		return;
 	if (khz > max)
 		khz = max;
 	vcpu->request = khz;
-	if (!own || !bpf_ksym_exists(bpf_set_current_uclamp))
-		return;
-	clamp = ((__u64)khz * CAPACITY_SCALE + max - 1) / max;
-	vcpu->error = bpf_set_current_uclamp(clamp, clamp);
-	if (!vcpu->error)
-		vcpu->clamp = clamp;
+	if (own)
+		clamp_thread(vcpu, to_clamp(khz, max));
 }
 
-KVM_IO_READ
+/* Comply with what another CPU has asked of this one; but do not try in every
+ * tick what has failed. */
+static __always_inline void catch_up(struct vcpufreq *vcpu)
+{
+	__u32 clamp = to_clamp(vcpu->request, table_max());
+
+	if (clamp && clamp != vcpu->clamp && !vcpu->error)
+		clamp_thread(vcpu, clamp);
+}
+
+/* Sleepable, as the other, for the clamp. */
+KVM_IO_READ_SLEEPABLE
 int vcpufreq_read(struct bpf_kvm_io_ctx *ctx)
 {
 	__u64 offset = ctx->offset;
@@ -171,6 +193,8 @@ int vcpufreq_read(struct bpf_kvm_io_ctx *ctx)
 		return 0;
 	switch (offset & (CPU_SIZE - 1)) {
 	case CUR_PERF:
+		if (cpu == ctx->vcpu_id)
+			catch_up(vcpu);
 		value = cur_perf(vcpu, cpu == ctx->vcpu_id);
 		break;
 	case PERFTBL_LEN:
@@ -187,7 +211,6 @@ int vcpufreq_read(struct bpf_kvm_io_ctx *ctx)
 	return 0;
 }
 
-/* Sleepable, for the clamp. */
 KVM_IO_WRITE_SLEEPABLE
 int vcpufreq_write(struct bpf_kvm_io_ctx *ctx)
 {

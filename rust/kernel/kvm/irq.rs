@@ -34,7 +34,10 @@ use crate::{
     uapi,
 };
 use core::{
-    mem::ManuallyDrop,
+    mem::{
+        offset_of,
+        ManuallyDrop, //
+    },
     ptr::{
         self,
         NonNull, //
@@ -48,8 +51,9 @@ pub const MAX_LINES: usize = uapi::KVM_DEV_BPF_MAX_IRQS as usize;
 ///
 /// # Invariants
 ///
-/// `eventfd` is null or came from [`EventFd::into_raw()`]; whoever takes it out waits for RCU
-/// readers before it drops the reference. The line is element `index` of a [`Lines`].
+/// `eventfd` is null or came from [`EventFd::into_raw()`]; whoever takes it out drops the reference
+/// only when no RCU reader uses it: after a grace period that began when it was taken out, or when
+/// `closed` was set. The line is element `index` of a [`Lines`].
 #[repr(C)]
 struct Line {
     eventfd: Atomic<*mut bindings::eventfd_ctx>,
@@ -57,6 +61,8 @@ struct Line {
 }
 
 static_assert!(size_of::<Line>() == size_of::<bindings::bpf_kvm_irq>());
+static_assert!(offset_of!(Line, eventfd) == offset_of!(bindings::bpf_kvm_irq, eventfd));
+static_assert!(offset_of!(Line, index) == offset_of!(bindings::bpf_kvm_irq, index));
 
 /// The interrupt lines of a device.
 ///
@@ -178,8 +184,8 @@ impl Lines {
         if self.closed.load(Relaxed) {
             return Err(ENOENT);
         }
-        // SAFETY: By the type invariants, whoever takes the pointer out waits for us; and we leave
-        // the reference to them.
+        // SAFETY: By the type invariants, whoever takes the pointer out waits for us, who have not
+        // seen `closed`; and we leave the reference to them.
         let eventfd = unsafe { EventFd::from_raw(slot.load(Acquire)) }.map(ManuallyDrop::new);
         eventfd.ok_or(ENOENT)?.signal()
     }

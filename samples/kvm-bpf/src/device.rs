@@ -237,15 +237,32 @@ impl MmioDevice {
     ///
     /// Maps that are defined as before keep their content. On an error the
     /// device goes on as it was.
-    pub fn replace(&mut self, mut image: OpenImage) -> Result<()> {
-        if image.note() != self.image.note() {
-            return Err(Error::OtherDevice {
-                running: Box::new(self.image.note().clone()),
-                new: Box::new(image.note().clone()),
-            });
-        }
+    pub fn replace(&mut self, image: OpenImage) -> Result<()> {
+        let image = self.load(image)?;
+        self.swap(image)
+    }
+
+    /// Loads a new file for [`Self::swap`], with the maps that it has in common with the running
+    /// one. The first half of [`Self::replace`], for who fills the other maps in between.
+    pub fn load(&self, mut image: OpenImage) -> Result<Image> {
+        self.check(image.note())?;
         image.reuse_maps(&self.image)?;
-        let image = image.load()?;
+        Ok(image.load()?)
+    }
+
+    fn check(&self, new: &Note) -> Result<()> {
+        if new == self.image.note() {
+            return Ok(());
+        }
+        Err(Error::OtherDevice {
+            running: Box::new(self.image.note().clone()),
+            new: Box::new(new.clone()),
+        })
+    }
+
+    /// Goes over to the programs of an image while the guest runs.
+    pub fn swap(&mut self, image: Image) -> Result<()> {
+        self.check(image.note())?;
         set_image(&self.device, self.addr, &image)?;
         self.image = image;
         Ok(())

@@ -15,22 +15,29 @@
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let vm = kvm_ioctls::Kvm::new()?.create_vm()?;
-//! let file = std::fs::read("regbank.o")?;
+//! let file = std::fs::read("regbank.bpf.o")?;
 //! let mut device = MmioDevice::new(&vm, 0xd000_0000, OpenImage::open("regbank", &file)?)?;
 //!
+//! // With interrupt controllers there; on arm64 the GIC must also have started, which it does
+//! // when all vCPUs are there. GSI n is its shared interrupt n. Keep `irq` open.
 //! let irq = EventFd::new(0)?;
 //! vm.register_irqfd(&irq, 5)?;
 //! device.device().set_irq(0, &irq)?;
 //!
 //! // Later, while vCPUs run: new programs, same state.
-//! let file = std::fs::read("regbank.o")?;
+//! let file = std::fs::read("regbank.bpf.o")?;
 //! device.replace(OpenImage::open("regbank", &file)?)?;
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! Which addresses a device gets, how the guest learns of them and what an
-//! access does that no program handled is up to the VMM.
+//! Which addresses a device gets, how the guest learns of them, what an access
+//! does that no program handled, and what a device's maps must hold before a
+//! vCPU runs (the offset of a clock, say: through [`Image::map`]) is up to the VMM.
+//!
+//! Loading needs `CAP_BPF`, and a seccomp filter that lets bpf(2) through. A VMM
+//! without takes file descriptors of programs from a process that has them, with
+//! [`Device::set_region`].
 
 pub mod device;
 pub mod image;

@@ -51,11 +51,11 @@ pub const DEVICE_GSIS: RangeInclusive<u32> = SERIAL_GSI + 1..=255;
 /// Interrupts of the GIC, with the 32 that are each CPU's own.
 const NR_IRQS: u32 = 32 + 256;
 
-/// The tree is in the last part of RAM, which is as large as the kernel takes one.
+/// The device tree is at RAM's end, and the kernel takes no larger one.
 const FDT_MAX_SIZE: u64 = 2 << 20;
 /// `COMMAND_LINE_SIZE` of the kernel, with the final NUL.
 const CMDLINE_MAX: usize = 2048;
-/// Where an Image's header has the size in memory, which its file may lack the end of.
+/// Where an Image's header has its size in memory, BSS included; the file is shorter.
 const IMAGE_SIZE: u64 = 16;
 const PAGE: u64 = 0x1000;
 
@@ -94,7 +94,7 @@ pub struct Platform {
 }
 
 impl Platform {
-    /// Creates the interrupt controller, which must be there before the vCPUs, and the console.
+    /// Creates the interrupt controller, which starts when the vCPUs are there, and the console.
     pub fn new(vm: &VmFd) -> Result<Self, Error> {
         let mut create = kvm_create_device {
             type_: kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,

@@ -53,7 +53,7 @@ pub struct Args {
 
     /// Frequencies in kHz that a virtual cpufreq device offers, ascending, up to 64.
     ///
-    /// Default: the highest one of the host's first CPU.
+    /// Default: the highest one of the host's CPUs, or 1000000 where the host does not tell.
     #[arg(long, value_name = "KHZ,...")]
     pub perf_table: Option<PerfTable>,
 

@@ -21,6 +21,19 @@ pub const PERF_TABLE_MAX: usize = 64;
 /// What the frequency is said to be where the host does not tell its own.
 const NO_CPUFREQ_KHZ: u32 = 1_000_000;
 
+/// How many CPUs a guest with the device may have, where the device limits it.
+///
+/// Linux's driver for `qemu,virtual-cpufreq` accesses a page per possible CPU, whatever the size
+/// of the device.
+pub fn max_cpus(compatible: &[String], size: u64) -> Option<u64> {
+    const PAGE: u64 = 0x1000;
+
+    compatible
+        .iter()
+        .any(|own| own == "qemu,virtual-cpufreq")
+        .then_some(size / PAGE)
+}
+
 /// Fills the maps that want it; those that have been filled before stay as they are.
 ///
 /// The latter are carried over from programs that these replace. On an error, the map's name
@@ -68,6 +81,8 @@ fn fill_map<const N: usize>(map: &Map<'_>, values: &[[u8; N]]) -> Result<(), lib
 }
 
 /// Nanoseconds from the host's boot to the time of day's epoch, the other way round.
+///
+/// As this process sees them: a time namespace of its own would make the clock wrong.
 fn clock_offset_ns() -> u64 {
     clock_ns(libc::CLOCK_REALTIME).wrapping_sub(clock_ns(libc::CLOCK_BOOTTIME))
 }
@@ -82,11 +97,16 @@ fn clock_ns(clock: libc::clockid_t) -> u64 {
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32).as_nanos() as u64
 }
 
-/// The table of a host that is not asked for another: the highest frequency of its first CPU.
+/// The table of a host that is not asked for another: the highest frequency of any CPU.
 pub fn default_perf_table() -> Vec<u32> {
-    let max = fs::read_to_string("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
-        .ok()
-        .and_then(|text| text.trim().parse().ok())
+    let cpus = fs::read_dir("/sys/devices/system/cpu")
+        .into_iter()
+        .flatten();
+    let max = cpus
+        .flatten()
+        .filter_map(|cpu| fs::read_to_string(cpu.path().join("cpufreq/cpuinfo_max_freq")).ok())
+        .filter_map(|text| text.trim().parse().ok())
+        .max()
         .filter(|&khz| khz != 0);
     vec![max.unwrap_or(NO_CPUFREQ_KHZ)]
 }
@@ -100,6 +120,13 @@ mod tests {
         let sum = clock_ns(libc::CLOCK_BOOTTIME).wrapping_add(clock_offset_ns());
         let off = clock_ns(libc::CLOCK_REALTIME).abs_diff(sum);
         assert!(off < 1_000_000_000, "{off} ns off");
+    }
+
+    #[test]
+    fn a_page_per_cpu() {
+        let names = |name: &str| vec!["x,y".to_string(), name.to_string()];
+        assert_eq!(max_cpus(&names("qemu,virtual-cpufreq"), 0x8000), Some(8));
+        assert_eq!(max_cpus(&names("arm,pl031"), 0x1000), None);
     }
 
     #[test]

@@ -51,6 +51,8 @@ pub enum Error {
     },
     #[error(transparent)]
     Conflict(#[from] Conflict),
+    #[error("{0}: for guests of at most {1} CPUs")]
+    TooManyCpus(String, u64),
     #[error("{0}: no interrupt line is left for it")]
     NoInterruptLine(String),
     #[error("{0}: cannot wire its interrupt")]
@@ -169,6 +171,12 @@ impl Vm {
         });
         let ranges: Vec<_> = devices.iter().map(|device| device.range.clone()).collect();
         check_ranges(&taken, &ranges)?;
+        for device in &devices {
+            let max = provide::max_cpus(&device.compatible, device.range.size);
+            if let Some(max) = max.filter(|&max| max < args.cpus.into()) {
+                return Err(Error::TooManyCpus(device.range.name.clone(), max));
+            }
+        }
         let mut kernel = open(&args.kernel)?;
         let mut initrd = args.initrd.as_deref().map(open).transpose()?;
 
@@ -309,10 +317,10 @@ impl BpfDevice {
         crate::forget_warnings();
         let image = open_image(&self.path)?;
         let name = self.path.display().to_string();
-        self.device
-            .replace(image)
-            .map_err(|source| Error::Device(name.clone(), source))?;
-        provide_to(&name, self.device.image(), perf_table)
+        let device_error = |source| Error::Device(name.clone(), source);
+        let image = self.device.load(image).map_err(device_error)?;
+        provide_to(&name, &image, perf_table)?;
+        self.device.swap(image).map_err(device_error)
     }
 }
 

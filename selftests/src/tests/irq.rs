@@ -489,7 +489,7 @@ const GIVE_UP: u64 = 0xc;
 
 /// Its answer where there is no interrupt to keep or to raise.
 const NO_IRQ: i64 = -1000;
-/// What a timer's delay of at most this is certainly over after.
+/// A timer's delay that leaves a test time to act first.
 const LONG: Duration = Duration::from_millis(500);
 
 impl Kept {
@@ -622,7 +622,8 @@ fn kept_irq_outlives_the_device() {
     assert_got!(taken(&eventfd), 0);
 }
 
-/// By a map that goes away with its timer armed, after the device and before it.
+/// By a map that goes away with its timer armed, after the device and before it; that nothing
+/// leaks shows on a kernel with kmemleak.
 fn kept_irq_is_released() {
     for device_first in [true, false] {
         let kept = Kept::new();
@@ -641,7 +642,7 @@ fn kept_irq_is_released() {
             drop(device);
             drop(image);
         } else {
-            // The last user's reference to a map cancels its timers.
+            // When user space drops its last reference to a map, its timers are cancelled.
             drop(image);
             sleep(LONG);
             drop(device);

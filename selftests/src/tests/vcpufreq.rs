@@ -115,7 +115,7 @@ fn write(vcpu: &mut Vcpu, cpu: u64, register: u64, value: u32) {
     assert_got!(exits, [], "exits of a write of {register:#x}, CPU {cpu}");
 }
 
-/// The calling thread's clamps; it is the vCPU's where it runs one.
+/// The calling thread's clamps; a vCPU that it runs has the same.
 fn clamps() -> (u32, u32) {
     uclamp::of_thread(0).expect("sched_getattr")
 }
@@ -129,7 +129,7 @@ fn cpu_0(file: &str) -> Option<u64> {
         .ok()
 }
 
-/// The policy of the first CPU's frequency.
+/// The file with the governor of the first CPU's frequency.
 const GOVERNOR: &str = "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor";
 
 /// Whether the host knows the frequency of its CPUs.
@@ -137,7 +137,7 @@ fn host_has_cpufreq() -> bool {
     cpu_0("cpufreq/cpuinfo_max_freq").is_some()
 }
 
-/// Keeps the calling thread there.
+/// Pins the calling thread to CPU 0.
 fn run_on_cpu_0() {
     // SAFETY: a set of CPUs is plain bits, and the kernel only reads it.
     let result = unsafe {
@@ -251,7 +251,7 @@ fn tables_of_every_length() {
             let got = setup.read(1, PERFTBL_RD);
             assert_got!(got, table[index], "entry {index} of {len}");
         }
-        // With no request so far, and where the host says nothing, it is the highest.
+        // Of another CPU the host is not asked: with no request so far, the highest.
         let max = table[len - 1];
         let got = setup.read(1, CUR_PERF);
         assert_got!(got, max, "cur_perf of another CPU with {len} entries");
@@ -332,6 +332,12 @@ fn request_for_another_cpu() {
             assert_got!(setup.state(cpu as u32), [250, 0, 0, 0], "CPU {cpu}");
             assert_got!(setup.read(cpu, CUR_PERF), 250, "CPU {cpu}");
         }
+        // It takes effect when that CPU looks at its frequency, on its thread.
+        read(&mut other, 3, PERFTBL_LEN);
+        assert_got!(clamps(), before, "CPU 3 before it looks");
+        read(&mut other, 3, CUR_PERF);
+        assert_got!(clamps(), (256, 256), "CPU 3 has looked");
+        assert_got!(setup.state(3), [250, 0, 256, 0]);
         write(&mut other, 3, SET_PERF, 500);
         assert_got!(clamps(), (512, 512), "CPU 3 asks for itself");
         assert_got!(setup.state(3), [500, 0, 512, 0]);

@@ -186,8 +186,8 @@ fn device(fdt: &mut FdtWriter, info: &GuestDevice) -> Result<(), Error> {
     }
     fdt.property_array_u64("reg", &[info.range.addr, info.range.size])?;
     if !info.gsis.is_empty() {
-        // Edges, whatever the hardware of that name has: an eventfd can only raise a
-        // line, and KVM lowers none for it here, so that a level would never go.
+        // Edges, whatever the hardware of that name has: KVM on arm64 raises the line of
+        // an irqfd without resamplefd and never lowers it, so that a level would stay.
         let interrupts: Vec<_> = info
             .gsis
             .iter()

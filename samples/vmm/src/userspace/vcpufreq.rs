@@ -27,6 +27,8 @@ struct VirtualCpu {
     /// The last frequency asked for, in kHz; 0 if none yet.
     request: u32,
     sel: u32,
+    /// What the vCPU's thread was clamped to last.
+    clamp: u32,
 }
 
 /// The device.
@@ -105,9 +107,24 @@ impl VcpuFreq {
         let khz = khz.min(max);
         self.cpus[cpu].request = khz;
         if own {
-            let clamp = utilisation(khz, max);
-            // The guest has no use for the error: a host without clamps is a host like that.
-            let _ = uclamp::set_current(clamp, clamp);
+            self.clamp_thread(cpu, utilisation(khz, max));
+        }
+    }
+
+    fn clamp_thread(&mut self, cpu: usize, clamp: u32) {
+        // The guest has no use for the error: a host without clamps is a host like that.
+        let _ = uclamp::set_current(clamp, clamp);
+        self.cpus[cpu].clamp = clamp;
+    }
+
+    /// Complies with what another CPU has asked of the one whose thread this is.
+    fn catch_up(&mut self, cpu: usize) {
+        let VirtualCpu { request, clamp, .. } = self.cpus[cpu];
+        if request != 0 && self.max() != 0 {
+            let wanted = utilisation(request, self.max());
+            if wanted != clamp {
+                self.clamp_thread(cpu, wanted);
+            }
         }
     }
 }
@@ -127,6 +144,9 @@ impl MmioDevice for VcpuFreq {
         let state = self.cpus[cpu];
         let value = match register {
             CUR_PERF => {
+                if cpu == vcpu {
+                    self.catch_up(cpu);
+                }
                 let max = self.max();
                 let host = if cpu == vcpu { host_perf(max) } else { None };
                 host.unwrap_or(if state.request != 0 {
