@@ -204,7 +204,7 @@ impl Guest {
 
     /// The same, for a thread that may not open `/dev/kvm` itself.
     pub fn on(kvm: Kvm) -> Self {
-        let vm = kvm.create_vm().expect("KVM_CREATE_VM");
+        let vm = arch::create_vm(&kvm);
         let ram = Arc::new(Ram::new());
         arch::prepare_ram(&ram);
         ram.write(CODE as usize, code());

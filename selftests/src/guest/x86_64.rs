@@ -117,6 +117,10 @@ const EFER_LONG_MODE: u64 = (1 << 8) | (1 << 10);
 /// The vector whose handler is the guest's interrupt routine.
 pub const VECTOR: u8 = 0x40;
 
+pub(super) fn create_vm(kvm: &Kvm) -> VmFd {
+    kvm.create_vm().expect("KVM_CREATE_VM")
+}
+
 /// Writes the tables that the processor reads: pages, segments, interrupts.
 pub(super) fn prepare_ram(ram: &Ram) {
     let put = |at: usize, index: usize, entry: u64| ram.write(at + 8 * index, &entry.to_le_bytes());
