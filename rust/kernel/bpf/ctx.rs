@@ -221,20 +221,18 @@ macro_rules! bpf_ctx_field {
             |inner| inner;
         $crate::bpf_ctx_field!(@check $first . $f $(=> $next . $n)*);
 
+        const OFFSET: usize = ::core::mem::offset_of!(Fake, $fake);
+        const FAKE_LEN: usize = $crate::bpf::ctx::size_of_ref(|fake: &Fake| &fake.$fake);
+        const LEN: usize = $crate::bpf_ctx_field!(@size $first . $f $(=> $next . $n)*);
+        const RIGHTS: $crate::bpf::ctx::Rights = $rights;
+        const CHAIN: &[i16] = &[
+            ::core::mem::offset_of!($first, $f) as i16,
+            $(::core::mem::offset_of!($next, $n) as i16,)*
+        ];
+
         // SAFETY: The offsets are those of the fields named, and `@check` has compared the type
         // of each step with the structure that the next one is in.
-        unsafe {
-            $crate::bpf::ctx::Field::new(
-                ::core::mem::offset_of!(Fake, $fake),
-                $crate::bpf::ctx::size_of_ref(|fake: &Fake| &fake.$fake),
-                $crate::bpf_ctx_field!(@size $first . $f $(=> $next . $n)*),
-                $rights,
-                &[
-                    ::core::mem::offset_of!($first, $f) as i16,
-                    $(::core::mem::offset_of!($next, $n) as i16,)*
-                ],
-            )
-        }
+        unsafe { $crate::bpf::ctx::Field::new(OFFSET, FAKE_LEN, LEN, RIGHTS, CHAIN) }
     }};
     (@check $last:ident . $f:ident) => {
         $crate::static_assert!(::core::mem::offset_of!($last, $f) < 0x7ff8);

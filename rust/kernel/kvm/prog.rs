@@ -56,7 +56,6 @@ impl<'a> Context<'a> {
                 vcpu: access.vcpu.as_raw(),
                 irqs: ptr::from_ref(irqs).cast(),
                 len: access.len,
-                ..pin_init::zeroed()
             },
             _vcpu: PhantomData,
         }
