@@ -22,13 +22,14 @@ use kvm_bindings::{
     kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_vcpu_init, user_pt_regs,
 };
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
+use linux_loader::loader::KernelLoader;
 use linux_loader::loader::pe::PE;
-use linux_loader::loader::{self, KernelLoader};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, ReadVolatile};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::errno;
 
 use self::fdt::{GIC_DIST_ADDR, GIC_REDIST_ADDR, Machine, SERIAL_ADDR, SERIAL_GSI, SERIAL_SIZE};
 pub use self::fdt::{RAM_START, reserved_ranges};
+use crate::boot::{Error, kvm, load_initrd};
 use crate::console::Console;
 use crate::vm::GuestDevice;
 
@@ -57,35 +58,6 @@ const FDT_MAX_SIZE: u64 = 2 << 20;
 const CMDLINE_MAX: usize = 2048;
 /// Where an Image's header has its size in memory, BSS included; the file is shorter.
 const IMAGE_SIZE: u64 = 16;
-const PAGE: u64 = 0x1000;
-
-/// Why the guest could not be prepared.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error("cannot {0}")]
-    Kvm(&'static str, #[source] errno::Error),
-    // The loader's errors name their causes themselves.
-    #[error("{0}")]
-    Kernel(loader::Error),
-    #[error("the kernel needs {needed} MiB of guest memory and there are {have}")]
-    SmallMemory { needed: u64, have: u64 },
-    #[error("the initramfs has {0} bytes and finds no room in guest memory")]
-    InitrdSize(u64),
-    #[error("cannot read the initramfs")]
-    Initrd(#[source] vm_memory::GuestMemoryError),
-    #[error("cannot write to guest memory")]
-    Memory(#[from] vm_memory::GuestMemoryError),
-    #[error("the command line has {len} bytes and the kernel takes {max}")]
-    Cmdline { len: usize, max: usize },
-    #[error("cannot write the device tree")]
-    Fdt(#[source] vm_fdt::Error),
-    #[error("{0} bytes of device tree, too many devices")]
-    FdtSize(usize),
-}
-
-fn kvm(what: &'static str) -> impl Fn(errno::Error) -> Error {
-    move |source| Error::Kvm(what, source)
-}
 
 /// The interrupt controller and the console.
 pub struct Platform {
@@ -217,27 +189,6 @@ pub fn load(
     }
     memory.write_slice(&tree, GuestAddress(fdt))?;
     Ok(Entry { pc, fdt })
-}
-
-/// Puts the initramfs below `end` and clear of the kernel; answers its first address and its end.
-fn load_initrd(
-    memory: &GuestMemoryMmap,
-    initrd: &mut File,
-    kernel_end: u64,
-    end: u64,
-) -> Result<(u64, u64), Error> {
-    let size = initrd.metadata().map_or(0, |metadata| metadata.len());
-    let addr = end.checked_sub(size).map(|addr| addr & !(PAGE - 1));
-    let addr = addr
-        .filter(|&addr| addr >= kernel_end)
-        .ok_or(Error::InitrdSize(size))?;
-    let slice = memory
-        .get_slice(GuestAddress(addr), size as usize)
-        .map_err(Error::Initrd)?;
-    initrd
-        .read_exact_volatile(&mut { slice })
-        .map_err(|error| Error::Initrd(error.into()))?;
-    Ok((addr, addr + size))
 }
 
 /// Sets up a vCPU; the first one enters the kernel, the others wait for PSCI.

@@ -21,6 +21,15 @@ pub struct Range {
 }
 
 impl Range {
+    /// A range with that name, address and size.
+    pub fn new(name: &str, addr: u64, size: u64) -> Self {
+        Range {
+            name: name.to_string(),
+            addr,
+            size,
+        }
+    }
+
     /// The last address, or none if the range wraps around.
     fn last(&self) -> Option<u64> {
         self.addr.checked_add(self.size - 1)
@@ -156,34 +165,29 @@ mod tests {
 
     use super::*;
 
-    fn range(name: &str, addr: u64, size: u64) -> Range {
-        Range {
-            name: name.to_string(),
-            addr,
-            size,
-        }
-    }
-
     #[test]
     fn neighbours_are_no_conflict() {
-        let taken = [range("RAM", 0, 0x1000)];
+        let taken = [Range::new("RAM", 0, 0x1000)];
         let devices = [
-            range("a", 0x1000, 0x10),
-            range("b", 0x1010, 1),
-            range("c", u64::MAX, 1),
+            Range::new("a", 0x1000, 0x10),
+            Range::new("b", 0x1010, 1),
+            Range::new("c", u64::MAX, 1),
         ];
         assert_eq!(check_ranges(&taken, &devices), Ok(()));
     }
 
     #[test]
     fn overlaps_name_both() {
-        let ram = range("RAM", 0, 0x1000);
+        let ram = Range::new("RAM", 0, 0x1000);
         for (addr, size) in [(0xfff, 1), (0, 1), (0x800, 0x1000), (0, 0x2000)] {
-            let device = range("a", addr, size);
+            let device = Range::new("a", addr, size);
             let conflict = check_ranges(from_ref(&ram), from_ref(&device)).unwrap_err();
             assert_eq!(conflict, Conflict::Overlap(device, ram.clone()));
         }
-        let (a, b) = (range("a.o", 0x1000, 0x1000), range("b.o", 0x1fff, 1));
+        let (a, b) = (
+            Range::new("a.o", 0x1000, 0x1000),
+            Range::new("b.o", 0x1fff, 1),
+        );
         let conflict = check_ranges(&[], &[a, b]).unwrap_err();
         assert_eq!(
             conflict.to_string(),
@@ -193,7 +197,7 @@ mod tests {
 
     #[test]
     fn wrapping_is_a_conflict() {
-        let device = range("a", u64::MAX, 2);
+        let device = Range::new("a", u64::MAX, 2);
         assert_eq!(
             check_ranges(&[], from_ref(&device)),
             Err(Conflict::Wraps(device))
@@ -216,8 +220,11 @@ mod tests {
     fn accesses_find_their_device() {
         let (sender, writes) = std::sync::mpsc::channel();
         let mut bus = Bus::default();
-        bus.add(range("bpf", 0x2000, 0x1000), None);
-        bus.add(range("echo", 0x1000, 0x100), Some(Box::new(Echo(sender))));
+        bus.add(Range::new("bpf", 0x2000, 0x1000), None);
+        bus.add(
+            Range::new("echo", 0x1000, 0x100),
+            Some(Box::new(Echo(sender))),
+        );
 
         let mut data = [0; 2];
         bus.read(0, 0x10ff, &mut data);

@@ -4,6 +4,7 @@
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
+mod boot;
 mod bus;
 mod cli;
 mod console;

@@ -23,6 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::arch;
+use crate::boot;
 use crate::bus::{Bus, Conflict, Range, check_ranges};
 use crate::cli::{Args, At};
 use crate::provide;
@@ -64,13 +65,13 @@ pub enum Error {
     #[error("cannot give the VM its memory")]
     SetMemory(#[source] errno::Error),
     #[error("cannot prepare the guest's hardware")]
-    Platform(#[source] arch::Error),
+    Platform(#[source] boot::Error),
     #[error("{}: cannot boot it", .0.display())]
-    Load(PathBuf, #[source] arch::Error),
+    Load(PathBuf, #[source] boot::Error),
     #[error("cannot create the vCPUs")]
     CreateVcpu(#[source] errno::Error),
     #[error("cannot set up vCPU {0}")]
-    SetupVcpu(u8, #[source] arch::Error),
+    SetupVcpu(u8, #[source] boot::Error),
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
     #[error("cannot handle signals")]
@@ -164,11 +165,7 @@ impl Vm {
             userspace_irqs.push(info.nr_irqs);
         }
         let mut taken = arch::reserved_ranges();
-        taken.push(Range {
-            name: "guest RAM".to_string(),
-            addr: arch::RAM_START,
-            size: memory_size,
-        });
+        taken.push(Range::new("guest RAM", arch::RAM_START, memory_size));
         let ranges: Vec<_> = devices.iter().map(|device| device.range.clone()).collect();
         check_ranges(&taken, &ranges)?;
         for device in &devices {
@@ -346,11 +343,7 @@ fn provide_to(device: &str, image: &Image, perf_table: &[u32]) -> Result<(), Err
 
 fn guest_device(at: &At, size: u64, compatible: Vec<String>) -> GuestDevice {
     GuestDevice {
-        range: Range {
-            name: at.what.clone(),
-            addr: at.addr,
-            size,
-        },
+        range: Range::new(&at.what, at.addr, size),
         compatible,
         gsis: Vec::new(),
     }

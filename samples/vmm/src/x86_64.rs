@@ -15,12 +15,13 @@ use kvm_bindings::{
     kvm_pit_config, kvm_regs, kvm_segment,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use linux_loader::loader::KernelLoader;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::bzimage::BzImage;
-use linux_loader::loader::{self, KernelLoader};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, ReadVolatile};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::errno;
 
+use crate::boot::{Error, kvm, load_initrd};
 use crate::bus::Range;
 use crate::console::Console;
 use crate::vm::{End, GuestDevice};
@@ -98,45 +99,12 @@ const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 const XLF_KERNEL_64: u16 = 1 << 0;
 const ENTRY_64: u64 = 0x200;
 
-/// Why the guest could not be prepared.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    #[error("cannot {0}")]
-    Kvm(&'static str, #[source] errno::Error),
-    // The loader's errors name their causes themselves.
-    #[error("{0}")]
-    Kernel(loader::Error),
-    #[error("a kernel without 64-bit entry point")]
-    No64BitEntry,
-    #[error("the kernel needs {needed} MiB of guest memory and there are {have}")]
-    SmallMemory { needed: u64, have: u64 },
-    #[error("the initramfs has {0} bytes and finds no room in guest memory")]
-    InitrdSize(u64),
-    #[error("cannot read the initramfs")]
-    Initrd(#[source] vm_memory::GuestMemoryError),
-    #[error("cannot write to guest memory")]
-    Memory(#[from] vm_memory::GuestMemoryError),
-    #[error("the command line has {len} bytes and the kernel takes {max}")]
-    Cmdline { len: usize, max: u32 },
-    #[error("{0} bytes of ACPI tables, too many devices or CPUs")]
-    AcpiSize(usize),
-}
-
-fn kvm(what: &'static str) -> impl Fn(errno::Error) -> Error {
-    move |source| Error::Kvm(what, source)
-}
-
 /// Ranges that no device may have, apart from RAM.
 pub fn reserved_ranges() -> Vec<Range> {
-    let range = |name: &str, addr, size| Range {
-        name: name.to_string(),
-        addr,
-        size,
-    };
     vec![
-        range("the IOAPIC", IOAPIC_ADDR, 0x1000),
-        range("the local APIC", LOCAL_APIC_ADDR, 0x1000),
-        range(
+        Range::new("the IOAPIC", IOAPIC_ADDR, 0x1000),
+        Range::new("the local APIC", LOCAL_APIC_ADDR, 0x1000),
+        Range::new(
             "KVM's own pages",
             IDENTITY_MAP_ADDR,
             TSS_ADDR + TSS_LEN - IDENTITY_MAP_ADDR,
@@ -243,13 +211,15 @@ pub fn load(
     }
 
     if let Some(initrd) = initrd {
-        let (addr, size) = load_initrd(memory, initrd, kernel_end, params.hdr.initrd_addr_max)?;
-        params.hdr.ramdisk_image = addr;
-        params.hdr.ramdisk_size = size;
+        // As high as the kernel takes it; the header's fields have 32 bits.
+        let end = memory_end.min(u64::from(params.hdr.initrd_addr_max) + 1);
+        let (addr, size) = load_initrd(memory, initrd, kernel_end, end)?;
+        params.hdr.ramdisk_image = addr as u32;
+        params.hdr.ramdisk_size = size as u32;
     }
 
-    let max = params.hdr.cmdline_size;
-    if cmdline.len() > max as usize {
+    let max = params.hdr.cmdline_size as usize;
+    if cmdline.len() > max {
         return Err(Error::Cmdline {
             len: cmdline.len(),
             max,
@@ -291,29 +261,6 @@ fn e820(memory_end: u64) -> [(u64, u64, u32); 3] {
         (ACPI_TABLES, HIGH_RAM, E820_ACPI),
         (HIGH_RAM, memory_end, E820_RAM),
     ]
-}
-
-/// Puts the initramfs as high as the kernel takes it, and clear of the kernel.
-fn load_initrd(
-    memory: &GuestMemoryMmap,
-    initrd: &mut File,
-    kernel_end: u64,
-    addr_max: u32,
-) -> Result<(u32, u32), Error> {
-    let size = initrd.metadata().map_or(0, |metadata| metadata.len());
-    let end = (memory.last_addr().raw_value() + 1).min(u64::from(addr_max) + 1);
-    let addr = end.checked_sub(size).map(|addr| addr & !0xfff);
-    let (Some(addr), Ok(size32)) = (addr.filter(|&addr| addr >= kernel_end), u32::try_from(size))
-    else {
-        return Err(Error::InitrdSize(size));
-    };
-    let slice = memory
-        .get_slice(GuestAddress(addr), size as usize)
-        .map_err(Error::Initrd)?;
-    initrd
-        .read_exact_volatile(&mut { slice })
-        .map_err(|error| Error::Initrd(error.into()))?;
-    Ok((addr as u32, size32))
 }
 
 /// Maps the first GiB to itself, in pages of 2 MiB.

@@ -56,7 +56,7 @@ pub struct Machine<'a> {
     pub cmdline: &'a str,
     /// Bytes of RAM.
     pub memory_size: u64,
-    /// First address of the initramfs, and the one after its last.
+    /// First address of the initramfs, and its size.
     pub initrd: Option<(u64, u64)>,
     /// Number of CPUs.
     pub cpus: u8,
@@ -66,15 +66,10 @@ pub struct Machine<'a> {
 
 /// Ranges that no device may have, apart from RAM.
 pub fn reserved_ranges() -> Vec<Range> {
-    let range = |name: &str, addr, size| Range {
-        name: name.to_string(),
-        addr,
-        size,
-    };
     let cpus = u64::from(u8::MAX) + 1;
     vec![
-        range("the console", SERIAL_ADDR, SERIAL_SIZE),
-        range(
+        Range::new("the console", SERIAL_ADDR, SERIAL_SIZE),
+        Range::new(
             "the interrupt controller",
             GIC_DIST_ADDR,
             GIC_DIST_SIZE + cpus * GIC_REDIST_SIZE,
@@ -94,9 +89,9 @@ pub fn build(machine: &Machine<'_>) -> Result<Vec<u8>, Error> {
     let chosen = fdt.begin_node("chosen")?;
     fdt.property_string("bootargs", machine.cmdline)?;
     fdt.property_string("stdout-path", &format!("/serial@{SERIAL_ADDR:x}"))?;
-    if let Some((start, end)) = machine.initrd {
+    if let Some((start, size)) = machine.initrd {
         fdt.property_u64("linux,initrd-start", start)?;
-        fdt.property_u64("linux,initrd-end", end)?;
+        fdt.property_u64("linux,initrd-end", start + size)?;
     }
     fdt.end_node(chosen)?;
 
@@ -254,11 +249,7 @@ mod tests {
 
     fn device(addr: u64, size: u64, compatible: &[&str], gsis: &[u32]) -> GuestDevice {
         GuestDevice {
-            range: Range {
-                name: "a device".to_string(),
-                addr,
-                size,
-            },
+            range: Range::new("a device", addr, size),
             compatible: compatible.iter().map(|name| name.to_string()).collect(),
             gsis: gsis.to_vec(),
         }
@@ -268,7 +259,7 @@ mod tests {
         let machine = Machine {
             cmdline: "console=ttyS0",
             memory_size: 0x1000_0000,
-            initrd: Some((0x4f00_0000, 0x4f12_3456)),
+            initrd: Some((0x4f00_0000, 0x12_3456)),
             cpus,
             devices,
         };
@@ -332,11 +323,7 @@ mod tests {
     #[test]
     fn fixed_ranges_are_apart() {
         let mut ranges = reserved_ranges();
-        ranges.push(Range {
-            name: "guest RAM".to_string(),
-            addr: RAM_START,
-            size: 3072 << 20,
-        });
+        ranges.push(Range::new("guest RAM", RAM_START, 3072 << 20));
         assert_eq!(crate::bus::check_ranges(&[], &ranges), Ok(()));
     }
 }

@@ -202,11 +202,7 @@ mod tests {
 
     fn device(addr: u64) -> GuestDevice {
         GuestDevice {
-            range: Range {
-                name: "bank".into(),
-                addr,
-                size: 0x1000,
-            },
+            range: Range::new("bank", addr, 0x1000),
             compatible: vec!["kvm-bpf,regbank".into(), "second".into()],
             gsis: vec![5],
         }

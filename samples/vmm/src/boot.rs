@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What booting a guest has in common on all architectures: the initramfs, and errors.
+
+use std::fs::File;
+
+use linux_loader::loader;
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap, ReadVolatile,
+};
+use vmm_sys_util::errno;
+
+const PAGE: u64 = 0x1000;
+
+/// Why the guest could not be prepared.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot {0}")]
+    Kvm(&'static str, #[source] errno::Error),
+    // The loader's errors name their causes themselves.
+    #[error("{0}")]
+    Kernel(loader::Error),
+    #[cfg(target_arch = "x86_64")]
+    #[error("a kernel without 64-bit entry point")]
+    No64BitEntry,
+    #[error("the kernel needs {needed} MiB of guest memory and there are {have}")]
+    SmallMemory { needed: u64, have: u64 },
+    #[error("the initramfs has {0} bytes and finds no room in guest memory")]
+    InitrdSize(u64),
+    #[error("cannot read the initramfs")]
+    Initrd(#[source] GuestMemoryError),
+    #[error("cannot write to guest memory")]
+    Memory(#[from] GuestMemoryError),
+    #[error("the command line has {len} bytes and the kernel takes {max}")]
+    Cmdline { len: usize, max: usize },
+    #[cfg(target_arch = "x86_64")]
+    #[error("{0} bytes of ACPI tables, too many devices or CPUs")]
+    AcpiSize(usize),
+    #[cfg(target_arch = "aarch64")]
+    #[error("cannot write the device tree")]
+    Fdt(#[source] vm_fdt::Error),
+    #[cfg(target_arch = "aarch64")]
+    #[error("{0} bytes of device tree, too many devices")]
+    FdtSize(usize),
+}
+
+/// Makes an error of what KVM answered to an attempt to do that.
+pub fn kvm(what: &'static str) -> impl Fn(errno::Error) -> Error {
+    move |source| Error::Kvm(what, source)
+}
+
+/// Puts the initramfs below `end` and clear of the kernel; answers its first address and its size.
+pub fn load_initrd(
+    memory: &GuestMemoryMmap,
+    initrd: &mut File,
+    kernel_end: u64,
+    end: u64,
+) -> Result<(u64, u64), Error> {
+    let size = initrd.metadata().map_or(0, |metadata| metadata.len());
+    let addr = end
+        .checked_sub(size)
+        .map(|addr| addr & !(PAGE - 1))
+        .filter(|&addr| addr >= kernel_end)
+        .ok_or(Error::InitrdSize(size))?;
+    let slice = memory
+        .get_slice(GuestAddress(addr), size as usize)
+        .map_err(Error::Initrd)?;
+    initrd
+        .read_exact_volatile(&mut { slice })
+        .map_err(|error| Error::Initrd(error.into()))?;
+    Ok((addr, size))
+}
