@@ -131,16 +131,6 @@ static __always_inline __u32 host_perf(__u32 max)
 	       (__u64)highest;
 }
 
-static __always_inline __u32 cur_perf(const struct vcpufreq *vcpu, _Bool own)
-{
-	__u32 max = table_max();
-	__u32 perf = own ? host_perf(max) : 0;
-
-	if (!perf)
-		perf = vcpu->request ? vcpu->request : max;
-	return perf;
-}
-
 /* Utilisation for a frequency, 0 to 1024. */
 static __always_inline __u32 to_clamp(__u32 khz, __u32 max)
 {
@@ -172,12 +162,26 @@ static __always_inline void set_perf(struct vcpufreq *vcpu, __u32 khz,
 
 /* Comply with what another CPU has asked of this one; but do not try in every
  * tick what has failed. */
-static __always_inline void catch_up(struct vcpufreq *vcpu)
+static __always_inline void catch_up(struct vcpufreq *vcpu, __u32 max)
 {
-	__u32 clamp = to_clamp(vcpu->request, table_max());
+	__u32 clamp = to_clamp(vcpu->request, max);
 
 	if (clamp && clamp != vcpu->clamp && !vcpu->error)
 		clamp_thread(vcpu, clamp);
+}
+
+static __always_inline __u32 cur_perf(struct vcpufreq *vcpu, _Bool own)
+{
+	__u32 max = table_max();
+	__u32 perf = 0;
+
+	if (own) {
+		catch_up(vcpu, max);
+		perf = host_perf(max);
+	}
+	if (!perf)
+		perf = vcpu->request ? vcpu->request : max;
+	return perf;
 }
 
 /* Sleepable, as the other, for the clamp. */
@@ -193,8 +197,6 @@ int vcpufreq_read(struct bpf_kvm_io_ctx *ctx)
 		return 0;
 	switch (offset & (CPU_SIZE - 1)) {
 	case CUR_PERF:
-		if (cpu == ctx->vcpu_id)
-			catch_up(vcpu);
 		value = cur_perf(vcpu, cpu == ctx->vcpu_id);
 		break;
 	case PERFTBL_LEN:
