@@ -27,7 +27,18 @@ pub const CTX_SIZE: i16 = 24;
 /// A device of `samples/devices`; `KVM_BPF_DEVICES` tells where, `/devices` if not set.
 #[track_caller]
 pub fn sample(name: &str) -> OpenImage {
-    let directory = env::var_os("KVM_BPF_DEVICES").map_or_else(|| "/devices".into(), PathBuf::from);
+    open("KVM_BPF_DEVICES", "/devices", name)
+}
+
+/// A device of `selftests/progs`; `KVM_BPF_PROGS` tells where, `/progs` if not set.
+#[track_caller]
+pub fn test_image(name: &str) -> OpenImage {
+    open("KVM_BPF_PROGS", "/progs", name)
+}
+
+#[track_caller]
+fn open(variable: &str, default: &str, name: &str) -> OpenImage {
+    let directory = env::var_os(variable).map_or_else(|| default.into(), PathBuf::from);
     let path = directory.join(Path::new(name).with_extension("bpf.o"));
     let file = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     OpenImage::open(name, &file).unwrap_or_else(|error| panic!("{}: {error}", path.display()))

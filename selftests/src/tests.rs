@@ -2,8 +2,12 @@
 
 //! All tests, by topic.
 
+use std::io::ErrorKind;
+
+use kvm_bpf_selftests::guest::Vcpu;
 use kvm_bpf_selftests::harness::Errno;
 use libtest_mimic::Trial;
+use vmm_sys_util::eventfd::EventFd;
 
 /// Lists the functions of a topic that are tests, as `topic::function`.
 macro_rules! tests {
@@ -90,5 +94,36 @@ fn assert_errno<T: std::fmt::Debug>(what: &str, got: Result<T, Errno>, wanted: i
         Err(errno) if errno == wanted => {}
         Err(errno) => panic!("{what}: wanted {wanted:?}, got {errno:?}"),
         Ok(value) => panic!("{what}: wanted {wanted:?}, got {value:?}"),
+    }
+}
+
+/// Takes what was signalled so far; 0 if nothing was. The eventfd must not block.
+fn taken(eventfd: &EventFd) -> u64 {
+    match eventfd.read() {
+        Ok(count) => count,
+        Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
+        Err(error) => panic!("reading an eventfd: {error}"),
+    }
+}
+
+/// Accesses in and around a register of 4 bytes that are none to all of it, and to nothing
+/// else: reads answer 0, and none leaves the kernel. That writes are ignored is for the
+/// caller to look at.
+fn other_accesses_of(vcpu: &mut Vcpu, register: u64) {
+    let mut other = vec![(0, 1), (1, 1), (3, 1), (0, 2), (2, 2)];
+    if register.is_multiple_of(8) {
+        other.push((0, 8));
+    }
+    // On arm64 these do not reach KVM: a guest without MMU takes a fault.
+    if cfg!(target_arch = "x86_64") {
+        other.extend([(1, 4), (2, 4), (1, 2)]);
+    }
+    for (offset, width) in other {
+        let addr = register + offset;
+        let exits = vcpu.write(addr, width, u64::MAX);
+        assert_got!(exits, [], "{width}-byte write at {addr:#x}");
+        let read = vcpu.read(addr, width);
+        let got = (read.value, read.exits);
+        assert_got!(got, (0, vec![]), "{width}-byte read at {addr:#x}");
     }
 }

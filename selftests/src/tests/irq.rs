@@ -2,7 +2,6 @@
 
 //! Interrupts: eventfds that programs signal, polled by the VMM or wired to a guest.
 
-use std::io;
 use std::os::fd::AsRawFd;
 use std::thread::sleep;
 use std::time::Duration;
@@ -17,11 +16,11 @@ use kvm_bpf_selftests::bpf::{
 use kvm_bpf_selftests::device::{Device, NO_REGION, region};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu};
 use kvm_bpf_selftests::harness::{meanwhile, wait_for};
-use kvm_bpf_selftests::programs::{CTX_BUF, only_return, ret};
+use kvm_bpf_selftests::programs::{CTX_BUF, only_return, ret, test_image};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::kfunc::{open_image, required};
-use super::{ADDR, SIZE, assert_errno};
+use super::kfunc::required;
+use super::{ADDR, SIZE, assert_errno, taken};
 
 tests!(
     bad_arguments,
@@ -53,15 +52,6 @@ const SIGNAL: &str = "bpf_kvm_irq_signal";
 
 fn eventfd() -> EventFd {
     EventFd::new(EFD_NONBLOCK).expect("eventfd")
-}
-
-/// Takes what was signalled so far; 0 if nothing was.
-fn taken(eventfd: &EventFd) -> u64 {
-    match eventfd.read() {
-        Ok(count) => count,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-        Err(error) => panic!("reading an eventfd: {error}"),
-    }
 }
 
 /// Signals the irq in `r2` and keeps the kfunc's answer; `r1` is the context.
@@ -495,7 +485,7 @@ const LONG: Duration = Duration::from_millis(500);
 impl Kept {
     fn new() -> Self {
         let guest = Guest::new();
-        let image = open_image("irq_object").load();
+        let image = test_image("irq_object").load();
         let image = image.unwrap_or_else(|error| panic!("loading irq_object: {error:#?}"));
         let device = Device::new(guest.vm());
         let write = image.write_program().expect("its write program");

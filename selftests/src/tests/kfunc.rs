@@ -3,11 +3,10 @@
 //! Kernel functions for cpufreq and the scheduler: answers, bad arguments, and
 //! where they may not be called.
 
-use std::path::{Path, PathBuf};
-use std::{env, fs, io, mem};
+use std::fs;
 
 use Reg::{R0, R1, R2, R6, R7};
-use kvm_bpf::{MmioDevice, OpenImage};
+use kvm_bpf::MmioDevice;
 use kvm_bpf_selftests::bpf::{
     Index, Insn, LoadOptions, Map, Prog, ProgType, Reg, call_kfunc, kfunc, load, lookup, mov,
     mov_signed32, store,
@@ -15,7 +14,8 @@ use kvm_bpf_selftests::bpf::{
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{in_a_thread, skip, wait_for};
-use kvm_bpf_selftests::programs::{CTX_BUF, ret};
+use kvm_bpf_selftests::programs::{CTX_BUF, ret, test_image};
+use kvm_bpf_vmm::userspace::uclamp::{self, SchedAttr};
 
 use super::{ADDR, SIZE};
 
@@ -137,30 +137,9 @@ fn bad_cpus() {
     }
 }
 
-/// `struct sched_attr`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct SchedAttr {
-    size: u32,
-    policy: u32,
-    flags: u64,
-    nice: i32,
-    priority: u32,
-    runtime: u64,
-    deadline: u64,
-    period: u64,
-    util_min: u32,
-    util_max: u32,
-}
-
 /// The calling thread's scheduling attributes; it is the vCPU's in these tests.
 fn sched_attr() -> SchedAttr {
-    let mut attr = SchedAttr::default();
-    let size = mem::size_of::<SchedAttr>();
-    // SAFETY: the kernel writes at most `size` bytes to `attr`.
-    let result = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size, 0) };
-    assert!(result == 0, "sched_getattr: {}", io::Error::last_os_error());
-    attr
+    uclamp::sched_attr(0).expect("sched_getattr")
 }
 
 fn uclamp_takes_effect() {
@@ -213,16 +192,8 @@ fn uclamp_needs_a_sleepable_program() {
     }
 }
 
-/// A program that clang made; `KVM_BPF_PROGS` tells where, `/progs` if not set.
-pub(super) fn open_image(name: &str) -> OpenImage {
-    let directory = env::var_os("KVM_BPF_PROGS").map_or_else(|| "/progs".into(), PathBuf::from);
-    let path = directory.join(Path::new(name).with_extension("bpf.o"));
-    let file = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    OpenImage::open(name, &file).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-}
-
 fn uclamp_not_from_a_timer() {
-    let image = open_image("uclamp_timer");
+    let image = test_image("uclamp_timer");
     match image.load() {
         Ok(_) => panic!("{UCLAMP} in a timer's callback: wanted a refusal"),
         Err(error) => {
@@ -239,7 +210,7 @@ fn uclamp_not_from_a_timer() {
 fn uclamp_not_from_a_work_queue() {
     let guest = Guest::new();
     let mut vcpu = guest.vcpu(0);
-    let device = match MmioDevice::new(guest.vm(), ADDR, open_image("uclamp_wq")) {
+    let device = match MmioDevice::new(guest.vm(), ADDR, test_image("uclamp_wq")) {
         Ok(device) => device,
         Err(error) if format!("{error:?}").contains("bpf_wq") => {
             skip(format!("this kernel has no bpf_wq: {error}"))

@@ -20,7 +20,7 @@ use vm_superio::rtc_pl031::{NoEvents, RtcState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::kfunc::required;
-use super::{ADDR, SIZE};
+use super::{ADDR, SIZE, other_accesses_of, taken};
 
 tests!(
     registers,
@@ -127,11 +127,15 @@ impl Clock {
 
     /// One whose alarm works, without an interrupt so far.
     fn with_alarm() -> Self {
-        required("bpf_kvm_irq_acquire");
         let mut clock = Clock::new();
-        clock.write(IMSC, 1);
-        assert_got!(clock.signals(), 0, "signals of a new clock");
+        clock.enable_alarm();
         clock
+    }
+
+    fn enable_alarm(&mut self) {
+        required("bpf_kvm_irq_acquire");
+        self.write(IMSC, 1);
+        assert_got!(self.signals(), 0, "signals of a new clock");
     }
 
     fn read(&mut self, register: u64) -> u32 {
@@ -155,11 +159,7 @@ impl Clock {
 
     /// How often the interrupt was signalled since the last look.
     fn signals(&self) -> u64 {
-        match self.irq.read() {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
-            Err(error) => panic!("reading an eventfd: {error}"),
-        }
+        taken(&self.irq)
     }
 
     /// Waits for a signal while no vCPU runs; says whether there was one.
@@ -248,29 +248,8 @@ fn other_accesses() {
         assert_got!(clock.read(offset), 0, "unknown register {offset:#x}");
     }
     let registers = [DR, MR, LR, CR, IMSC, RIS, MIS, ICR, ID_FIRST, SIZE - 8];
-    let mut other = Vec::new();
     for register in registers {
-        other.extend([(register, 1), (register + 1, 1), (register, 2)]);
-        if register % 8 == 0 {
-            other.push((register, 8));
-        }
-        // On arm64 these do not reach KVM: a guest without MMU takes a fault.
-        if cfg!(target_arch = "x86_64") {
-            other.extend([(register + 1, 4), (register + 2, 4), (register + 1, 2)]);
-        }
-    }
-    for (offset, width) in other {
-        assert_got!(
-            clock.vcpu.write(ADDR + offset, width, u64::MAX),
-            [],
-            "{width}-byte write at {offset:#x}"
-        );
-        let read = clock.vcpu.read(ADDR + offset, width);
-        assert_got!(
-            (read.value, read.exits),
-            (0, vec![]),
-            "{width}-byte read at {offset:#x}"
-        );
+        other_accesses_of(&mut clock.vcpu, ADDR + register);
     }
     assert_got!(clock.read(MR), 0x1234_5678, "MR after all this");
     assert_got!(clock.read(LR), 0x1000_0000, "LR after all this");
@@ -496,8 +475,9 @@ fn alarm_replaced() {
 
 /// Two vCPUs at once; the alarm of the last write counts.
 fn two_vcpus_set_alarms() {
-    let mut clock = Clock::with_alarm();
+    let mut clock = Clock::new();
     let mut other = clock.guest.vcpu(1);
+    clock.enable_alarm();
     for far_first in [true, false] {
         let now = clock.read(DR);
         std::thread::scope(|scope| {

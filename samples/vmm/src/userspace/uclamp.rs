@@ -1,33 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! The utilisation that the scheduler assumes for a thread, from 0 to 1024.
+//!
+//! glibc has no wrapper for the system calls, and `libc` no type for their argument.
 
 use std::{io, mem, ptr};
 
 /// `struct sched_attr` of the kernel's `linux/sched/types.h`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-struct SchedAttr {
-    size: u32,
-    policy: u32,
-    flags: u64,
-    nice: i32,
-    priority: u32,
-    runtime: u64,
-    deadline: u64,
-    period: u64,
-    util_min: u32,
-    util_max: u32,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct SchedAttr {
+    pub size: u32,
+    pub policy: u32,
+    pub flags: u64,
+    pub nice: i32,
+    pub priority: u32,
+    pub runtime: u64,
+    pub deadline: u64,
+    pub period: u64,
+    pub util_min: u32,
+    pub util_max: u32,
 }
 
 /// `SCHED_FLAG_*`: leave all but the clamps as it is.
 const KEEP_ALL: u64 = 0x08 | 0x10;
 const UTIL_CLAMP: u64 = 0x20 | 0x40;
 
-/// The clamps that a thread has asked for, lowest and highest; 0 is the calling thread.
+/// How a thread is scheduled; 0 is the calling thread.
 ///
-/// A kernel without `CONFIG_UCLAMP_TASK` answers 0 for both.
-pub fn of_thread(tid: libc::pid_t) -> io::Result<(u32, u32)> {
+/// A kernel without `CONFIG_UCLAMP_TASK` leaves `util_min` and `util_max` at 0.
+pub fn sched_attr(tid: libc::pid_t) -> io::Result<SchedAttr> {
     let mut attr = SchedAttr::default();
     // SAFETY: the kernel writes no more than the size that it is told, that of `attr`.
     let result = unsafe {
@@ -40,9 +43,14 @@ pub fn of_thread(tid: libc::pid_t) -> io::Result<(u32, u32)> {
         )
     };
     match result {
-        0 => Ok((attr.util_min, attr.util_max)),
+        0 => Ok(attr),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// The clamps that a thread has asked for, lowest and highest.
+pub fn of_thread(tid: libc::pid_t) -> io::Result<(u32, u32)> {
+    sched_attr(tid).map(|attr| (attr.util_min, attr.util_max))
 }
 
 /// Clamps the calling thread.
