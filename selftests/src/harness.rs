@@ -113,6 +113,8 @@ pub fn meanwhile<W: FnMut() + Send, R>(
         }
     }
 
+    // All of them, before one runs: protected KVM takes no vCPU later.
+    let workers: Vec<W> = workers.into_iter().collect();
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         let end = SetOnDrop(&stop);

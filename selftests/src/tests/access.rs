@@ -114,8 +114,9 @@ fn narrow_write_after_a_wide_one() {
 fn context_fields() {
     let (reads, writes) = (Recorder::new(), Recorder::new());
     let setup = setup(Some(&reads.reads(0, 0)), Some(&writes.writes(0)));
-    for id in [1, 77, 255] {
-        let mut vcpu = setup.guest.vcpu(id);
+    // All of them, before one runs: protected KVM takes no vCPU later.
+    let vcpus = [1, 77, 255].map(|id| (id, setup.guest.vcpu(id)));
+    for (id, mut vcpu) in vcpus {
         for offset in [0, 8, 0x248, SIZE - 8] {
             for width in WIDTHS {
                 vcpu.read(ADDR + offset, width);
