@@ -111,6 +111,14 @@ impl<T: ProgType> Prog<T> {
         Ok(unsafe { ARef::from_raw(NonNull::new_unchecked(prog.cast())) })
     }
 
+    /// Whether the program may sleep.
+    #[inline]
+    pub fn is_sleepable(&self) -> bool {
+        // SAFETY: By the type invariants the program is valid, and it has been verified, after
+        // which the flag does not change.
+        unsafe { bindings::bpf_prog::sleepable_raw(self.inner.get()) != 0 }
+    }
+
     /// Runs the program and returns what it returned.
     ///
     /// A sleepable program runs in an RCU tasks trace read-side section, any other in an RCU

@@ -61,7 +61,6 @@ struct KvmBpf {
 
 impl kernel::Module for KvmBpf {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        prog::prepare()?;
         Ok(Self {
             _type: device::Registration::new()?,
         })
@@ -97,6 +96,11 @@ impl Programs {
                 fd => Some(Prog::from_fd(fd as u32)?),
             },
         })
+    }
+
+    fn may_sleep(&self) -> bool {
+        self.read.as_ref().is_some_and(|prog| prog.is_sleepable())
+            || self.write.as_ref().is_some_and(|prog| prog.is_sleepable())
     }
 }
 
@@ -154,6 +158,11 @@ impl BpfDevice {
 
         let programs = Programs::get(region, self.irqs.clone())?;
         let range = Range::new(region.addr, region.size)?;
+
+        if programs.may_sleep() {
+            prog::prepare_sleepable();
+        }
+
         let mut regions = self.regions.lock();
 
         while regions.len() <= index {

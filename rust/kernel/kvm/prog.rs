@@ -23,7 +23,6 @@ use crate::{
         ProgType, //
     },
     bpf_ctx_field,
-    error::to_result,
     prelude::*, //
 };
 use core::{
@@ -76,13 +75,15 @@ unsafe impl ctx::Context for Context<'_> {
     type Inner = bindings::bpf_kvm_io_ctx_kern;
 }
 
-/// Prepares what the kfuncs need that cannot be done while a program runs.
+/// Prepares what kfuncs for sleepable programs need that cannot be done while a program runs.
 ///
-/// To be called before any program runs. May sleep.
+/// To be called before such a program is run.
+///
+/// Context: process context, may sleep, takes the CPU hotplug lock.
 #[inline]
-pub fn prepare() -> Result {
+pub fn prepare_sleepable() {
     // SAFETY: No requirements but process context.
-    to_result(unsafe { bindings::kvm_bpf_kfuncs_prepare() })
+    unsafe { bindings::kvm_bpf_kfuncs_prepare() }
 }
 
 type Kern = bindings::bpf_kvm_io_ctx_kern;
