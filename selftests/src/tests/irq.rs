@@ -4,7 +4,7 @@
 
 use std::os::fd::AsRawFd;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use Reg::{R0, R1, R2, R6, R7, R10};
 use kvm_bpf::Image;
@@ -302,16 +302,33 @@ fn replaced_while_signalled() {
 }
 
 fn only_our_programs_may_signal() {
-    let signal = required(SIGNAL);
-    // Socket filter, tc, XDP, tracepoint, raw tracepoint, cgroup/skb.
-    for kind in [1, 3, 6, 5, 17, 8] {
-        let mut insns = vec![mov_imm(R2, 0), call_kfunc(signal)];
-        insns.extend(ret(0));
-        let answer = Prog::try_load(ProgType(kind), &insns, LoadOptions::default());
-        assert!(
-            answer.is_err(),
-            "program type {kind} calls {SIGNAL}: wanted a refusal, got {answer:?}"
-        );
+    // One takes the context, the others nothing that a program of any type lacks.
+    for kfunc in [SIGNAL, "bpf_get_cpu_scale", "bpf_set_current_uclamp"] {
+        let id = required(kfunc);
+        // Socket filter, tc, XDP, tracepoint, raw tracepoint, cgroup/skb, and a sleepable one:
+        // syscall.
+        for kind in [1, 3, 6, 5, 17, 8, 31] {
+            let mut insns = vec![mov_imm(R2, 0)];
+            if kfunc != SIGNAL {
+                insns.push(mov_imm(R1, 0));
+            }
+            insns.push(call_kfunc(id));
+            insns.extend(ret(0));
+            let options = LoadOptions {
+                sleepable: kind == 31,
+                ..Default::default()
+            };
+            match Prog::try_load(ProgType(kind), &insns, options) {
+                Ok(_) => panic!("program type {kind} calls {kfunc}: wanted a refusal"),
+                Err(refused) => assert!(
+                    refused
+                        .log
+                        .contains(&format!("calling kernel function {kfunc} is not allowed")),
+                    "program type {kind} calls {kfunc}: wanted the verifier to say that it is \
+                     not allowed, got {refused}"
+                ),
+            }
+        }
     }
 }
 
@@ -480,7 +497,7 @@ const GIVE_UP: u64 = 0xc;
 /// Its answer where there is no interrupt to keep or to raise.
 const NO_IRQ: i64 = -1000;
 /// A timer's delay that leaves a test time to act first.
-const LONG: Duration = Duration::from_millis(500);
+const LONG: Duration = Duration::from_secs(2);
 
 impl Kept {
     fn new() -> Self {
@@ -621,19 +638,23 @@ fn kept_irq_is_released() {
         let eventfd = eventfd();
         kept.device.set_irq(0, eventfd.as_raw_fd());
         assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
-        let delay = LONG.as_nanos() as u64 / 2;
+        let delay = LONG.as_nanos() as u64;
         assert_got!(kept.command(&mut vcpu, RAISE_LATER, delay), 0);
+        let armed = Instant::now();
         let Kept {
             guest: _guest,
             device,
             image,
         } = kept;
+        // When user space drops its last reference to a map, its timers are cancelled.
+        let late = "the timer may have run, too early for this test";
         if device_first {
             drop(device);
             drop(image);
+            assert!(armed.elapsed() < LONG, "{late}");
         } else {
-            // When user space drops its last reference to a map, its timers are cancelled.
             drop(image);
+            assert!(armed.elapsed() < LONG, "{late}");
             sleep(LONG);
             drop(device);
         }
