@@ -5,7 +5,14 @@
 
 set -euo pipefail
 
+# Where depmod is, which a user's PATH may lack.
+PATH=$PATH:/usr/sbin:/sbin
 TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# Scripts call each other from other directories.
+for name in KVM_BPF_CACHE KVM_BPF_LINUX KVM_BPF_BUSYBOX; do
+	[[ -z ${!name:-} ]] || export "$name=$(realpath -m "${!name}")"
+done
+unset name
 CACHE=${KVM_BPF_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/kvm-bpf}
 # The kernel's git tree: base and series.
 # shellcheck disable=SC2034
@@ -247,7 +254,7 @@ cargo_for() {
 # apt_extra NAME SUITES...: a private set of package lists under the cache, of
 # SUITES on the mirror that the machine itself is configured for.  Prints the
 # options that make apt use it; the machine's own lists stay as they are.
-# APT_ARCH asks for packages of another architecture.
+# APT_ARCH asks for packages of another architecture, APT_TYPE=deb-src for sources.
 apt_extra() {
 	local name=$1 dir uri key suite
 	shift
@@ -257,7 +264,7 @@ apt_extra() {
 	uri=$(sed -n 1p "$dir/mirror")
 	key=$(sed -n 2p "$dir/mirror")
 	for suite in "$@"; do
-		say "deb ${key:+[signed-by=$key] }$uri $suite main"
+		say "${APT_TYPE:-deb} ${key:+[signed-by=$key] }$uri $suite main"
 	done >"$dir/sources.list"
 	grep . <<-OPTIONS
 		-oDir::Etc::sourcelist=$dir/sources.list
@@ -274,8 +281,9 @@ apt_extra() {
 # apt_mirror: the URI and, on a second line, the keyring of the machine's main
 # archive, from either format of sources.
 apt_mirror() {
-	local file
-	for file in /etc/apt/sources.list.d/*.sources; do
+	local file all
+	# The distribution's own first: others may name the suite too.
+	all=$(for file in /etc/apt/sources.list.d/{debian,ubuntu}.sources /etc/apt/sources.list.d/*.sources; do
 		[[ -f $file ]] || continue
 		awk -v suite="$(os_release VERSION_CODENAME)" '
 			function flush() {
@@ -287,8 +295,8 @@ apt_mirror() {
 			/^Signed-By:/ { key = $2 }
 			/^Suites:/ { for (i = 2; i <= NF; i++) if ($i == suite) found = 1 }
 			END { if (!done) flush() }' "$file"
-	done | head -n 2 | grep . && return
-	for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list; do
+	done)
+	[[ -n $all ]] || all=$(for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list; do
 		[[ -f $file ]] || continue
 		awk -v suite="$(os_release VERSION_CODENAME)" '
 			$1 == "deb" {
@@ -299,8 +307,8 @@ apt_mirror() {
 				}
 				if ($3 == suite) { print $2; print key; exit }
 			}' "$file"
-	done | head -n 2 | grep . && return
-	return 1
+	done)
+	[[ -n $all ]] && sed -n 1,2p <<<"$all"
 }
 
 # apt_fetch DIR PACKAGE[=VERSION] [SUITE]: download a package into DIR without
@@ -325,12 +333,74 @@ apt_fetch() {
 
 os_release() { (. /etc/os-release 2>/dev/null && say "${!1:-}"); }
 
+can_be_root() { ((EUID == 0)) || have sudo; }
+
 as_root() {
 	if ((EUID == 0)); then
 		"$@"
-	elif have sudo; then
-		sudo "$@"
 	else
-		die "need root for: $*"
+		sudo "$@"
 	fi
+}
+
+is_static() { ! readelf -l "$1" 2>/dev/null | grep INTERP >/dev/null; }
+
+# find_busybox ARCH: a static busybox of the architecture: the one that
+# KVM_BPF_BUSYBOX names, the machine's own, or the distribution's.
+find_busybox() {
+	local arch=$1 own=$CACHE/busybox-$1 package=busybox-static deb
+	if [[ -n ${KVM_BPF_BUSYBOX:-} ]]; then
+		say "$KVM_BPF_BUSYBOX"
+		return
+	fi
+	if [[ -x $own ]]; then
+		say "$own"
+		return
+	fi
+	if [[ $arch == "$(machine_arch)" ]]; then
+		if have busybox && is_static "$(command -v busybox)"; then
+			command -v busybox
+			return
+		fi
+		deb=$(apt_fetch "$CACHE/debs" "$package") || deb=
+	else
+		deb=$(APT_ARCH=$arch apt_fetch "$CACHE/debs" "$package" "$(os_release VERSION_CODENAME)") || deb=
+	fi
+	if [[ -n $deb ]]; then
+		dpkg-deb --fsys-tarfile "$deb" | tar -xO --wildcards './*bin/busybox' >"$own.new"
+	else
+		# Ubuntu's mirrors have other architectures' packages elsewhere, but all sources.
+		build_busybox "$arch" "$own.new" ||
+			die "no static busybox for $arch: name one with KVM_BPF_BUSYBOX"
+	fi
+	chmod +x "$own.new"
+	mv "$own.new" "$own"
+	say "$own"
+}
+
+# build_busybox ARCH FILE: from the sources that the distribution has.
+build_busybox() {
+	local arch=$1 to=$2 suite opts dir=$CACHE/debs/busybox log=$LOGS/busybox-$1.log prefix
+	have apt-get || return 1
+	warn "no package of a static busybox for $arch: building one"
+	suite=$(os_release VERSION_CODENAME)
+	mapfile -t opts < <(APT_TYPE=deb-src apt_extra "$suite-source" "$suite" "$suite-updates")
+	((${#opts[@]})) || return 1
+	prefix=$(rust_target "$arch")
+	rm -rf "$dir"
+	mkdir -p "$dir/src"
+	{
+		apt-get "${opts[@]}" update &&
+			(cd "$dir" && apt-get "${opts[@]}" source --download-only busybox) &&
+			tar -x -f "$dir"/busybox_*.orig.tar.* -C "$dir/src" --strip-components=1 &&
+			make -C "$dir/src" defconfig &&
+			# Its tc does not compile with the headers of Linux 6.8 and newer.
+			sed -i -e 's/^CONFIG_TC=y/CONFIG_TC=n/' -e 's/.*CONFIG_STATIC[ =].*/CONFIG_STATIC=y/' "$dir/src/.config" &&
+			make -C "$dir/src" -j"$JOBS" CROSS_COMPILE="${prefix/-unknown/}-" busybox
+	} >"$log" 2>&1 </dev/null || {
+		tail -n 5 "$log" >&2
+		return 1
+	}
+	cp "$dir/src/busybox" "$to"
+	rm -rf "$dir"
 }
