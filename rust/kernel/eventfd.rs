@@ -62,7 +62,7 @@ impl EventFd {
 
     /// Gives up the reference as a pointer, for [`Self::from_raw()`] to take.
     #[inline]
-    pub(crate) fn into_raw(self) -> *mut bindings::eventfd_ctx {
+    pub fn into_raw(self) -> *mut bindings::eventfd_ctx {
         ManuallyDrop::new(self).ptr.as_ptr()
     }
 
@@ -73,7 +73,7 @@ impl EventFd {
     /// `ptr` must be null or come from `into_raw()`, and be taken once only; or the result must not
     /// be dropped and not be used for longer than somebody else keeps the reference.
     #[inline]
-    pub(crate) unsafe fn from_raw(ptr: *mut bindings::eventfd_ctx) -> Option<Self> {
+    pub unsafe fn from_raw(ptr: *mut bindings::eventfd_ctx) -> Option<Self> {
         // INVARIANT: By the safety requirements.
         NonNull::new(ptr).map(|ptr| Self { ptr })
     }
