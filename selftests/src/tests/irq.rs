@@ -305,9 +305,8 @@ fn only_our_programs_may_signal() {
     // One takes the context, the others nothing that a program of any type lacks.
     for kfunc in [SIGNAL, "bpf_get_cpu_scale", "bpf_set_current_uclamp"] {
         let id = required(kfunc);
-        // Socket filter, tc, XDP, tracepoint, raw tracepoint, cgroup/skb, and a sleepable one:
-        // syscall.
-        for kind in [1, 3, 6, 5, 17, 8, 31] {
+        // Socket filter, tc, XDP, tracepoint, raw tracepoint, and a sleepable one: syscall.
+        for kind in [1, 3, 6, 5, 17, 31] {
             let mut insns = vec![mov_imm(R2, 0)];
             if kfunc != SIGNAL {
                 insns.push(mov_imm(R1, 0));
