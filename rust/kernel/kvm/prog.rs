@@ -23,7 +23,6 @@ use crate::{
         ProgType, //
     },
     bpf_ctx_field,
-    prelude::*, //
 };
 use core::{
     marker::PhantomData,
