@@ -48,7 +48,7 @@ pub fn sched_attr(tid: libc::pid_t) -> io::Result<SchedAttr> {
     }
 }
 
-/// The clamps that a thread has asked for, lowest and highest.
+/// The clamps that a thread has asked for, lowest and highest; 0 is the calling thread.
 pub fn of_thread(tid: libc::pid_t) -> io::Result<(u32, u32)> {
     sched_attr(tid).map(|attr| (attr.util_min, attr.util_max))
 }
