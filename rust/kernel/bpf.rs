@@ -47,6 +47,9 @@ pub mod insn;
 /// The C tables of `TYPE` must be [`verifier_ops`](ctx::verifier_ops) and
 /// [`prog_ops`](ctx::prog_ops) of `Self`, so that the verifier admits only accesses of a
 /// `Context` that `FIELDS` describes.
+///
+/// Helpers and kfuncs that the verifier lets such programs call with their context must rely on
+/// nothing but what every `Context` guarantees.
 pub unsafe trait ProgType: 'static {
     /// The number of the type, one of `enum bpf_prog_type`.
     const TYPE: bindings::bpf_prog_type;
@@ -131,8 +134,9 @@ impl<T: ProgType> Prog<T> {
         let ctx: *mut T::Context<'_> = ctx;
 
         // SAFETY: By the type invariants the program has been verified as one of type `T`. So by
-        // the safety requirements of `ProgType` it accesses nothing of `ctx` but the table's
-        // fields, which `Context` allows; `ctx` is exclusively ours meanwhile.
+        // the safety requirements of `ProgType` it changes nothing of `ctx` but the table's fields,
+        // which `Context` allows, as it allows reading all of it; and what it calls can rely on
+        // `ctx`, which is exclusively ours meanwhile.
         unsafe { bindings::bpf_prog_run_in_task(self.inner.get(), ctx.cast()) }
     }
 }

@@ -40,6 +40,7 @@ use kernel::{
         Vm, //
     },
     new_mutex,
+    nospec,
     prelude::*,
     sync::{
         aref::ARef,
@@ -132,6 +133,11 @@ impl Handler for Programs {
 
 type Region = io::Registration<Programs>;
 
+/// The place of a region; [`None`] if there is none yet. User space has chosen the index.
+fn slot(regions: &mut [Option<Region>], index: usize) -> Option<&mut Option<Region>> {
+    regions.get_mut(nospec::array_index(index, regions.len())?)
+}
+
 #[pin_data(PinnedDrop)]
 struct BpfDevice {
     /// By index, and only as long as the largest index in use has needed.
@@ -168,7 +174,7 @@ impl BpfDevice {
         while regions.len() <= index {
             regions.push(None, GFP_KERNEL_ACCOUNT)?;
         }
-        match regions.get_mut(index) {
+        match slot(&mut regions, index) {
             Some(Some(region)) if region.range() == range => region.replace(programs),
             Some(Some(_)) => Err(EEXIST),
             Some(free) => {
@@ -185,9 +191,8 @@ impl BpfDevice {
         }
 
         let mut regions = self.regions.lock();
-        let slot = regions.get_mut(index).ok_or(ENOENT)?;
         // Dropped with the lock held: once a later call sees the index free, so is the range.
-        drop(slot.take().ok_or(ENOENT)?);
+        drop(slot(&mut regions, index).and_then(Option::take).ok_or(ENOENT)?);
         Ok(())
     }
 
@@ -205,10 +210,9 @@ impl BpfDevice {
     }
 
     fn region(&self, index: usize) -> Result<uapi::kvm_bpf_user_region> {
-        let regions = self.regions.lock();
-        let range = regions
-            .get(index)
-            .and_then(Option::as_ref)
+        let mut regions = self.regions.lock();
+        let range = slot(&mut regions, index)
+            .and_then(|slot| slot.as_ref())
             .ok_or(ENOENT)?
             .range();
 

@@ -56,6 +56,7 @@ const MOV64_IMM: u8 = 0xb7;
 const MOV64_REG: u8 = 0xbf;
 const JEQ_IMM: u8 = 0x15;
 const JNE_IMM: u8 = 0x55;
+const JGE_REG: u8 = 0x3d;
 const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
 
@@ -167,6 +168,11 @@ pub const fn jump_if_ne(dst: Reg, imm: i32, off: i16) -> Insn {
     insn(JNE_IMM, dst, 0, off, imm)
 }
 
+/// Skips `off` instructions if `dst >= src`, unsigned.
+pub const fn jump_if_ge(dst: Reg, src: Reg, off: i16) -> Insn {
+    insn(JGE_REG, dst, src as u8, off, 0)
+}
+
 /// Calls a kfunc of vmlinux.
 pub const fn call_kfunc(btf_id: i32) -> Insn {
     insn(CALL, R0, PSEUDO_KFUNC_CALL, 0, btf_id)
@@ -266,6 +272,9 @@ impl fmt::Display for Refused {
 #[derive(Debug)]
 pub struct Prog(OwnedFd);
 
+/// [`Prog::load`] or [`Prog::load_sleepable`].
+pub type Load = fn(ProgType, &[Insn]) -> Prog;
+
 impl Prog {
     /// Loads a program that the kernel must take.
     #[track_caller]
@@ -350,7 +359,7 @@ impl AsRawFd for Prog {
     }
 }
 
-/// An array of elements of some 64-bit words each.
+/// Elements of some 64-bit words each, by number.
 #[derive(Debug)]
 pub struct Map {
     fd: OwnedFd,
@@ -363,12 +372,26 @@ const MAP_NAME: &CStr = c"kvm_bpf_test";
 const SAMPLE_MAP_NAMES: [&CStr; 4] = [c"clock", c"pl031", c"perf_table", c"vcpus"];
 
 impl Map {
-    /// `elements` elements of `words` words, all 0.
+    /// An array of `elements` elements of `words` words, all 0.
     pub fn new(elements: u32, words: usize) -> Self {
+        Self::of_type(sys::BPF_MAP_TYPE_ARRAY, elements, words)
+    }
+
+    /// A hash table of the same elements: where look-ups in an array are a few instructions of
+    /// the program's own, those in a hash table are calls that want a read-side section of RCU.
+    pub fn hash(elements: u32, words: usize) -> Self {
+        let map = Self::of_type(sys::BPF_MAP_TYPE_HASH, elements, words);
+        for index in 0..elements {
+            map.set(index, &vec![0; words]);
+        }
+        map
+    }
+
+    fn of_type(kind: u32, elements: u32, words: usize) -> Self {
         // SAFETY: the name is a C string; no options.
         let fd = unsafe {
             sys::bpf_map_create(
-                sys::BPF_MAP_TYPE_ARRAY,
+                kind,
                 MAP_NAME.as_ptr(),
                 4,
                 8 * words as u32,

@@ -98,6 +98,27 @@ impl Device {
         }
     }
 
+    /// Any of the three calls for attributes, with flags.
+    pub fn with_flags(&self, request: u32, attr: u64, addr: u64, flags: u32) -> Answer {
+        let mut attr = kvm_device_attr {
+            group: KVM_DEV_BPF_ATTR_GROUP_REGION,
+            attr,
+            addr,
+            flags,
+        };
+        let request = ioctl_expr(
+            _IOC_WRITE,
+            kvm_bindings::KVMIO,
+            request,
+            size_of::<kvm_device_attr>() as u32,
+        );
+        // SAFETY: the kernel reads the structure, and reads or writes a region at its address.
+        match unsafe { ioctl_with_mut_ref(&self.0, request, &mut attr) } {
+            0 => Ok(()),
+            _ => Err(Errno::last()),
+        }
+    }
+
     /// `KVM_SET_DEVICE_ATTR` with any pointer.
     pub fn set_attr(&self, group: u32, attr: u64, addr: u64) -> Answer {
         answer(self.0.set_device_attr(&kvm_device_attr {

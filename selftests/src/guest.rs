@@ -6,6 +6,7 @@
 //! [`Routine`] and runs the vCPU until the routine says that it is done.
 //! Accesses that reach user space on the way are written down.
 
+use std::fs;
 use std::sync::{Arc, Once};
 use std::time::Duration;
 use std::{mem, ptr, slice};
@@ -120,6 +121,23 @@ pub struct Read {
 /// All bits of so many bytes.
 pub fn mask(width: usize) -> u64 {
     u64::MAX >> (64 - 8 * width)
+}
+
+/// A number that is larger if the kernel has more virtual machines, where it tells: the entries in
+/// KVM's debugfs, or the references to KVM's module, which its open files hold, too.
+pub fn vms() -> Option<usize> {
+    if let Ok(entries) = fs::read_dir("/sys/kernel/debug/kvm") {
+        return Some(
+            entries
+                .flatten()
+                .filter(|entry| entry.path().is_dir())
+                .count(),
+        );
+    }
+    ["kvm_amd", "kvm_intel"].iter().find_map(|module| {
+        let text = fs::read_to_string(format!("/sys/module/{module}/refcnt")).ok()?;
+        text.trim().parse().ok()
+    })
 }
 
 /// The guest's memory.

@@ -100,7 +100,8 @@ pub enum Rights {
 /// - `Self` must have the layout of `Inner`.
 /// - While a program runs, every pointer of `Inner`, and of what such pointers point to, that a
 ///   [`Field`] follows must be valid for reads.
-/// - A program may read or change any field of `Inner` that a [`Field`] names.
+/// - A program may change any field of `Inner` that a [`Field`] names, and read all of `Inner`,
+///   with `bpf_cast_to_kern_ctx()`.
 pub unsafe trait Context {
     /// What programs are compiled against.
     type Fake;

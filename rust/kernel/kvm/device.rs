@@ -187,6 +187,10 @@ impl<T: Device> DeviceVTable<T> {
         // SAFETY: By the safety requirements.
         let attr = Attr(unsafe { &*attr });
 
+        // KVM itself does not look at the flags, of which there are none yet.
+        if attr.0.flags != 0 {
+            return EINVAL.to_errno();
+        }
         from_result(|| f(device.get_ref(), vm, &attr).map(|()| 0))
     }
 

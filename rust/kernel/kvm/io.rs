@@ -216,7 +216,7 @@ impl<T: Handler> Registration<T> {
         // SAFETY: As above; a bus has `dev_count` ranges.
         let taken = unsafe { (*bus).range.as_slice((*bus).dev_count as usize) };
 
-        // CAST: Lengths on a bus are not negative.
+        // CAST: The length of a coalesced MMIO zone may be negative, and then reaches to the end.
         if taken.iter().any(|r| range.overlaps(r.addr, r.len as u64)) {
             return Err(EEXIST);
         }

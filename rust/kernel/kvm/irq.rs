@@ -15,6 +15,7 @@ use crate::{
     error::from_result,
     eventfd::EventFd,
     macros::export,
+    nospec,
     prelude::*,
     sync::{
         aref::{
@@ -137,6 +138,13 @@ impl Lines {
         Ok(unsafe { ARef::from_raw(NonNull::from(KBox::leak(lines))) })
     }
 
+    /// User space, or even the guest, has chosen the number.
+    fn slot(&self, line: usize) -> Option<&Atomic<*mut bindings::eventfd_ctx>> {
+        let line = self.lines.get(nospec::array_index(line, MAX_LINES)?)?;
+
+        Some(&line.eventfd)
+    }
+
     /// Sets or removes the eventfd of a line, and returns the one it had.
     ///
     /// Does nothing if there is no such line.
@@ -144,7 +152,7 @@ impl Lines {
     /// When this returns, nobody signals the old one any more. Sleeps for an RCU grace period if
     /// there was one.
     pub fn set(&self, line: usize, eventfd: Option<EventFd>) -> Option<EventFd> {
-        let slot = &self.lines.get(line)?.eventfd;
+        let slot = self.slot(line)?;
         let new = eventfd.map_or(ptr::null_mut(), EventFd::into_raw);
         let old = slot.xchg(new, Full);
 
@@ -178,7 +186,7 @@ impl Lines {
     /// - `ENOENT`: no eventfd is set for `line`, or there is no such line, or the lines are closed.
     /// - Those of [`EventFd::signal()`].
     pub fn signal(&self, line: usize) -> Result {
-        let slot = &self.lines.get(line).ok_or(ENOENT)?.eventfd;
+        let slot = self.slot(line).ok_or(ENOENT)?;
         let _guard = rcu::read_lock();
 
         if self.closed.load(Relaxed) {
@@ -192,9 +200,9 @@ impl Lines {
 
     /// Returns a line as programs keep it; null if there is no such line.
     fn as_irq(&self, line: usize) -> *mut bindings::bpf_kvm_irq {
-        if line >= MAX_LINES {
+        let Some(line) = nospec::array_index(line, MAX_LINES) else {
             return ptr::null_mut();
-        }
+        };
 
         // From `self`, not from the element, as `from_irq()` goes back.
         //

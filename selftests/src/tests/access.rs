@@ -2,7 +2,9 @@
 
 //! What a program is told of an access, what the guest gets, and when user space sees it.
 
-use kvm_bpf_selftests::bpf::{Prog, ProgType, Reg, store_imm};
+use kvm_bpf_selftests::bpf::{
+    Index, Load, Map, Prog, ProgType, Reg, atomic_add, lookup, mov_imm, store_imm,
+};
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{
     Exit, Guest, PRESET, RAM_SIZE, USER_ANSWER, Vcpu, mask, register_after_read,
@@ -25,6 +27,7 @@ tests!(
     past_the_end,
     page_crossing,
     page_crossing_beside_ram,
+    maps_of_every_kind,
 );
 
 const WIDTHS: [usize; 4] = [1, 2, 4, 8];
@@ -274,4 +277,25 @@ fn page_crossing_beside_ram() {
 
     setup.guest.write_ram(addr, &[0x21, 0x22, 0x23]);
     assert_read(&mut setup.vcpu, addr, 8, 0x23_2221 | PATTERN << 24, &[]);
+}
+
+/// A hash table's look-up is a call into the kernel which wants RCU's protection and says so, on a
+/// kernel that checks (lockdep); an array's is not.
+fn maps_of_every_kind() {
+    for load in [Prog::load as Load, Prog::load_sleepable] {
+        for map in [Map::new(1, 1), Map::hash(1, 1)] {
+            let programs = [ProgType::READ, ProgType::WRITE].map(|kind| {
+                let mut insns = lookup(&map, Index::Imm(0));
+                insns.extend([mov_imm(Reg::R1, 1), atomic_add(8, Reg::R0, 0, Reg::R1)]);
+                insns.extend(ret(0));
+                load(kind, &insns)
+            });
+            let mut setup = setup(Some(&programs[0]), Some(&programs[1]));
+            for round in 0..3 {
+                assert_read(&mut setup.vcpu, ADDR, 4, 0, &[]);
+                assert_got!(setup.vcpu.write(ADDR, 4, 1), []);
+                assert_got!(map.get(0)[0], 2 * (round + 1), "accesses counted");
+            }
+        }
+    }
 }

@@ -10,9 +10,9 @@ use std::process::Command;
 use kvm_bpf::uapi::KVM_DEV_TYPE_BPF;
 use kvm_bpf_selftests::bpf::{Census, LoadOptions, Prog, ProgType, program_type};
 use kvm_bpf_selftests::device::{Device, region, test_create};
-use kvm_bpf_selftests::guest::{Exit, Guest, Vcpu};
-use kvm_bpf_selftests::harness::{in_a_thread, skip};
-use kvm_bpf_selftests::programs::{answer, only_return, ret};
+use kvm_bpf_selftests::guest::{Exit, Guest, Vcpu, vms};
+use kvm_bpf_selftests::harness::{Errno, in_a_thread, skip, wait_for};
+use kvm_bpf_selftests::programs::{Recorder, answer, answer_insns, only_return, ret};
 use kvm_ioctls::Kvm;
 
 use super::{ADDR, PATTERN, SIZE, assert_errno};
@@ -26,6 +26,7 @@ tests!(
     create_and_close_repeatedly,
     close_in_any_order,
     unprivileged_vmm,
+    loading_needs_cap_bpf_alone,
     the_kernels_own_selftest,
 );
 
@@ -153,7 +154,7 @@ fn close_in_any_order() {
         ["device", "vm", "vcpu"],
         ["device", "vcpu", "vm"],
     ];
-    let census = Census::now();
+    let (census, vms) = (Census::now(), vms());
     for order in ORDERS {
         let guest = Guest::new();
         let mut vcpu = Some(guest.vcpu(0));
@@ -181,6 +182,7 @@ fn close_in_any_order() {
             }
         }
         census.wait_for_newer(0, 0);
+        wait_for("virtual machines", vms, self::vms);
     }
 }
 
@@ -209,6 +211,43 @@ fn unprivileged_vmm() {
         assert_got!(vcpu.write(ADDR, 4, 7), []);
     };
     in_a_thread(vmm);
+}
+
+/// Of all privileges that root has, `CAP_BPF` is enough to load programs of both types.
+fn loading_needs_cap_bpf_alone() {
+    const CAP_BPF: u32 = 39;
+    /// `_LINUX_CAPABILITY_VERSION_3`, whose sets have two words each.
+    const VERSION: u32 = 0x2008_0522;
+
+    let recorder = Recorder::new();
+    in_a_thread(move || {
+        let set_capabilities = |high| {
+            let header = [VERSION, 0];
+            // Effective, permitted, inheritable: the low words, then the high ones.
+            let sets = [0, 0, 0, high, high, 0];
+            // SAFETY: the raw system call reads both arrays and changes this thread alone.
+            let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+            assert_got!(result, 0, "capset to {high:#x}");
+        };
+        let programs = [
+            (ProgType::READ, answer_insns(PATTERN)),
+            (ProgType::WRITE, recorder.writes_insns(0)),
+        ];
+        for (high, wanted) in [(1 << (CAP_BPF - 32), Ok(())), (0, Err(Errno(libc::EPERM)))] {
+            set_capabilities(high);
+            for (kind, insns) in &programs {
+                for sleepable in [false, true] {
+                    let options = LoadOptions {
+                        sleepable,
+                        ..Default::default()
+                    };
+                    let got = Prog::try_load(*kind, insns, options);
+                    let got = got.map(drop).map_err(|refused| refused.errno);
+                    assert_got!(got, wanted, "{kind:?}, sleepable {sleepable}, {high:#x}");
+                }
+            }
+        }
+    });
 }
 
 /// `tools/testing/selftests/kvm/bpf_device_test` of the series.

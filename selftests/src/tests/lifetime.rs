@@ -5,17 +5,20 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::{env, io, thread};
+use std::{env, io};
 
-use Reg::{R0, R1, R6};
-use kvm_bpf::uapi::KVM_DEV_TYPE_BPF;
+use Reg::{R0, R1, R6, R7};
+use kvm_bpf::uapi::{KVM_DEV_TYPE_BPF, kvm_bpf_user_region};
 use kvm_bpf_selftests::bpf::{
-    Census, Index, Map, Prog, ProgType, Reg, add_imm, atomic_add, jump_if_ne, lookup, mov_imm,
+    Census, Index, Load, Map, Prog, ProgType, Reg, add_imm, atomic_add, jump_if_ne, lookup, mov,
+    mov_imm,
 };
 use kvm_bpf_selftests::device::{Answer, Device, NO_REGION, region, test_create};
-use kvm_bpf_selftests::guest::{Guest, Vcpu};
+use kvm_bpf_selftests::guest::{Guest, Vcpu, vms};
 use kvm_bpf_selftests::harness::{Errno, meanwhile, skip, wait_for};
 use kvm_bpf_selftests::programs::{Recorder, ret};
 
@@ -24,105 +27,198 @@ use super::{ADDR, SIZE, assert_errno};
 tests!(
     close_while_vcpus_run,
     close_while_vcpus_are_inside,
-    vm_closed_under_a_running_vcpu,
+    unregister_while_vcpus_run,
+    unregister_while_vcpus_are_inside,
+    swap_while_vcpus_are_inside,
+    vm_closed_under_running_vcpus,
+    killed_process,
     references_are_given_back,
     region_holds_programs,
     module_is_held_by_devices,
     module_unloads_and_loads,
 );
 
-/// Counts itself in a map when it starts, then works for a while.
-fn slow_write(map: &Map, rounds: i32) -> Prog {
-    let mut insns = lookup(map, Index::Imm(0));
+/// Counts itself in a map when it starts and when it ends, and works for a while between.
+fn slow_write(load: Load, counts: &Map, rounds: i32) -> Prog {
+    let mut insns = lookup(counts, Index::Imm(0));
     insns.extend([
+        mov(R7, R0),
         mov_imm(R1, 1),
-        atomic_add(8, R0, 0, R1),
+        atomic_add(8, R7, 0, R1),
         mov_imm(R6, rounds),
         add_imm(R6, -1),
         jump_if_ne(R6, 0, -2),
+        mov_imm(R1, 1),
+        atomic_add(8, R7, 8, R1),
     ]);
     insns.extend(ret(0));
-    Prog::load(ProgType::WRITE, &insns)
+    load(ProgType::WRITE, &insns)
 }
 
-/// Lets two vCPUs write while `action` lasts, which is given a count of their writes.
-fn while_vcpus_write(guest: &Guest, action: impl FnOnce(&AtomicU64)) {
-    let accesses = AtomicU64::new(0);
-    let workers = (0..2).map(|id| {
-        let mut vcpu = guest.vcpu(id);
+/// Accesses of all vCPUs, and how many of them user space saw.
+#[derive(Default)]
+struct Accesses {
+    all: AtomicU64,
+    exits: AtomicU64,
+}
+
+impl Accesses {
+    /// Waits for so many more.
+    #[track_caller]
+    fn wait_for_more(&self, more: u64) {
+        let enough = self.all.load(SeqCst) + more;
+        wait_for("more accesses", true, || self.all.load(SeqCst) >= enough);
+    }
+}
+
+/// Lets vCPUs write while `action` lasts.
+fn while_vcpus_write(
+    vcpus: impl IntoIterator<Item = Vcpu>,
+    action: impl FnOnce(&Accesses),
+) -> Accesses {
+    let accesses = Accesses::default();
+    let workers = vcpus.into_iter().map(|mut vcpu| {
         let accesses = &accesses;
         move || {
-            vcpu.write(ADDR, 4, 1);
-            accesses.fetch_add(1, SeqCst);
+            let exits = vcpu.write(ADDR, 4, 1).len() as u64;
+            accesses.exits.fetch_add(exits, SeqCst);
+            accesses.all.fetch_add(1, SeqCst);
         }
     });
     meanwhile(workers, || action(&accesses));
+    accesses
 }
 
-/// Waits for so many more accesses.
-#[track_caller]
-fn wait_for_more(accesses: &AtomicU64, more: u64) {
-    let enough = accesses.load(SeqCst) + more;
-    wait_for("more accesses", true, || accesses.load(SeqCst) >= enough);
+/// What takes a program away.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Close,
+    Unregister,
+    Swap,
 }
 
-/// No program runs once `close` returned.
+/// When the call that takes a program away returns, no vCPU is inside it, and none enters it any
+/// more; each access runs one program once or reaches user space.
 #[track_caller]
-fn close_under_load(rounds: i32, repetitions: u32) {
-    let census = Census::now();
-    let guest = Guest::new();
-    while_vcpus_write(&guest, |accesses| {
-        for repetition in 0..repetitions {
-            let map = Map::new(1, 1);
-            let device = Device::new(guest.vm());
-            let prog = slow_write(&map, rounds);
-            device.set_region(0, &region(ADDR, SIZE, None, Some(&prog)));
-            drop(prog);
-            wait_for_more(accesses, 10);
+fn end_under_load(end: End, rounds: i32) {
+    const REPETITIONS: u32 = 4;
 
-            drop(device);
-            let at_close = map.get(0)[0];
-            assert!(at_close > 0, "wanted the program to have run, got 0 runs");
-            wait_for_more(accesses, 10);
-            assert_got!(map.get(0)[0], at_close, "runs, closed {repetition} times");
-        }
-    });
-    census.wait_for_newer(0, 0);
+    for load in [Prog::load as Load, Prog::load_sleepable] {
+        let census = Census::now();
+        let guest = Guest::new();
+        let mut runs = 0;
+        let accesses = while_vcpus_write((0..2).map(|id| guest.vcpu(id)), |accesses| {
+            for repetition in 0..REPETITIONS {
+                let (before, after) = (Map::new(1, 2), Map::new(1, 2));
+                let mut device = Some(Device::new(guest.vm()));
+                let set = |device: &Option<Device>, region: &kvm_bpf_user_region| {
+                    device.as_ref().expect("not closed").set_region(0, region);
+                };
+                let set_program = |device: &Option<Device>, counts: &Map| {
+                    let prog = slow_write(load, counts, rounds);
+                    set(device, &region(ADDR, SIZE, None, Some(&prog)));
+                };
+                set_program(&device, &before);
+                accesses.wait_for_more(10);
+
+                match end {
+                    End::Close => device = None,
+                    End::Unregister => set(&device, &NO_REGION),
+                    End::Swap => set_program(&device, &after),
+                }
+                let at_end = before.get(0);
+                assert!(at_end[0] > 0, "wanted the program to have run, got 0 runs");
+                assert_got!(
+                    at_end[1],
+                    at_end[0],
+                    "runs that ended, {end:?} {repetition}"
+                );
+                accesses.wait_for_more(10);
+                assert_got!(before.get(0), at_end, "runs, {end:?} {repetition}");
+
+                drop(device);
+                runs += at_end[0] + after.get(0)[0];
+            }
+        });
+        let exits = accesses.exits.into_inner();
+        assert_got!(runs + exits, accesses.all.into_inner(), "runs and exits");
+        census.wait_for_newer(0, 0);
+    }
 }
 
 fn close_while_vcpus_run() {
-    close_under_load(1, 8);
+    end_under_load(End::Close, 1);
 }
 
 /// The program takes most of a vCPU's time, so the close finds it at work.
 fn close_while_vcpus_are_inside() {
-    close_under_load(20_000, 8);
+    end_under_load(End::Close, 5_000);
 }
 
-fn vm_closed_under_a_running_vcpu() {
+fn unregister_while_vcpus_run() {
+    end_under_load(End::Unregister, 1);
+}
+
+fn unregister_while_vcpus_are_inside() {
+    end_under_load(End::Unregister, 5_000);
+}
+
+fn swap_while_vcpus_are_inside() {
+    end_under_load(End::Swap, 5_000);
+}
+
+/// vCPUs and a device keep the VM when its own fd is closed.
+fn vm_closed_under_running_vcpus() {
     let census = Census::now();
+    let vms = vms();
     let guest = Guest::new();
     let recorder = Recorder::new();
     let device = Device::new(guest.vm());
     device.set_region(0, &region(ADDR, SIZE, None, Some(&recorder.writes(0))));
-    let mut vcpus: Vec<Vcpu> = (0..2).map(|id| guest.vcpu(id)).collect();
-    drop(guest);
-    thread::scope(|scope| {
-        for vcpu in &mut vcpus {
-            scope.spawn(|| {
-                for _ in 0..50 {
-                    assert_got!(vcpu.write(ADDR, 4, 1), []);
-                }
-            });
-        }
+    let vcpus: Vec<_> = (0..2).map(|id| guest.vcpu(id)).collect();
+    let accesses = while_vcpus_write(vcpus, |accesses| {
+        accesses.wait_for_more(10);
+        drop(guest);
+        accesses.wait_for_more(100);
     });
-    assert_got!(recorder.count(), 100, "writes that the program saw");
-    drop((vcpus, device, recorder));
+    assert_got!(accesses.exits.into_inner(), 0, "exits");
+    assert_got!(
+        recorder.count(),
+        accesses.all.into_inner(),
+        "writes that the program saw"
+    );
+    drop((device, recorder));
     census.wait_for_newer(0, 0);
+    wait_for("virtual machines", vms, self::vms);
+}
+
+/// A process with devices, regions, vCPUs inside programs and a swap under way is killed.
+fn killed_process() {
+    let (census, vms) = (Census::now(), vms());
+    let mut victim = Command::new("/proc/self/exe")
+        .args(["--exact", "swap::hot_swap"])
+        .env("KVM_BPF_SWAPS", "1000000000")
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("this program again");
+    // Both pairs and their maps are there when the swaps begin; every fifteenth has new ones.
+    wait_for("programs and maps of the process", true, || {
+        let (programs, maps) = census.newer();
+        programs >= 5 && maps >= 2
+    });
+    victim.kill().expect("SIGKILL");
+    let status = victim.wait().expect("waiting for the process");
+    assert_got!(
+        status.signal(),
+        Some(libc::SIGKILL),
+        "how the process ended"
+    );
+    census.wait_for_newer(0, 0);
+    wait_for("virtual machines", vms, self::vms);
 }
 
 fn references_are_given_back() {
-    let census = Census::now();
+    let (census, vms) = (Census::now(), vms());
     for _ in 0..10 {
         let guest = Guest::new();
         let mut vcpu = guest.vcpu(0);
@@ -139,6 +235,7 @@ fn references_are_given_back() {
         }
     }
     census.wait_for_newer(0, 0);
+    wait_for("virtual machines", vms, self::vms);
 }
 
 /// A region is all that a program needs to live; the VMM may close its fds.

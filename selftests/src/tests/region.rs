@@ -13,19 +13,20 @@ use kvm_bpf::uapi::{
 };
 use kvm_bpf_selftests::bpf::{Census, Map, ProgType};
 use kvm_bpf_selftests::device::{Device, NO_REGION, region};
-use kvm_bpf_selftests::guest::{Exit, Guest, IRQCHIP_ADDR};
+use kvm_bpf_selftests::guest::{Exit, Guest, IRQCHIP_ADDR, mask};
 use kvm_bpf_selftests::harness::{Errno, meanwhile, wait_for};
-use kvm_bpf_selftests::programs::{answer, only_return};
+use kvm_bpf_selftests::programs::{Recorder, answer, only_return};
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ADDR, PATTERN, SIZE, assert_errno};
+use super::{ADDR, PATTERN, SIZE, assert_errno, taken};
 
 tests!(
     set_and_unregister,
     get_answers_the_range,
     has_attr_is_true_for_what_can_be_set,
     unknown_groups_and_indices,
+    bad_flags,
     bad_pointers,
     bad_programs,
     bad_ranges,
@@ -38,6 +39,7 @@ tests!(
     errors_hold_no_program,
     every_index_at_once,
     bus_full,
+    passes_on_to_the_next_on_the_bus,
     appears_while_a_vcpu_runs,
     set_by_several_threads,
 );
@@ -130,6 +132,27 @@ fn unknown_groups_and_indices() {
     device.set_region(KVM_DEV_BPF_MAX_REGIONS - 1, &valid);
 }
 
+/// Of the attribute itself, in all three calls, each of which works without.
+fn bad_flags() {
+    let guest = Guest::new();
+    let device = Device::new(guest.vm());
+    let prog = answer(0);
+    let mut value = region(ADDR, SIZE, Some(&prog), None);
+    let pointer = (&raw mut value) as u64;
+    // `KVM_{SET,GET,HAS}_DEVICE_ATTR`.
+    for request in [0xe1, 0xe2, 0xe3] {
+        for flags in [1, 1 << 31] {
+            let what = format!("request {request:#x}, flags {flags:#x}");
+            let before = device.region(0);
+            let got = device.with_flags(request, 0, pointer, flags);
+            assert_errno(&what, got, libc::EINVAL);
+            assert_got!(device.region(0), before, "{what}: the region after");
+        }
+        let got = device.with_flags(request, 0, pointer, 0);
+        assert_got!(got, Ok(()), "request {request:#x} without flags");
+    }
+}
+
 fn bad_pointers() {
     let guest = Guest::new();
     let device = Device::new(guest.vm());
@@ -148,7 +171,8 @@ fn bad_programs() {
 
     let guest = Guest::new();
     let device = Device::new(guest.vm());
-    let (read, write) = (answer(0), only_return(ProgType::WRITE, 0));
+    let recorder = Recorder::new();
+    let (read, write) = (answer(PATTERN), recorder.writes(0));
     let other = only_return(SOCKET_FILTER, 0);
     let map = Map::new(1, 1);
     let eventfd = EventFd::new(0).expect("eventfd");
@@ -191,8 +215,17 @@ fn bad_programs() {
         ("-2 to read", true, -2, libc::EBADF),
         ("-2 to write", false, -2, libc::EBADF),
     ];
-    // On a free index, and as a swap of index 1.
+    // On a free index, and as a swap of index 1, which keeps both its programs.
+    let mut vcpu = guest.vcpu(0);
     device.set_region(1, &valid);
+    let mut assert_refused = |what: &str, index, bad: &_, errno| {
+        assert_refused(what, &device, index, bad, errno);
+        let read = vcpu.read(ADDR, 8);
+        assert_got!((read.value, read.exits), (PATTERN, vec![]), "{what}: read");
+        let count = recorder.count();
+        assert_got!(vcpu.write(ADDR, 4, 1), [], "{what}: write");
+        assert_got!(recorder.count(), count + 1, "{what}: writes seen");
+    };
     for (index, addr) in [(0, ADDR + SIZE), (1, ADDR)] {
         for (what, is_read, fd, errno) in cases {
             let mut bad = kvm_bpf_user_region { addr, ..valid };
@@ -201,16 +234,16 @@ fn bad_programs() {
             } else {
                 bad.bpf_writefd = fd;
             }
-            assert_refused(what, &device, index, &bad, errno);
+            assert_refused(what, index, &bad, errno);
         }
         let none = region(addr, SIZE, None, None);
-        assert_refused("no program", &device, index, &none, libc::EINVAL);
+        assert_refused("no program", index, &none, libc::EINVAL);
         for (what, read, write) in [
             ("size 0 with a read program", Some(&read), None),
             ("size 0 with a write program", None, Some(&write)),
         ] {
             let bad = region(addr, 0, read, write);
-            assert_refused(what, &device, index, &bad, libc::EINVAL);
+            assert_refused(what, index, &bad, libc::EINVAL);
         }
     }
     device.set_region(
@@ -321,7 +354,8 @@ fn overlap_with_ioeventfd() {
     let guest = Guest::new();
     let device = Device::new(guest.vm());
     let prog = answer(PATTERN);
-    let eventfd = EventFd::new(0).expect("eventfd");
+    let mut vcpu = guest.vcpu(0);
+    let eventfd = EventFd::new(EFD_NONBLOCK).expect("eventfd");
     let addr = IoEventAddress::Mmio(ADDR + 16);
 
     // One for writes of 4 bytes, then one for writes of any width.
@@ -344,10 +378,22 @@ fn overlap_with_ioeventfd() {
             let bad = region(first, size, Some(&prog), None);
             assert_refused(what, &device, 0, &bad, libc::EEXIST);
         }
-        device.set_region(0, &region(ADDR, 16, Some(&prog), None));
-        device.set_region(1, &region(ADDR + 20, 16, Some(&prog), None));
-        device.set_region(0, &NO_REGION);
-        device.set_region(1, &NO_REGION);
+        // All are found on the bus, whichever was there first; KVM had the one that ends where an
+        // ioeventfd without a length is behind that.
+        let regions = [ADDR - SIZE, ADDR, ADDR + 20];
+        for (index, addr) in (0..).zip(regions) {
+            device.set_region(index, &region(addr, 16, Some(&prog), None));
+        }
+        for addr in regions {
+            let read = vcpu.read(addr, 4);
+            let wanted = (PATTERN & mask(4), vec![]);
+            assert_got!((read.value, read.exits), wanted, "{addr:#x}, length {len}");
+        }
+        let exits = vcpu.write(ADDR + 16, 4, 1);
+        assert_got!((taken(&eventfd), exits), (1, vec![]), "length {len}");
+        for index in 0..3 {
+            device.set_region(index, &NO_REGION);
+        }
 
         ioeventfd(true);
         device.set_region(0, &region(ADDR, SIZE, Some(&prog), None));
@@ -471,6 +517,32 @@ fn bus_full() {
     device.set_region(index, &range(taken));
     let read = guest.vcpu(0).read(ADDR + 16 * taken, 4);
     assert_got!(read.exits, [], "the region that took the room");
+}
+
+/// What a program does not handle goes to whatever else has the address: here an ioeventfd, which
+/// KVM takes for a range that is in use already.
+fn passes_on_to_the_next_on_the_bus() {
+    const VALUE: u32 = 5;
+
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let device = Device::new(guest.vm());
+    let eventfd = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    let recorder = Recorder::new();
+    for (result, signals) in [(1, 1), (0, 0)] {
+        let write = recorder.writes(result);
+        device.set_region(0, &region(ADDR, 4, None, Some(&write)));
+        if result == 1 {
+            guest
+                .vm()
+                .register_ioevent(&eventfd, &IoEventAddress::Mmio(ADDR), VALUE)
+                .expect("KVM_IOEVENTFD");
+        }
+        let count = recorder.count();
+        assert_got!(vcpu.write(ADDR, 4, VALUE.into()), [], "result {result}");
+        assert_got!(recorder.count(), count + 1, "runs, result {result}");
+        assert_got!(taken(&eventfd), signals, "signals, result {result}");
+    }
 }
 
 fn appears_while_a_vcpu_runs() {

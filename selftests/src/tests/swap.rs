@@ -7,14 +7,15 @@
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
-use Reg::{R0, R1};
+use Reg::{R0, R1, R6, R7};
 use kvm_bpf_selftests::bpf::{
-    Census, Index, Insn, Map, Prog, ProgType, Reg, atomic_add, lookup, mov_imm, store_imm,
+    Census, Index, Load, Map, Prog, ProgType, Reg, atomic_add, jump_if_ge, load, lookup, mov,
+    mov_imm, store_imm,
 };
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine};
-use kvm_bpf_selftests::harness::{meanwhile, number_from_env, trial_within};
-use kvm_bpf_selftests::programs::{CTX_BUF, ret};
+use kvm_bpf_selftests::harness::{meanwhile, number_from_env, trial_within, wait_for};
+use kvm_bpf_selftests::programs::{CTX_BUF, CTX_VCPU_ID, ret};
 use libtest_mimic::Trial;
 
 use super::{ADDR, SIZE};
@@ -24,13 +25,14 @@ const BATCH: u64 = 100;
 
 pub(super) fn all() -> Vec<Trial> {
     let limit = Duration::from_secs(300 + swaps() / 20);
-    let tests: [(&str, fn()); 3] = [
+    let tests: [(&str, fn()); 4] = [
         ("swap::hot_swap", hot_swap),
         ("swap::sleepable_for_sleepable", sleepable_for_sleepable),
         (
             "swap::sleepable_for_non_sleepable",
             sleepable_for_non_sleepable,
         ),
+        ("swap::both_programs_at_once", both_programs_at_once),
     ];
     tests
         .map(|(name, test)| trial_within(name, limit, test))
@@ -52,8 +54,6 @@ fn sleepable_for_sleepable() {
 fn sleepable_for_non_sleepable() {
     swap_under_load([Prog::load, Prog::load_sleepable]);
 }
-
-type Load = fn(ProgType, &[Insn]) -> Prog;
 
 /// Programs whose answers tell them apart from others, and a count of their writes.
 struct Pair {
@@ -153,4 +153,68 @@ fn swap_under_load(load: [Load; 2]) {
 
     drop((device, programs, pairs));
     census.wait_for_newer(0, 0);
+}
+
+/// Both programs of a generation: they look which was the last that the vCPU met, count it if that
+/// was a later one, and leave their own number.
+fn generation(last: &Map, too_late: &Map, number: i32) -> [Prog; 2] {
+    [ProgType::READ, ProgType::WRITE].map(|kind| {
+        let mut insns = vec![mov(R6, R1), load(4, R7, R6, CTX_VCPU_ID)];
+        insns.extend(lookup(last, Index::Reg(R7)));
+        insns.extend([
+            load(8, R7, R0, 0),
+            store_imm(8, R0, 0, number),
+            mov_imm(R1, number),
+            // Skips what follows if the last was no later than this.
+            jump_if_ge(R1, R7, lookup(too_late, Index::Imm(0)).len() as i16 + 2),
+        ]);
+        insns.extend(lookup(too_late, Index::Imm(0)));
+        insns.extend([mov_imm(R1, 1), atomic_add(8, R0, 0, R1)]);
+        insns.extend(ret(0));
+        Prog::load(kind, &insns)
+    })
+}
+
+/// Once a vCPU has met one program of a new pair, it does not meet any of an old one: the two of a
+/// pair are never swapped one after the other.
+fn both_programs_at_once() {
+    const GENERATIONS: i32 = 300;
+
+    let guest = Guest::new();
+    let device = Device::new(guest.vm());
+    let (last, too_late) = (Map::new(VCPUS, 1), Map::new(1, 1));
+    let programs: Vec<_> = (0..GENERATIONS)
+        .map(|number| generation(&last, &too_late, number))
+        .collect();
+    let set = |[read, write]: &[Prog; 2]| {
+        device.set_region(0, &region(ADDR, SIZE, Some(read), Some(write)));
+    };
+    set(&programs[0]);
+
+    let workers = (0..VCPUS).map(|id| {
+        let mut vcpu = guest.vcpu(id);
+        move || {
+            let args = Args {
+                addr: ADDR,
+                count: BATCH,
+                ..Default::default()
+            };
+            let (results, exits) = vcpu.call(Routine::Hammer, args);
+            assert_got!((results.count, exits), (0, vec![]), "vCPU {id}");
+        }
+    });
+    meanwhile(workers, || {
+        for pair in &programs {
+            set(pair);
+            // Time for some accesses; otherwise most generations would see none.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let newest = u64::from(GENERATIONS.unsigned_abs()) - 1;
+        wait_for("all vCPUs to meet the newest pair", VCPUS, || {
+            (0..VCPUS)
+                .map(|id| u32::from(last.get(id)[0] == newest))
+                .sum()
+        });
+    });
+    assert_got!(too_late.get(0)[0], 0, "accesses that ran an old program");
 }
