@@ -2,6 +2,8 @@
 
 //! Interrupts: eventfds that programs signal, polled by the VMM or wired to a guest.
 
+use std::cmp::Ordering;
+use std::fs;
 use std::os::fd::AsRawFd;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -31,7 +33,9 @@ tests!(
     one_eventfd_for_two_irqs,
     closed_by_the_vmm,
     eventfd_outlives_the_device,
+    eventfd_is_held_as_long_as_it_is_set,
     signalled_by_reads,
+    one_program_in_two_devices,
     signalled_after_the_region_is_gone,
     replaced_while_signalled,
     only_our_programs_may_signal,
@@ -50,8 +54,36 @@ tests!(
 
 const SIGNAL: &str = "bpf_kvm_irq_signal";
 
+/// Loads a program that must load.
+type Loader = fn(ProgType, &[Insn]) -> Prog;
+
+/// Programs run under RCU, or under tasks trace RCU if they may sleep.
+const LOADERS: [Loader; 2] = [Prog::load, Prog::load_sleepable];
+
 fn eventfd() -> EventFd {
     EventFd::new(EFD_NONBLOCK).expect("eventfd")
+}
+
+/// The kernel's number of an eventfd: the lowest that no other has.
+fn id_of(eventfd: &EventFd) -> u32 {
+    let path = format!("/proc/self/fdinfo/{}", eventfd.as_raw_fd());
+    let info = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    info.lines()
+        .find_map(|line| line.strip_prefix("eventfd-id:")?.trim().parse().ok())
+        .unwrap_or_else(|| panic!("wanted an eventfd-id, got {info:?}"))
+}
+
+/// Whether nobody has a reference to the eventfd of that number any more: a new one gets it.
+fn is_free(id: u32) -> bool {
+    // Those with lower numbers are kept open, so that the next one gets a higher.
+    let mut lower = Vec::new();
+    loop {
+        let next = eventfd();
+        match id_of(&next).cmp(&id) {
+            Ordering::Less => lower.push(next),
+            order => return order == Ordering::Equal,
+        }
+    }
 }
 
 /// Signals the irq in `r2` and keeps the kfunc's answer; `r1` is the context.
@@ -72,41 +104,57 @@ fn signal_insns(results: &Map) -> Vec<Insn> {
 struct Setup {
     guest: Guest,
     device: Device,
+    write: Prog,
     /// The last answer of the kfunc; how often it was 0.
     results: Map,
 }
 
 impl Setup {
     fn new() -> Self {
-        Self::on(Guest::new())
+        Self::on(Guest::new(), Prog::load)
     }
 
-    fn on(guest: Guest) -> Self {
+    fn on(guest: Guest, load_prog: Loader) -> Self {
         let results = Map::new(1, 2);
         let mut insns = vec![load(4, R2, R1, CTX_BUF)];
         insns.extend(signal_insns(&results));
-        let write = Prog::load(ProgType::WRITE, &insns);
+        let write = load_prog(ProgType::WRITE, &insns);
         let device = Device::new(guest.vm());
         device.set_region(0, &region(ADDR, SIZE, None, Some(&write)));
         Setup {
             guest,
             device,
+            write,
             results,
         }
     }
 
     /// Has the guest signal an irq; returns what the kfunc answered.
     fn signal(&self, vcpu: &mut Vcpu, irq: u32) -> i64 {
+        self.signal_at(vcpu, ADDR, irq)
+    }
+
+    /// The same where the program has another region.
+    fn signal_at(&self, vcpu: &mut Vcpu, addr: u64, irq: u32) -> i64 {
         self.results.set(0, &[0x5555, 0]);
-        assert_got!(vcpu.write(ADDR, 4, irq.into()), []);
+        assert_got!(vcpu.write(addr, 4, irq.into()), []);
         self.results.get(0)[0] as i64
     }
 }
 
+/// A test for programs of either sort.
+fn with_each_loader(test: impl Fn(Setup)) {
+    for load_prog in LOADERS {
+        test(Setup::on(Guest::new(), load_prog));
+    }
+}
+
+/// A call that is refused changes nothing: an index keeps the eventfd that it has.
 fn bad_arguments() {
-    let guest = Guest::new();
-    let device = Device::new(guest.vm());
-    let eventfd = eventfd();
+    let setup = Setup::new();
+    let Setup { guest, device, .. } = &setup;
+    let mut vcpu = guest.vcpu(0);
+    let (before, eventfd) = (eventfd(), eventfd());
     let map = Map::new(1, 1);
     let good = kvm_bpf_user_irq {
         eventfd: eventfd.as_raw_fd(),
@@ -122,11 +170,24 @@ fn bad_arguments() {
         ("the VM", guest.vm().as_raw_fd(), 0, libc::EINVAL),
     ];
     for index in [0, KVM_DEV_BPF_MAX_IRQS - 1] {
+        let irq = index as u32;
         for (what, eventfd, flags, errno) in cases {
             let bad = kvm_bpf_user_irq { eventfd, flags };
             assert_errno(what, device.try_set_irq(index, &bad), errno);
         }
+        let answer = setup.signal(&mut vcpu, irq);
+        assert_got!(answer, -i64::from(libc::ENOENT), "irq {irq}, never set");
+
+        device.set_irq(index, before.as_raw_fd());
+        for (what, eventfd, flags, errno) in cases {
+            let bad = kvm_bpf_user_irq { eventfd, flags };
+            assert_errno(what, device.try_set_irq(index, &bad), errno);
+            assert_got!(setup.signal(&mut vcpu, irq), 0, "irq {irq} after {what}");
+            assert_got!(taken(&before), 1, "irq {irq} after {what}");
+        }
         assert_got!(device.try_set_irq(index, &good), Ok(()));
+        assert_got!(setup.signal(&mut vcpu, irq), 0);
+        assert_got!((taken(&before), taken(&eventfd)), (0, 1), "irq {irq}");
     }
     assert_errno(
         "an index past the last",
@@ -136,17 +197,18 @@ fn bad_arguments() {
 }
 
 fn eventfd_polled_without_irqchip() {
-    let setup = Setup::new();
-    let mut vcpu = setup.guest.vcpu(0);
-    let eventfd = eventfd();
-    setup.device.set_irq(0, eventfd.as_raw_fd());
-    assert_got!(taken(&eventfd), 0, "before any signal");
-    for count in [1, 5, 20] {
-        for _ in 0..count {
-            assert_got!(setup.signal(&mut vcpu, 0), 0);
+    with_each_loader(|setup| {
+        let mut vcpu = setup.guest.vcpu(0);
+        let eventfd = eventfd();
+        setup.device.set_irq(0, eventfd.as_raw_fd());
+        assert_got!(taken(&eventfd), 0, "before any signal");
+        for count in [1, 5, 20] {
+            for _ in 0..count {
+                assert_got!(setup.signal(&mut vcpu, 0), 0);
+            }
+            assert_got!(taken(&eventfd), count);
         }
-        assert_got!(taken(&eventfd), count);
-    }
+    });
 }
 
 fn every_irq_has_its_eventfd() {
@@ -165,16 +227,20 @@ fn every_irq_has_its_eventfd() {
 }
 
 fn irq_without_eventfd() {
-    let setup = Setup::new();
-    let mut vcpu = setup.guest.vcpu(0);
-    for irq in [0, 1, 255, 256, 1 << 16, u32::MAX] {
-        let answer = setup.signal(&mut vcpu, irq);
-        assert_got!(answer, -i64::from(libc::ENOENT), "irq {irq}");
-    }
+    with_each_loader(|setup| {
+        let mut vcpu = setup.guest.vcpu(0);
+        for irq in [0, 1, 255, 256, 1 << 16, u32::MAX] {
+            let answer = setup.signal(&mut vcpu, irq);
+            assert_got!(answer, -i64::from(libc::ENOENT), "irq {irq}");
+        }
+    });
 }
 
 fn detached_and_replaced() {
-    let setup = Setup::new();
+    with_each_loader(detach_and_replace);
+}
+
+fn detach_and_replace(setup: Setup) {
     let mut vcpu = setup.guest.vcpu(0);
     let (first, second) = (eventfd(), eventfd());
     setup.device.set_irq(3, first.as_raw_fd());
@@ -217,10 +283,12 @@ fn closed_by_the_vmm() {
     let setup = Setup::new();
     let mut vcpu = setup.guest.vcpu(0);
     let eventfd = eventfd();
+    let id = id_of(&eventfd);
     setup.device.set_irq(0, eventfd.as_raw_fd());
     drop(eventfd);
     for _ in 0..10 {
         assert_got!(setup.signal(&mut vcpu, 0), 0);
+        assert_got!(is_free(id), false, "the eventfd is free");
     }
 }
 
@@ -242,8 +310,47 @@ fn eventfd_outlives_the_device() {
     }
 }
 
+/// Each reference goes with what took it: an index that is detached or set anew, or the device.
+fn eventfd_is_held_as_long_as_it_is_set() {
+    let guest = Guest::new();
+    let other = eventfd();
+    let detach = -1;
+    for (what, instead) in [
+        ("detached", Some(detach)),
+        ("replaced", Some(other.as_raw_fd())),
+        ("closed", None),
+    ] {
+        let device = Device::new(guest.vm());
+        let eventfd = eventfd();
+        let id = id_of(&eventfd);
+        // The second time, index 0 gives up the reference of the first.
+        for index in [0, 0, 255] {
+            device.set_irq(index, eventfd.as_raw_fd());
+        }
+        drop(eventfd);
+        let device = if let Some(instead) = instead {
+            for index in [0, 255] {
+                assert_got!(is_free(id), false, "free before {index} is {what}");
+                device.set_irq(index, instead);
+            }
+            Some(device)
+        } else {
+            assert_got!(is_free(id), false, "free before the device is {what}");
+            drop(device);
+            None
+        };
+        wait_for(what, true, || is_free(id));
+        drop(device);
+        // One reference given up too many, and it would be.
+        assert_got!(is_free(id_of(&other)), false, "the VMM's eventfd is free");
+    }
+}
+
 fn signalled_by_reads() {
-    let setup = Setup::new();
+    with_each_loader(signal_by_reads);
+}
+
+fn signal_by_reads(setup: Setup) {
     let mut vcpu = setup.guest.vcpu(0);
     let eventfd = eventfd();
     setup.device.set_irq(9, eventfd.as_raw_fd());
@@ -265,6 +372,32 @@ fn signalled_by_reads() {
     assert_got!(taken(&eventfd), 1);
 }
 
+/// The interrupt is one of the device that was accessed, whatever other devices run the program.
+fn one_program_in_two_devices() {
+    with_each_loader(|setup| {
+        const OTHER: u64 = ADDR + SIZE;
+
+        let mut vcpu = setup.guest.vcpu(0);
+        let device = Device::new(setup.guest.vm());
+        device.set_region(0, &region(OTHER, SIZE, None, Some(&setup.write)));
+        let (first, second) = (eventfd(), eventfd());
+        setup.device.set_irq(0, first.as_raw_fd());
+        let alone = setup.signal_at(&mut vcpu, OTHER, 0);
+        assert_got!(alone, -i64::from(libc::ENOENT), "the other has no eventfd");
+
+        device.set_irq(0, second.as_raw_fd());
+        for _ in 0..3 {
+            for (addr, wanted) in [(ADDR, (1, 0)), (OTHER, (0, 1))] {
+                assert_got!(setup.signal_at(&mut vcpu, addr, 0), 0);
+                assert_got!((taken(&first), taken(&second)), wanted, "by {addr:#x}");
+            }
+        }
+        drop(setup.device);
+        assert_got!(vcpu.write(OTHER, 4, 0), []);
+        assert_got!((taken(&first), taken(&second)), (0, 1), "one is closed");
+    });
+}
+
 /// Regions and irqs come and go without each other.
 fn signalled_after_the_region_is_gone() {
     let setup = Setup::new();
@@ -274,14 +407,17 @@ fn signalled_after_the_region_is_gone() {
     setup.device.set_region(0, &NO_REGION);
     assert_got!(vcpu.write(ADDR, 4, 0).len(), 1, "exits without a region");
     assert_got!(taken(&eventfd), 0);
-    let again = Setup::on(setup.guest);
+    let again = Setup::on(setup.guest, Prog::load);
     assert_got!(again.signal(&mut vcpu, 0), -i64::from(libc::ENOENT));
     assert_got!(taken(&eventfd), 0, "signals of another device's irq 0");
 }
 
 /// Each signal that was answered with 0 reached one of the eventfds, once.
 fn replaced_while_signalled() {
-    let setup = Setup::new();
+    with_each_loader(replace_while_signalled);
+}
+
+fn replace_while_signalled(setup: Setup) {
     let (first, second) = (eventfd(), eventfd());
     let workers = (0..2).map(|id| {
         let mut vcpu = setup.guest.vcpu(id);
@@ -365,10 +501,10 @@ fn context_cannot_be_forged() {
 const GSI: u32 = 20;
 
 /// A guest that takes interrupts.
-fn wired() -> (Setup, Vcpu) {
+fn wired(load_prog: Loader) -> (Setup, Vcpu) {
     let guest = Guest::with_irqchip();
     let vcpu = guest.vcpu_with_interrupts();
-    (Setup::on(guest), vcpu)
+    (Setup::on(guest, load_prog), vcpu)
 }
 
 /// One write by the guest, which then waits until it took so many interrupts; its handler
@@ -386,17 +522,19 @@ fn write_and_take(vcpu: &mut Vcpu, count: u64, acknowledge: Option<u64>) -> u64 
 }
 
 fn guest_takes_edge() {
-    let (setup, mut vcpu) = wired();
-    let line = eventfd();
-    setup.guest.route_line(&mut vcpu, GSI, false);
-    setup
-        .guest
-        .vm()
-        .register_irqfd(&line, GSI)
-        .expect("KVM_IRQFD");
-    setup.device.set_irq(0, line.as_raw_fd());
-    for _ in 0..10 {
-        assert_got!(write_and_take(&mut vcpu, 1, None), 1, "interrupts taken");
+    for load_prog in LOADERS {
+        let (setup, mut vcpu) = wired(load_prog);
+        let line = eventfd();
+        setup.guest.route_line(&mut vcpu, GSI, false);
+        setup
+            .guest
+            .vm()
+            .register_irqfd(&line, GSI)
+            .expect("KVM_IRQFD");
+        setup.device.set_irq(0, line.as_raw_fd());
+        for _ in 0..10 {
+            assert_got!(write_and_take(&mut vcpu, 1, None), 1, "interrupts taken");
+        }
     }
 }
 
@@ -410,7 +548,7 @@ fn guest_takes_level() {
     const INTERRUPTS: u64 = 5;
     const ACKNOWLEDGE: u64 = ADDR + SIZE;
 
-    let (setup, mut vcpu) = wired();
+    let (setup, mut vcpu) = wired(Prog::load);
     let (line, resample) = (eventfd(), eventfd());
     let acknowledge = only_return(ProgType::WRITE, 0);
     setup
@@ -449,7 +587,7 @@ fn guest_takes_msi() {
 
     const MSI_GSI: u32 = 24;
 
-    let (setup, mut vcpu) = wired();
+    let (setup, mut vcpu) = wired(Prog::load);
     let mut entry = kvm_irq_routing_entry {
         gsi: MSI_GSI,
         type_: KVM_IRQ_ROUTING_MSI,
