@@ -4,6 +4,7 @@
 
 use std::io::ErrorKind;
 
+use kvm_bpf_selftests::bpf::{Insn, Prog, ProgType};
 use kvm_bpf_selftests::guest::Vcpu;
 use kvm_bpf_selftests::harness::Errno;
 use libtest_mimic::Trial;
@@ -64,6 +65,12 @@ const SIZE: u64 = 0x1000;
 
 /// A value whose bytes all differ and whose every half has its sign bit set.
 const PATTERN: u64 = 0xf8e7_d6c5_b4a3_9281;
+
+/// Loads a program that must load.
+type Loader = fn(ProgType, &[Insn]) -> Prog;
+
+/// Programs run under RCU, or under tasks trace RCU if they may sleep.
+const LOADERS: [Loader; 2] = [Prog::load, Prog::load_sleepable];
 
 /// Every test; the first says whether this is the right kernel at all.
 pub fn all() -> Vec<Trial> {

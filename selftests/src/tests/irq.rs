@@ -22,7 +22,7 @@ use kvm_bpf_selftests::programs::{CTX_BUF, only_return, ret, test_image};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::kfunc::required;
-use super::{ADDR, SIZE, assert_errno, taken};
+use super::{ADDR, LOADERS, Loader, SIZE, assert_errno, taken};
 
 tests!(
     bad_arguments,
@@ -53,12 +53,6 @@ tests!(
 );
 
 const SIGNAL: &str = "bpf_kvm_irq_signal";
-
-/// Loads a program that must load.
-type Loader = fn(ProgType, &[Insn]) -> Prog;
-
-/// Programs run under RCU, or under tasks trace RCU if they may sleep.
-const LOADERS: [Loader; 2] = [Prog::load, Prog::load_sleepable];
 
 fn eventfd() -> EventFd {
     EventFd::new(EFD_NONBLOCK).expect("eventfd")

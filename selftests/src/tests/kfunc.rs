@@ -5,7 +5,7 @@
 
 use std::fs;
 
-use Reg::{R0, R1, R2, R6, R7};
+use Reg::{R0, R1, R2, R6};
 use kvm_bpf::MmioDevice;
 use kvm_bpf_selftests::bpf::{
     Index, Insn, LoadOptions, Map, Prog, ProgType, Reg, call_kfunc, kfunc, load, lookup, mov,
@@ -14,21 +14,24 @@ use kvm_bpf_selftests::bpf::{
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{in_a_thread, skip, wait_for};
-use kvm_bpf_selftests::programs::{CTX_BUF, ret, test_image};
+use kvm_bpf_selftests::programs::{ret, test_image};
 use kvm_bpf_vmm::userspace::uclamp::{self, SchedAttr};
 
-use super::{ADDR, SIZE};
+use super::{ADDR, LOADERS, Loader, SIZE};
 
 tests!(
     frequency,
     highest_frequency,
     scale,
     bad_cpus,
+    frequencies_in_a_timer,
     uclamp_takes_effect,
+    uclamp_not_of_a_deadline_task,
     uclamp_bad_arguments,
     uclamp_needs_a_sleepable_program,
     uclamp_not_from_a_timer,
     uclamp_not_from_a_work_queue,
+    uclamp_not_from_task_work,
 );
 
 const FREQ: &str = "bpf_get_cpu_freq";
@@ -44,45 +47,73 @@ pub(super) fn required(name: &str) -> i32 {
     kfunc(name).unwrap_or_else(|| panic!("wanted {name} in the kernel's BTF, got nothing"))
 }
 
-/// A guest whose writes call a kfunc with the two halves of what they write.
+/// A guest whose accesses call a kfunc.
 struct Setup {
     vcpu: Vcpu,
     _device: Device,
-    answer: Map,
+    kind: ProgType,
+    /// What the kfunc answered, and its arguments.
+    map: Map,
 }
 
 impl Setup {
-    fn new(name: &str) -> Self {
+    fn new(name: &str, kind: ProgType, load_prog: Loader) -> Self {
         let guest = Guest::new();
-        let answer = Map::new(1, 1);
-        let write = Prog::load_sleepable(ProgType::WRITE, &call_insns(name, &answer));
+        let map = Map::new(1, 3);
+        let prog = load_prog(kind, &call_insns(name, &map));
         let device = Device::new(guest.vm());
-        device.set_region(0, &region(ADDR, SIZE, None, Some(&write)));
+        let (read, write) = match kind {
+            ProgType::READ => (Some(&prog), None),
+            _ => (None, Some(&prog)),
+        };
+        device.set_region(0, &region(ADDR, SIZE, read, write));
         Setup {
             vcpu: guest.vcpu(0),
             _device: device,
-            answer,
+            kind,
+            map,
         }
     }
 
+    /// One that may call the kfunc that sleeps.
+    fn uclamp() -> Self {
+        Self::new(UCLAMP, ProgType::WRITE, Prog::load_sleepable)
+    }
+
     fn call(&mut self, first: u32, second: u32) -> i64 {
-        let value = u64::from(second) << 32 | u64::from(first);
-        assert_got!(self.vcpu.write(ADDR, 8, value), []);
-        self.answer.get(0)[0] as i64
+        self.map.set(0, &[0x5555, first.into(), second.into()]);
+        let exits = match self.kind {
+            ProgType::READ => self.vcpu.read(ADDR, 8).exits,
+            _ => self.vcpu.write(ADDR, 8, 0),
+        };
+        assert_got!(exits, []);
+        self.map.get(0)[0] as i64
     }
 }
 
-fn call_insns(name: &str, answer: &Map) -> Vec<Insn> {
-    let mut insns = vec![
-        mov(R6, R1),
-        load(4, R1, R6, CTX_BUF),
-        load(4, R2, R6, CTX_BUF + 4),
+/// Programs of both types, of the sort that may sleep and the other, that call a kfunc.
+fn each_sort(name: &str, test: impl Fn(&mut Setup)) {
+    for kind in [ProgType::READ, ProgType::WRITE] {
+        for load_prog in LOADERS {
+            test(&mut Setup::new(name, kind, load_prog));
+        }
+    }
+}
+
+fn call_insns(name: &str, map: &Map) -> Vec<Insn> {
+    let mut insns = lookup(map, Index::Imm(0));
+    insns.extend([
+        mov(R6, R0),
+        load(8, R1, R6, 8),
+        load(8, R2, R6, 16),
         call_kfunc(required(name)),
-        // Enough for an `int`, and for any frequency in kHz.
-        mov_signed32(R7, R0),
-    ];
-    insns.extend(lookup(answer, Index::Imm(0)));
-    insns.push(store(8, R0, 0, R7));
+        // An `int` has no more than 32 bits; the others answer all 64.
+        match name {
+            UCLAMP => mov_signed32(R0, R0),
+            _ => mov(R0, R0),
+        },
+        store(8, R6, 0, R0),
+    ]);
     insns.extend(ret(0));
     insns
 }
@@ -95,8 +126,8 @@ fn cpu_file(file: &str) -> Option<i64> {
     number_in(&format!("/sys/devices/system/cpu/cpu0/{file}"))
 }
 
-fn frequency() {
-    let got = Setup::new(FREQ).call(0, 0);
+#[track_caller]
+fn assert_frequency(got: i64) {
     match cpu_file("cpufreq/scaling_cur_freq") {
         // It may change between the two looks.
         Some(_) => assert!(got > 0, "{FREQ}(0): wanted a frequency, got {got}"),
@@ -104,20 +135,34 @@ fn frequency() {
     }
 }
 
-fn highest_frequency() {
-    let got = Setup::new(MAX_HW_FREQ).call(0, 0);
+#[track_caller]
+fn assert_highest_frequency(got: i64) {
     let wanted = cpu_file("cpufreq/cpuinfo_max_freq").unwrap_or(0);
     assert_got!(got, wanted, "{MAX_HW_FREQ}(0)");
 }
 
-fn scale() {
-    let got = Setup::new(SCALE).call(0, 0);
+#[track_caller]
+fn assert_scale(got: i64) {
     assert!(
         (1..=1024).contains(&got),
         "{SCALE}(0): wanted 1 to 1024, got {got}"
     );
     let wanted = cpu_file("cpu_capacity").unwrap_or(1024);
     assert_got!(got, wanted, "{SCALE}(0)");
+}
+
+fn frequency() {
+    each_sort(FREQ, |setup| assert_frequency(setup.call(0, 0)));
+}
+
+fn highest_frequency() {
+    each_sort(MAX_HW_FREQ, |setup| {
+        assert_highest_frequency(setup.call(0, 0))
+    });
+}
+
+fn scale() {
+    each_sort(SCALE, |setup| assert_scale(setup.call(0, 0)));
 }
 
 fn bad_cpus() {
@@ -129,12 +174,41 @@ fn bad_cpus() {
         .and_then(|last| last.parse().ok())
         .unwrap_or_else(|| panic!("wanted a list of CPUs, got {possible:?}"));
     for name in [FREQ, MAX_HW_FREQ, SCALE] {
-        let mut setup = Setup::new(name);
-        assert!(setup.call(last, 0) >= 0, "{name} of the last possible CPU");
-        for cpu in [last + 1, 8191, 1 << 16, 1 << 31, u32::MAX] {
-            assert_got!(setup.call(cpu, 0), EINVAL, "{name}({cpu})");
-        }
+        each_sort(name, |setup| {
+            assert!(setup.call(last, 0) >= 0, "{name} of the last possible CPU");
+            for cpu in [last + 1, 8191, 1 << 16, 1 << 31, u32::MAX] {
+                assert_got!(setup.call(cpu, 0), EINVAL, "{name}({cpu})");
+            }
+        });
     }
+}
+
+/// In a softirq, on whatever task it interrupts: they need no more than RCU.
+fn frequencies_in_a_timer() {
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let device = MmioDevice::new(guest.vm(), ADDR, test_image("freq_timer"))
+        .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"));
+    let mut answers = |cpu: u32| {
+        assert_got!(vcpu.write(ADDR, 4, cpu.into()), []);
+        wait_for("the timer", 1, || word(&device, "answers", 3));
+        [0, 1, 2].map(|index| word(&device, "answers", index))
+    };
+    let [freq, max, scale] = answers(0);
+    assert_frequency(freq);
+    assert_highest_frequency(max);
+    assert_scale(scale);
+    assert_got!(answers(u32::MAX), [EINVAL; 3], "of a CPU that there is not");
+}
+
+/// A 64-bit word in element 0 of a device's map.
+fn word(device: &MmioDevice, map: &str, index: usize) -> i64 {
+    let map = device.image().map(map).expect("the program's map");
+    let value = libbpf_rs::MapCore::lookup(&map, &[0; 4], libbpf_rs::MapFlags::ANY)
+        .expect("BPF_MAP_LOOKUP_ELEM")
+        .expect("element 0");
+    let bytes = value[8 * index..][..8].try_into().expect("8 bytes");
+    i64::from_ne_bytes(bytes)
 }
 
 /// The calling thread's scheduling attributes; it is the vCPU's in these tests.
@@ -142,27 +216,96 @@ fn sched_attr() -> SchedAttr {
     uclamp::sched_attr(0).expect("sched_getattr")
 }
 
+/// All else stays as it is, also where it is not what threads start with.
 fn uclamp_takes_effect() {
-    // On a thread of its own: the clamps stay with the thread.
-    in_a_thread(|| {
-        let before = sched_attr();
-        let mut setup = Setup::new(UCLAMP);
-        for (min, max) in [(100, 900), (0, 1024), (512, 512), (0, 0), (1024, 1024)] {
-            assert_got!(setup.call(min, max), 0, "{UCLAMP}({min}, {max})");
-            let wanted = SchedAttr {
-                util_min: min,
-                util_max: max,
-                flags: sched_attr().flags,
-                ..before
-            };
-            assert_got!(sched_attr(), wanted, "after {UCLAMP}({min}, {max})");
+    let usual = SchedAttr::default();
+    let cases = [
+        usual,
+        SchedAttr { nice: 5, ..usual },
+        SchedAttr {
+            policy: libc::SCHED_BATCH as u32,
+            nice: -3,
+            // The thread's slice, in ns.
+            runtime: 5_000_000,
+            ..usual
+        },
+        SchedAttr {
+            policy: libc::SCHED_IDLE as u32,
+            ..usual
+        },
+        SchedAttr {
+            policy: libc::SCHED_FIFO as u32,
+            priority: 10,
+            ..usual
+        },
+        SchedAttr {
+            policy: libc::SCHED_RR as u32,
+            priority: 1,
+            flags: RESET_ON_FORK,
+            ..usual
+        },
+        SchedAttr {
+            nice: 5,
+            flags: RESET_ON_FORK,
+            ..usual
+        },
+    ];
+    for case in cases {
+        with_sched_attr(case, |setup, before| {
+            for (min, max) in [(100, 900), (0, 1024), (512, 512), (0, 0), (1024, 1024)] {
+                assert_got!(setup.call(min, max), 0, "{UCLAMP}({min}, {max})");
+                let wanted = SchedAttr {
+                    util_min: min,
+                    util_max: max,
+                    ..before
+                };
+                assert_got!(sched_attr(), wanted, "after {UCLAMP}({min}, {max})");
+            }
+        });
+    }
+}
+
+fn uclamp_not_of_a_deadline_task() {
+    let deadline = SchedAttr {
+        policy: libc::SCHED_DEADLINE as u32,
+        runtime: 50_000_000,
+        deadline: 100_000_000,
+        period: 200_000_000,
+        ..Default::default()
+    };
+    with_sched_attr(deadline, |setup, before| {
+        for (min, max) in [(100, 900), (0, 1024)] {
+            assert_got!(setup.call(min, max), EINVAL, "{UCLAMP}({min}, {max})");
+            assert_got!(sched_attr(), before, "after {UCLAMP}({min}, {max})");
         }
+    });
+}
+
+/// `SCHED_FLAG_RESET_ON_FORK`.
+const RESET_ON_FORK: u64 = 1;
+
+/// Gives a vCPU's thread scheduling attributes and hands them to the test as they then are.
+///
+/// The thread is one of its own, since they stay with it.
+fn with_sched_attr(attr: SchedAttr, test: impl FnOnce(&mut Setup, SchedAttr) + Send + 'static) {
+    in_a_thread(move || {
+        let mut setup = Setup::uclamp();
+        // What KVM forks at a vCPU's first run, a deadline task could not.
+        assert_got!(setup.call(0, 1024), 0);
+        uclamp::set_sched_attr(&attr).unwrap_or_else(|error| panic!("{attr:?}: {error}"));
+        let before = sched_attr();
+        let asked = |attr: SchedAttr| (attr.policy, attr.nice, attr.priority, attr.flags);
+        assert_got!(asked(before), asked(attr), "sched_setattr");
+        if attr.runtime != 0 {
+            assert_got!(before.runtime, attr.runtime, "sched_setattr");
+        }
+        test(&mut setup, before);
     });
 }
 
 fn uclamp_bad_arguments() {
     in_a_thread(|| {
-        let mut setup = Setup::new(UCLAMP);
+        let mut setup = Setup::uclamp();
         assert_got!(setup.call(10, 20), 0);
         let before = sched_attr();
         for (min, max) in [
@@ -181,8 +324,8 @@ fn uclamp_bad_arguments() {
 }
 
 fn uclamp_needs_a_sleepable_program() {
-    let answer = Map::new(1, 1);
-    let insns = call_insns(UCLAMP, &answer);
+    let map = Map::new(1, 3);
+    let insns = call_insns(UCLAMP, &map);
     match Prog::try_load(ProgType::WRITE, &insns, LoadOptions::default()) {
         Ok(_) => panic!("{UCLAMP} in a non-sleepable program: wanted a refusal"),
         Err(refused) => assert!(
@@ -208,27 +351,27 @@ fn uclamp_not_from_a_timer() {
 
 /// The verifier lets sleepable kfuncs into work callbacks, which run in a kernel thread.
 fn uclamp_not_from_a_work_queue() {
+    uclamp_not_from_callback("uclamp_wq", "bpf_wq_init");
+}
+
+/// And into task work, which may be any task's; here it is the vCPU's thread itself.
+fn uclamp_not_from_task_work() {
+    uclamp_not_from_callback("uclamp_task_work", "bpf_task_work_schedule_resume");
+}
+
+/// A device whose writes schedule a callback with `scheduler`, a kfunc.
+fn uclamp_not_from_callback(program: &str, scheduler: &str) {
+    if kfunc(scheduler).is_none() {
+        skip(format!("this kernel has no {scheduler}"));
+    }
     let guest = Guest::new();
     let mut vcpu = guest.vcpu(0);
-    let device = match MmioDevice::new(guest.vm(), ADDR, test_image("uclamp_wq")) {
-        Ok(device) => device,
-        Err(error) if format!("{error:?}").contains("bpf_wq") => {
-            skip(format!("this kernel has no bpf_wq: {error}"))
-        }
-        Err(error) => panic!("wanted the device to load, got {error:#?}"),
-    };
-    let answer = || {
-        let map = device.image().map("answer").expect("the program's map");
-        let value = libbpf_rs::MapCore::lookup(&map, &[0; 4], libbpf_rs::MapFlags::ANY)
-            .expect("BPF_MAP_LOOKUP_ELEM")
-            .expect("element 0");
-        i64::from_ne_bytes(value[..8].try_into().expect("8 bytes"))
-    };
+    let device = MmioDevice::new(guest.vm(), ADDR, test_image(program))
+        .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"));
+    let before = sched_attr();
     assert_got!(vcpu.write(ADDR, 4, 1), []);
+    let answer = || word(&device, "answer", 0);
     wait_for("the callback to run", true, || answer() != 1);
-    let answer = answer();
-    assert!(
-        answer < 0,
-        "{UCLAMP} in a kernel thread: wanted an errno, got {answer}"
-    );
+    assert_got!(answer(), -i64::from(libc::EPERM), "{UCLAMP} in a callback");
+    assert_got!(sched_attr(), before, "after {UCLAMP} in a callback");
 }

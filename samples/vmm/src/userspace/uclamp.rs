@@ -58,12 +58,19 @@ pub fn of_thread(tid: libc::pid_t) -> io::Result<(u32, u32)> {
 /// `EINVAL` if `min` is above `max` or `max` above 1024, `EOPNOTSUPP` from a kernel without
 /// `CONFIG_UCLAMP_TASK`, `EPERM` if the process may not.
 pub fn set_current(min: u32, max: u32) -> io::Result<()> {
-    let attr = SchedAttr {
-        size: mem::size_of::<SchedAttr>() as u32,
+    set_sched_attr(&SchedAttr {
         flags: KEEP_ALL | UTIL_CLAMP,
         util_min: min,
         util_max: max,
         ..Default::default()
+    })
+}
+
+/// Sets how the calling thread is scheduled, whatever `size` says.
+pub fn set_sched_attr(attr: &SchedAttr) -> io::Result<()> {
+    let attr = SchedAttr {
+        size: mem::size_of::<SchedAttr>() as u32,
+        ..*attr
     };
     // SAFETY: the kernel reads as much as `attr.size` says, which is all of it.
     match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, ptr::from_ref(&attr), 0) } {
