@@ -22,6 +22,7 @@ use kvm_bpf_selftests::programs::{CTX_BUF, only_return, ret, test_image};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::kfunc::required;
+use super::lifetime::Unloaded;
 use super::{ADDR, LOADERS, Loader, SIZE, assert_errno, taken};
 
 tests!(
@@ -47,6 +48,7 @@ tests!(
     kept_irq_is_raised_by_a_timer,
     kept_irq_that_there_is_not,
     kept_irq_outlives_the_device,
+    kept_irq_outlives_the_module,
     kept_irq_is_released,
     kept_irq_must_be_released,
     kept_irq_cannot_be_forged,
@@ -758,6 +760,38 @@ fn kept_irq_outlives_the_device() {
     wait_for("the timer", 1, || answer(&image).1);
     assert_got!(answer(&image).0, -i64::from(libc::ENOENT));
     assert_got!(taken(&eventfd), 0);
+}
+
+/// Where KVM is a module, so is the device; but what a program has kept, and the program, is
+/// not of it, and does not hold it.
+fn kept_irq_outlives_the_module() {
+    let kept = Kept::new();
+    let mut vcpu = kept.guest.vcpu(0);
+    let eventfd = eventfd();
+    let id = id_of(&eventfd);
+    kept.device.set_irq(0, eventfd.as_raw_fd());
+    drop(eventfd);
+    assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
+    let delay = 2 * LONG.as_nanos() as u64;
+    assert_got!(kept.command(&mut vcpu, RAISE_LATER, delay), 0);
+    let Kept {
+        guest,
+        device,
+        image,
+    } = kept;
+    drop((device, vcpu, guest));
+    wait_for("the eventfd to be free", true, || is_free(id));
+
+    let unloaded = Unloaded::new();
+    let early = "the timer ran too early for this test";
+    assert_got!(answer(&image), (0, 0), early);
+    wait_for("the timer", 1, || answer(&image).1);
+    assert_got!(answer(&image).0, -i64::from(libc::ENOENT));
+    // The map's reference is the last; a worker and RCU take a moment to free what it is of.
+    drop(image);
+    sleep(LONG);
+    drop(unloaded);
+    drop(Device::new(Guest::new().vm()));
 }
 
 /// By a map that goes away with its timer armed, after the device and before it; that nothing

@@ -299,37 +299,61 @@ fn module_is_held_by_devices() {
     assert!(Path::new(MODULE).exists(), "wanted {MODULE}, got nothing");
 }
 
-/// `KVM_BPF_MODULE` names the file to load again.
-fn module_unloads_and_loads() {
-    module_references();
-    let Ok(path) = env::var("KVM_BPF_MODULE") else {
-        skip("KVM_BPF_MODULE does not name kvm_bpf.ko");
-    };
-    let file = File::open(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
-    let load = || {
+/// The time in which the module is not loaded; it is again when this is dropped.
+pub(super) struct Unloaded {
+    path: String,
+    file: File,
+}
+
+impl Unloaded {
+    /// Unloads the module, which no device may hold.
+    ///
+    /// `KVM_BPF_MODULE` names the file to load again.
+    #[track_caller]
+    pub(super) fn new() -> Self {
+        module_references();
+        let Ok(path) = env::var("KVM_BPF_MODULE") else {
+            skip("KVM_BPF_MODULE does not name kvm_bpf.ko");
+        };
+        let file = File::open(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+        assert_got!(delete_module(), Ok(()), "unloading without a device");
+        Unloaded { path, file }
+    }
+}
+
+impl Drop for Unloaded {
+    fn drop(&mut self) {
         let no_arguments = CString::default();
         // SAFETY: the fd is open, the string a C string.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_finit_module,
-                file.as_raw_fd(),
+                self.file.as_raw_fd(),
                 no_arguments.as_ptr(),
                 0,
             )
         };
-        assert!(result == 0, "{path}: {}", io::Error::last_os_error());
-    };
+        // In a test that fails already, the next one will say so.
+        assert!(
+            result == 0 || thread::panicking(),
+            "{}: {}",
+            self.path,
+            io::Error::last_os_error()
+        );
+    }
+}
 
+fn module_unloads_and_loads() {
     let guest = Guest::new();
     for _ in 0..3 {
-        assert_got!(delete_module(), Ok(()), "unloading without a device");
+        let unloaded = Unloaded::new();
         let answer = test_create(guest.vm(), KVM_DEV_TYPE_BPF);
         assert_errno(
             "KVM_CREATE_DEVICE_TEST without the module",
             answer,
             libc::ENODEV,
         );
-        load();
+        drop(unloaded);
         drop(Device::new(guest.vm()));
     }
 }
