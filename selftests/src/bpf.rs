@@ -65,8 +65,6 @@ const PSEUDO_MAP_FD: u8 = 1;
 /// In the source register of `CALL`: the number is a kfunc's BTF id.
 const PSEUDO_KFUNC_CALL: u8 = 2;
 
-const HELPER_MAP_LOOKUP_ELEM: i32 = 1;
-
 const fn insn(code: u8, dst: Reg, src: u8, off: i16, imm: i32) -> Insn {
     Insn {
         code,
@@ -112,9 +110,34 @@ pub const fn store_imm(width: usize, dst: Reg, off: i16, imm: i32) -> Insn {
     insn(memory(ST_MEM, width), dst, 0, off, imm)
 }
 
+/// What an instruction does atomically, by its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Atomic {
+    Add = 0x00,
+    FetchAdd = 0x01,
+    Or = 0x40,
+    FetchOr = 0x41,
+    And = 0x50,
+    FetchAnd = 0x51,
+    Xor = 0xa0,
+    FetchXor = 0xa1,
+    Exchange = 0xe1,
+    /// With `r0`.
+    CompareExchange = 0xf1,
+    /// From `src`, to `dst`.
+    LoadAcquire = 0x100,
+    StoreRelease = 0x110,
+}
+
+/// An atomic operation with `src` on `*(dst + off)`.
+pub const fn atomic(op: Atomic, width: usize, dst: Reg, off: i16, src: Reg) -> Insn {
+    insn(memory(STX_ATOMIC, width), dst, src as u8, off, op as i32)
+}
+
 /// `*(dst + off) += src`, atomically.
 pub const fn atomic_add(width: usize, dst: Reg, off: i16, src: Reg) -> Insn {
-    insn(memory(STX_ATOMIC, width), dst, src as u8, off, 0)
+    atomic(Atomic::Add, width, dst, off, src)
 }
 
 /// `dst = src`.
@@ -173,6 +196,11 @@ pub const fn jump_if_ge(dst: Reg, src: Reg, off: i16) -> Insn {
     insn(JGE_REG, dst, src as u8, off, 0)
 }
 
+/// Calls a helper, `BPF_FUNC_*`.
+pub const fn call_helper(id: u32) -> Insn {
+    insn(CALL, R0, 0, 0, id as i32)
+}
+
 /// Calls a kfunc of vmlinux.
 pub const fn call_kfunc(btf_id: i32) -> Insn {
     insn(CALL, R0, PSEUDO_KFUNC_CALL, 0, btf_id)
@@ -193,7 +221,7 @@ pub fn lookup(map: &Map, index: Index) -> Vec<Insn> {
     insns.extend([
         mov(Reg::R2, R10),
         add_imm(Reg::R2, -4),
-        insn(CALL, R0, 0, 0, HELPER_MAP_LOOKUP_ELEM),
+        call_helper(sys::BPF_FUNC_map_lookup_elem),
         // An index out of range: r0 is 0, which would mean "handled".
         jump_if_ne(R0, 0, 2),
         mov_imm(R0, 1),
@@ -251,6 +279,8 @@ pub struct LoadOptions {
     pub sleepable: bool,
     /// `BPF_*`, an attach type.
     pub expected_attach_type: u32,
+    /// Do not ask why a program is refused, which takes as long again.
+    pub without_log: bool,
 }
 
 /// The kernel did not take a program.
@@ -296,7 +326,7 @@ impl Prog {
 
     /// Loads a program.
     pub fn try_load(kind: ProgType, insns: &[Insn], options: LoadOptions) -> Result<Self, Refused> {
-        let mut log = vec![0_u8; 1 << 16];
+        let mut log = vec![0_u8; if options.without_log { 0 } else { 1 << 16 }];
         let mut opts = sys::bpf_prog_load_opts {
             sz: mem::size_of::<sys::bpf_prog_load_opts>() as _,
             expected_attach_type: options.expected_attach_type,
@@ -308,7 +338,11 @@ impl Prog {
             // libbpf tries a second time for the log, when the first failed.
             log_level: 0,
             log_size: log.len() as u32,
-            log_buf: log.as_mut_ptr().cast::<c_char>(),
+            log_buf: if options.without_log {
+                ptr::null_mut()
+            } else {
+                log.as_mut_ptr().cast::<c_char>()
+            },
             // One try: a program that the verifier refuses stays refused.
             attempts: 1,
             ..Default::default()
@@ -563,6 +597,18 @@ mod tests {
             (store_imm(8, R1, 0, 1), [0x7a, 1, 0, 0, 1, 0, 0, 0]),
             (atomic_add(4, R1, 0, R2), [0xc3, 0x21, 0, 0, 0, 0, 0, 0]),
             (atomic_add(8, R1, 0, R2), [0xdb, 0x21, 0, 0, 0, 0, 0, 0]),
+            (
+                atomic(Atomic::CompareExchange, 8, R1, 0, R2),
+                [0xdb, 0x21, 0, 0, 0xf1, 0, 0, 0],
+            ),
+            (
+                atomic(Atomic::LoadAcquire, 1, R2, 3, R1),
+                [0xd3, 0x12, 3, 0, 0, 1, 0, 0],
+            ),
+            (
+                atomic(Atomic::StoreRelease, 2, R1, 3, R2),
+                [0xcb, 0x21, 3, 0, 0x10, 1, 0, 0],
+            ),
             (mov(R2, R1), [0xbf, 0x12, 0, 0, 0, 0, 0, 0]),
             (mov_signed32(R2, R1), [0xbf, 0x12, 32, 0, 0, 0, 0, 0]),
             (exit(), [0x95, 0, 0, 0, 0, 0, 0, 0]),
