@@ -154,14 +154,25 @@ impl Device {
     /// `KVM_GET_DEVICE_ATTR` of a region.
     pub fn region(&self, index: u64) -> Result<kvm_bpf_user_region, Errno> {
         let mut region = kvm_bpf_user_region::default();
+        let addr = (&raw mut region) as u64;
+        // SAFETY: the kernel writes one region to the address.
+        unsafe { self.get_attr(KVM_DEV_BPF_ATTR_GROUP_REGION, index, addr) }.map(|()| region)
+    }
+
+    /// `KVM_GET_DEVICE_ATTR` with any pointer.
+    ///
+    /// # Safety
+    ///
+    /// Where the kernel can write an attribute of the group to, nothing else may be.
+    pub unsafe fn get_attr(&self, group: u32, attr: u64, addr: u64) -> Answer {
         let mut attr = kvm_device_attr {
-            group: KVM_DEV_BPF_ATTR_GROUP_REGION,
-            attr: index,
-            addr: (&raw mut region) as u64,
+            group,
+            attr,
+            addr,
             flags: 0,
         };
-        // SAFETY: the kernel writes one region to the address.
-        answer(unsafe { self.0.get_device_attr(&mut attr) }).map(|()| region)
+        // SAFETY: the caller's promise.
+        answer(unsafe { self.0.get_device_attr(&mut attr) })
     }
 
     /// Sets or detaches (-1) an interrupt's eventfd.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use Reg::{R0, R1, R2, R6, R7, R10};
 use kvm_bpf::Image;
-use kvm_bpf::uapi::{KVM_DEV_BPF_MAX_IRQS, kvm_bpf_user_irq};
+use kvm_bpf::uapi::{KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_MAX_IRQS, kvm_bpf_user_irq};
 use kvm_bpf_selftests::bpf::{
     Index, Insn, LoadOptions, Map, Prog, ProgType, Reg, add_imm, atomic_add, call_kfunc,
     jump_if_ne, load, lookup, mov, mov_imm, mov_signed32, store, store_imm,
@@ -23,10 +23,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::kfunc::required;
 use super::lifetime::Unloaded;
-use super::{ADDR, LOADERS, Loader, SIZE, assert_errno, taken};
+use super::{ADDR, LOADERS, Loader, PATTERN, SIZE, assert_errno, taken};
 
 tests!(
     bad_arguments,
+    get_does_not_answer,
     eventfd_polled_without_irqchip,
     every_irq_has_its_eventfd,
     irq_without_eventfd,
@@ -192,6 +193,22 @@ fn bad_arguments() {
     );
 }
 
+/// There is no number for an eventfd that another process may have set.
+fn get_does_not_answer() {
+    let guest = Guest::new();
+    let device = Device::new(guest.vm());
+    let eventfd = eventfd();
+    device.set_irq(1, eventfd.as_raw_fd());
+    for index in [0, 1, KVM_DEV_BPF_MAX_IRQS] {
+        let mut there = [PATTERN; 2];
+        let addr = (&raw mut there) as u64;
+        // SAFETY: there is room for an attribute.
+        let answer = unsafe { device.get_attr(KVM_DEV_BPF_ATTR_GROUP_IRQ, index, addr) };
+        assert_errno("KVM_GET_DEVICE_ATTR", answer, libc::ENXIO);
+        assert_got!(there, [PATTERN; 2], "irq {index}");
+    }
+}
+
 fn eventfd_polled_without_irqchip() {
     with_each_loader(|setup| {
         let mut vcpu = setup.guest.vcpu(0);
@@ -291,6 +308,7 @@ fn closed_by_the_vmm() {
 /// Every reference that the device took is put, and none that it did not take.
 fn eventfd_outlives_the_device() {
     let eventfd = eventfd();
+    let id = id_of(&eventfd);
     for _ in 0..10 {
         let setup = Setup::new();
         let mut vcpu = setup.guest.vcpu(0);
@@ -303,7 +321,10 @@ fn eventfd_outlives_the_device() {
         assert_got!(taken(&eventfd), 1);
         eventfd.write(3).expect("the VMM's eventfd");
         assert_got!(taken(&eventfd), 3);
+        assert_got!(is_free(id), false, "the VMM's eventfd is free");
     }
+    drop(eventfd);
+    wait_for("the eventfd to be free", true, || is_free(id));
 }
 
 /// Each reference goes with what took it: an index that is detached or set anew, or the device.
@@ -408,29 +429,39 @@ fn signalled_after_the_region_is_gone() {
     assert_got!(taken(&eventfd), 0, "signals of another device's irq 0");
 }
 
-/// Each signal that was answered with 0 reached one of the eventfds, once.
+/// Each signal that was answered with 0 reached one of the eventfds, once; and none reaches one
+/// that is not set any more.
 fn replaced_while_signalled() {
     with_each_loader(replace_while_signalled);
 }
 
 fn replace_while_signalled(setup: Setup) {
-    let (first, second) = (eventfd(), eventfd());
+    let eventfds = [eventfd(), eventfd()];
+    let signalled = || setup.results.get(0)[1];
+    let mut before = 0;
     let workers = (0..2).map(|id| {
         let mut vcpu = setup.guest.vcpu(id);
         move || assert_got!(vcpu.write(ADDR, 4, 0), [])
     });
     meanwhile(workers, || {
-        for _ in 0..100 {
-            setup.device.set_irq(0, first.as_raw_fd());
-            setup.device.set_irq(0, second.as_raw_fd());
-            setup.device.set_irq(0, -1);
+        for round in 0..100 {
+            let (old, new) = (&eventfds[round % 2], &eventfds[(round + 1) % 2]);
+            if round % 4 == 3 {
+                setup.device.set_irq(0, -1);
+                before += taken(old);
+            }
+            setup.device.set_irq(0, new.as_raw_fd());
+            if round % 4 != 3 {
+                before += taken(old);
+            }
+            // By both vCPUs: neither can still be at a signal of then.
+            let enough = signalled() + 10;
+            wait_for("more signals", true, || signalled() >= enough);
+            assert_got!(taken(old), 0, "signals of what was replaced");
         }
-        // One of them for sure, however slow the vCPUs are.
-        setup.device.set_irq(0, first.as_raw_fd());
-        wait_for("a signal", true, || setup.results.get(0)[1] > 0);
     });
-    let signalled = setup.results.get(0)[1];
-    assert_got!(taken(&first) + taken(&second), signalled, "signals taken");
+    let after: u64 = eventfds.iter().map(taken).sum();
+    assert_got!(before + after, signalled(), "signals taken");
 }
 
 fn only_our_programs_may_signal() {

@@ -154,15 +154,30 @@ fn bad_flags() {
 }
 
 fn bad_pointers() {
+    const BAD_POINTERS: [u64; 3] = [0, 1, u64::MAX - 7];
+
     let guest = Guest::new();
     let device = Device::new(guest.vm());
     for group in [KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_BPF_ATTR_GROUP_IRQ] {
-        for pointer in [0, 1, u64::MAX - 7] {
+        for pointer in BAD_POINTERS {
             let what = format!("group {group}, pointer {pointer:#x}");
             assert_errno(&what, device.set_attr(group, 0, pointer), libc::EFAULT);
         }
     }
     assert_errno("the region", device.region(0), libc::ENOENT);
+
+    let prog = answer(0);
+    let set = region(ADDR, SIZE, Some(&prog), None);
+    device.set_region(0, &set);
+    for pointer in BAD_POINTERS {
+        let what = format!("pointer {pointer:#x}, with a region");
+        let answer = device.set_attr(KVM_DEV_BPF_ATTR_GROUP_REGION, 0, pointer);
+        assert_errno(&what, answer, libc::EFAULT);
+        // SAFETY: nothing can be written there.
+        let answer = unsafe { device.get_attr(KVM_DEV_BPF_ATTR_GROUP_REGION, 0, pointer) };
+        assert_errno(&what, answer, libc::EFAULT);
+    }
+    assert_got!(device.region(0), Ok(region(ADDR, SIZE, None, None)));
 }
 
 fn bad_programs() {
