@@ -4,7 +4,7 @@
 
 use std::io::ErrorKind;
 
-use kvm_bpf_selftests::bpf::{Insn, Prog, ProgType};
+use kvm_bpf_selftests::bpf::{Insn, Prog, ProgType, Refused};
 use kvm_bpf_selftests::guest::Vcpu;
 use kvm_bpf_selftests::harness::Errno;
 use libtest_mimic::Trial;
@@ -101,6 +101,16 @@ fn assert_errno<T: std::fmt::Debug>(what: &str, got: Result<T, Errno>, wanted: i
         Err(errno) if errno == wanted => {}
         Err(errno) => panic!("{what}: wanted {wanted:?}, got {errno:?}"),
         Ok(value) => panic!("{what}: wanted {wanted:?}, got {value:?}"),
+    }
+}
+
+/// Fails unless the verifier refused a program and its log has the reason.
+#[track_caller]
+fn assert_refused(what: &str, got: Result<Prog, Refused>, reason: &str) {
+    match got {
+        Err(refused) if refused.log.contains(reason) => {}
+        Err(refused) => panic!("{what}: wanted {reason:?}, got {refused}"),
+        Ok(_) => panic!("{what}: wanted {reason:?}, but it loads"),
     }
 }
 

@@ -12,18 +12,19 @@ use Reg::{R0, R1, R2, R6, R7, R10};
 use kvm_bpf::Image;
 use kvm_bpf::uapi::{KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_MAX_IRQS, kvm_bpf_user_irq};
 use kvm_bpf_selftests::bpf::{
-    Index, Insn, LoadOptions, Map, Prog, ProgType, Reg, add_imm, atomic_add, call_kfunc,
-    jump_if_ne, load, lookup, mov, mov_imm, mov_signed32, store, store_imm,
+    Index, Insn, LoadOptions, Map, Prog, ProgType, Reg, add_imm, atomic_add, call_helper,
+    call_kfunc, jump_if_ne, load, lookup, mov, mov_imm, mov_signed32, store, store_imm,
 };
 use kvm_bpf_selftests::device::{Device, NO_REGION, region};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu};
 use kvm_bpf_selftests::harness::{meanwhile, wait_for};
 use kvm_bpf_selftests::programs::{CTX_BUF, only_return, ret, test_image};
+use libbpf_rs::libbpf_sys::BPF_FUNC_get_current_task_btf;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::kfunc::required;
 use super::lifetime::Unloaded;
-use super::{ADDR, LOADERS, Loader, PATTERN, SIZE, assert_errno, taken};
+use super::{ADDR, LOADERS, Loader, PATTERN, SIZE, assert_errno, assert_refused, taken};
 
 tests!(
     bad_arguments,
@@ -56,6 +57,9 @@ tests!(
 );
 
 const SIGNAL: &str = "bpf_kvm_irq_signal";
+const ACQUIRE: &str = "bpf_kvm_irq_acquire";
+const RAISE_KFUNC: &str = "bpf_kvm_irq_raise";
+const RELEASE: &str = "bpf_kvm_irq_release";
 
 fn eventfd() -> EventFd {
     EventFd::new(EFD_NONBLOCK).expect("eventfd")
@@ -480,23 +484,15 @@ fn only_our_programs_may_signal() {
                 sleepable: kind == 31,
                 ..Default::default()
             };
-            match Prog::try_load(ProgType(kind), &insns, options) {
-                Ok(_) => panic!("program type {kind} calls {kfunc}: wanted a refusal"),
-                Err(refused) => assert!(
-                    refused
-                        .log
-                        .contains(&format!("calling kernel function {kfunc} is not allowed")),
-                    "program type {kind} calls {kfunc}: wanted the verifier to say that it is \
-                     not allowed, got {refused}"
-                ),
-            }
+            let answer = Prog::try_load(ProgType(kind), &insns, options);
+            let reason = format!("calling kernel function {kfunc} is not allowed");
+            assert_refused(&format!("program type {kind}"), answer, &reason);
         }
     }
 }
 
 /// Neither memory of the program nor a part of the context is a context.
 fn context_cannot_be_forged() {
-    let signal = required(SIGNAL);
     let map = Map::new(1, 4);
     let stack = (0..4)
         .map(|word| store_imm(8, R10, -8 * (word + 1), 0))
@@ -504,22 +500,33 @@ fn context_cannot_be_forged() {
         .collect();
     let mut value = lookup(&map, Index::Imm(0));
     value.push(mov(R1, R0));
-    let cases: [(&str, Vec<Insn>); 4] = [
-        ("the stack", stack),
-        ("a map's value", value),
-        ("a number", vec![mov_imm(R1, 4096)]),
-        ("the context + 8", vec![add_imm(R1, 8)]),
+    let cases: [(&str, Vec<Insn>, &str); 4] = [
+        ("the stack", stack, "expected pointer to ctx, but got fp"),
+        (
+            "a map's value",
+            value,
+            "expected pointer to ctx, but got map_value",
+        ),
+        (
+            "a number",
+            vec![mov_imm(R1, 4096)],
+            "expected pointer to ctx, but got scalar",
+        ),
+        (
+            "the context + 8",
+            vec![add_imm(R1, 8)],
+            "dereference of modified ctx ptr",
+        ),
     ];
     for kind in [ProgType::READ, ProgType::WRITE] {
-        for (what, start) in &cases {
-            let mut insns = start.clone();
-            insns.extend([mov_imm(R2, 0), call_kfunc(signal)]);
-            insns.extend(ret(0));
-            let answer = Prog::try_load(kind, &insns, LoadOptions::default());
-            assert!(
-                answer.is_err(),
-                "{what} as {kind:?}'s context: wanted a refusal, got {answer:?}"
-            );
+        for kfunc in [SIGNAL, ACQUIRE] {
+            for (what, start, reason) in &cases {
+                let mut insns = start.clone();
+                insns.extend([mov_imm(R2, 0), call_kfunc(required(kfunc))]);
+                insns.extend(ret(0));
+                let answer = Prog::try_load(kind, &insns, LoadOptions::default());
+                assert_refused(&format!("{what} as {kind:?}'s context"), answer, reason);
+            }
         }
     }
 }
@@ -860,17 +867,13 @@ fn kept_irq_is_released() {
 }
 
 fn kept_irq_must_be_released() {
-    let mut insns = vec![mov_imm(R2, 0), call_kfunc(required("bpf_kvm_irq_acquire"))];
+    let mut insns = vec![mov_imm(R2, 0), call_kfunc(required(ACQUIRE))];
     insns.extend(ret(0));
-    match Prog::try_load(ProgType::WRITE, &insns, LoadOptions::default()) {
-        Ok(_) => panic!("a program that leaks an interrupt: wanted a refusal"),
-        Err(refused) => assert!(
-            refused.log.contains("reference"),
-            "wanted the verifier to name the reference, got {refused}"
-        ),
-    }
+    let answer = Prog::try_load(ProgType::WRITE, &insns, LoadOptions::default());
+    assert_refused("a leaked interrupt", answer, "Unreleased reference");
 }
 
+/// Nor is one good for more than it is, or for longer.
 fn kept_irq_cannot_be_forged() {
     let map = Map::new(1, 4);
     let mut value = lookup(&map, Index::Imm(0));
@@ -881,22 +884,71 @@ fn kept_irq_cannot_be_forged() {
         mov(R1, R10),
         add_imm(R1, -16),
     ];
-    let cases: [(&str, Vec<Insn>); 4] = [
-        ("the stack", stack),
-        ("a map's value", value),
-        ("a number", vec![mov_imm(R1, 4096)]),
-        ("the context", Vec::new()),
+    let task = vec![call_helper(BPF_FUNC_get_current_task_btf), mov(R1, R0)];
+    let mut acquired = vec![
+        mov_imm(R2, 0),
+        call_kfunc(required(ACQUIRE)),
+        jump_if_ne(R0, 0, 2),
     ];
-    for kfunc in ["bpf_kvm_irq_raise", "bpf_kvm_irq_release"] {
-        for (what, start) in &cases {
+    acquired.extend(ret(0));
+    acquired.extend([mov(R6, R0), mov(R1, R0)]);
+    let mut part = acquired.clone();
+    part.push(add_imm(R1, 8));
+    let mut released = acquired;
+    released.extend([call_kfunc(required(RELEASE)), mov(R1, R6)]);
+
+    let unowned = "release expects referenced PTR_TO_BTF_ID";
+    let cases: [(&str, Vec<Insn>, &str, &str); 7] = [
+        (
+            "the stack",
+            stack,
+            "is fp expected STRUCT bpf_kvm_irq",
+            unowned,
+        ),
+        (
+            "a map's value",
+            value,
+            "is map_value expected STRUCT bpf_kvm_irq",
+            unowned,
+        ),
+        (
+            "a number",
+            vec![mov_imm(R1, 4096)],
+            "is scalar expected STRUCT bpf_kvm_irq",
+            unowned,
+        ),
+        (
+            "the context",
+            Vec::new(),
+            "is ctx expected STRUCT bpf_kvm_irq",
+            unowned,
+        ),
+        (
+            "a task",
+            task,
+            "has a pointer to STRUCT task_struct",
+            unowned,
+        ),
+        (
+            "part of an interrupt",
+            part,
+            "expected pointer to STRUCT bpf_kvm_irq",
+            "must have zero offset",
+        ),
+        (
+            "one that is released",
+            released,
+            "is scalar expected STRUCT bpf_kvm_irq",
+            unowned,
+        ),
+    ];
+    for (what, start, no_raise, no_release) in cases {
+        for (kfunc, reason) in [(RAISE_KFUNC, no_raise), (RELEASE, no_release)] {
             let mut insns = start.clone();
             insns.push(call_kfunc(required(kfunc)));
             insns.extend(ret(0));
             let answer = Prog::try_load(ProgType::WRITE, &insns, LoadOptions::default());
-            assert!(
-                answer.is_err(),
-                "{kfunc} of {what}: wanted a refusal, got {answer:?}"
-            );
+            assert_refused(&format!("{kfunc} of {what}"), answer, reason);
         }
     }
 }

@@ -17,7 +17,7 @@ use kvm_bpf_selftests::harness::{in_a_thread, skip, wait_for};
 use kvm_bpf_selftests::programs::{ret, test_image};
 use kvm_bpf_vmm::userspace::uclamp::{self, SchedAttr};
 
-use super::{ADDR, LOADERS, Loader, SIZE};
+use super::{ADDR, LOADERS, Loader, SIZE, assert_refused};
 
 tests!(
     frequency,
@@ -326,13 +326,9 @@ fn uclamp_bad_arguments() {
 fn uclamp_needs_a_sleepable_program() {
     let map = Map::new(1, 3);
     let insns = call_insns(UCLAMP, &map);
-    match Prog::try_load(ProgType::WRITE, &insns, LoadOptions::default()) {
-        Ok(_) => panic!("{UCLAMP} in a non-sleepable program: wanted a refusal"),
-        Err(refused) => assert!(
-            refused.log.contains("sleepable"),
-            "wanted the verifier to say that it must be sleepable, got {refused}"
-        ),
-    }
+    let answer = Prog::try_load(ProgType::WRITE, &insns, LoadOptions::default());
+    let what = "in a program that may not sleep";
+    assert_refused(what, answer, "program must be sleepable");
 }
 
 fn uclamp_not_from_a_timer() {
