@@ -54,6 +54,8 @@ tests!(
     kept_irq_is_released,
     kept_irq_must_be_released,
     kept_irq_cannot_be_forged,
+    kept_irq_is_not_for_sleepable_programs,
+    acquired_irq_is_raised,
 );
 
 const SIGNAL: &str = "bpf_kvm_irq_signal";
@@ -950,5 +952,55 @@ fn kept_irq_cannot_be_forged() {
             let answer = Prog::try_load(ProgType::WRITE, &insns, LoadOptions::default());
             assert_refused(&format!("{kfunc} of {what}"), answer, reason);
         }
+    }
+}
+
+/// Where RCU does not protect it, a program needs a reference of its own.
+fn kept_irq_is_not_for_sleepable_programs() {
+    let Err(error) = test_image("irq_object_sleepable").load() else {
+        panic!("wanted a refusal of what RCU does not protect, but it loads");
+    };
+    let error = format!("{error:#?}");
+    let reason = "must be a rcu pointer";
+    assert!(error.contains(reason), "wanted {reason:?}, got {error}");
+}
+
+/// And with one, it may raise the interrupt.
+fn acquired_irq_is_raised() {
+    let results = Map::new(1, 1);
+    let mut insns = vec![
+        load(4, R2, R1, CTX_BUF),
+        call_kfunc(required(ACQUIRE)),
+        jump_if_ne(R0, 0, 2),
+    ];
+    insns.extend(ret(1));
+    insns.extend([
+        mov(R6, R0),
+        mov(R1, R0),
+        call_kfunc(required(RAISE_KFUNC)),
+        mov_signed32(R7, R0),
+        mov(R1, R6),
+        call_kfunc(required(RELEASE)),
+    ]);
+    insns.extend(lookup(&results, Index::Imm(0)));
+    insns.push(store(8, R0, 0, R7));
+    insns.extend(ret(0));
+    for load_prog in LOADERS {
+        let guest = Guest::new();
+        let mut vcpu = guest.vcpu(0);
+        let device = Device::new(guest.vm());
+        let write = load_prog(ProgType::WRITE, &insns);
+        device.set_region(0, &region(ADDR, SIZE, None, Some(&write)));
+        let eventfd = eventfd();
+        for (set, wanted) in [(false, -i64::from(libc::ENOENT)), (true, 0)] {
+            if set {
+                device.set_irq(255, eventfd.as_raw_fd());
+            }
+            results.set(0, &[0x5555]);
+            assert_got!(vcpu.write(ADDR, 4, 255), []);
+            assert_got!(results.get(0)[0] as i64, wanted, "with an eventfd: {set}");
+            assert_got!(taken(&eventfd), u64::from(set), "with an eventfd: {set}");
+        }
+        assert_got!(vcpu.write(ADDR, 4, 256).len(), 1, "exits: no such irq");
     }
 }
