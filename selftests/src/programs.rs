@@ -27,20 +27,33 @@ pub const CTX_SIZE: i16 = 24;
 /// A device of `samples/devices`; `KVM_BPF_DEVICES` tells where, `/devices` if not set.
 #[track_caller]
 pub fn sample(name: &str) -> OpenImage {
-    open("KVM_BPF_DEVICES", "/devices", name)
+    open(name, &sample_path(name))
 }
 
 /// A device of `selftests/progs`; `KVM_BPF_PROGS` tells where, `/progs` if not set.
 #[track_caller]
 pub fn test_image(name: &str) -> OpenImage {
-    open("KVM_BPF_PROGS", "/progs", name)
+    open(name, &test_path(name))
+}
+
+/// The file of a device of `samples/devices`.
+pub fn sample_path(name: &str) -> PathBuf {
+    path("KVM_BPF_DEVICES", "/devices", name)
+}
+
+/// The file of a program of `selftests/progs`, or of the kernel's own.
+pub fn test_path(name: &str) -> PathBuf {
+    path("KVM_BPF_PROGS", "/progs", name)
+}
+
+fn path(variable: &str, default: &str, name: &str) -> PathBuf {
+    let directory = env::var_os(variable).map_or_else(|| default.into(), PathBuf::from);
+    directory.join(Path::new(name).with_extension("bpf.o"))
 }
 
 #[track_caller]
-fn open(variable: &str, default: &str, name: &str) -> OpenImage {
-    let directory = env::var_os(variable).map_or_else(|| default.into(), PathBuf::from);
-    let path = directory.join(Path::new(name).with_extension("bpf.o"));
-    let file = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+fn open(name: &str, path: &Path) -> OpenImage {
+    let file = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     OpenImage::open(name, &file).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 

@@ -3,7 +3,9 @@
 //! The verifier's code for narrow loads of context fields, which our own
 //! program types avoid: shown with types that have such fields.
 
+use std::collections::HashMap;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::{io, mem, ptr};
 
 use Reg::{R0, R1, R6, R7};
@@ -11,12 +13,15 @@ use kvm_bpf_selftests::bpf::{
     Index, LoadOptions, Map, Prog, ProgType, Reg, exit, load, load_signed, lookup, mov, store,
 };
 use kvm_bpf_selftests::harness::{Errno, skip};
-use kvm_bpf_selftests::programs::ret;
-use libbpf_rs::libbpf_sys as sys;
+use kvm_bpf_selftests::programs::{ret, test_path};
+use libbpf_rs::btf::Btf;
+use libbpf_rs::btf::types::DeclTag;
+use libbpf_rs::{ObjectBuilder, ProgramInput, ReferencesType, libbpf_sys as sys};
 
 tests!(
     narrow_load_past_the_kernel_field,
     narrow_load_of_half_a_64_bit_field,
+    narrow_loads_of_the_kernels_own_selftest,
 );
 
 /// `__sk_buff.protocol` has 4 bytes, the kernel's field 2: the others are 0.
@@ -109,6 +114,69 @@ fn narrow_load_of_half_a_64_bit_field() {
         (upper, lower)
     };
     assert_got!((low, high), wanted, "loads at +0 and +4 of {whole:#x}");
+}
+
+/// Those programs of the kernel's `verifier_ctx.c` that the series adds, run as its test loader
+/// does.
+fn narrow_loads_of_the_kernels_own_selftest() {
+    const ADDED: [&str; 3] = [
+        "narrow_load_low_half",
+        "narrow_load_high_half",
+        "narrow_load_high_byte",
+    ];
+
+    let path = test_path("verifier_ctx");
+    let wanted = retvals(&path);
+    let mut object = ObjectBuilder::default()
+        .open_file(&path)
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    // The others are for another test, and most of them must not load.
+    for mut program in object.progs_mut() {
+        let added = program.name().to_str().is_some_and(|n| ADDED.contains(&n));
+        program.set_autoload(added);
+    }
+    let object = object
+        .load()
+        .unwrap_or_else(|error| panic!("loading {}: {error:#}", path.display()));
+
+    let mut wrong = Vec::new();
+    for name in ADDED {
+        let program = object
+            .progs_mut()
+            .find(|program| program.name() == name)
+            .unwrap_or_else(|| panic!("{}: no program {name}", path.display()));
+        let wanted = *wanted
+            .get(name)
+            .unwrap_or_else(|| panic!("{name}: no __retval"));
+        let input = ProgramInput {
+            data_in: Some(&[0; 64]),
+            ..Default::default()
+        };
+        let got = match program.test_run(input) {
+            Ok(output) => output.return_value,
+            Err(error) => panic!("{name}: BPF_PROG_TEST_RUN: {error}"),
+        };
+        if got != wanted {
+            wrong.push(format!("{name}: wanted {wanted:#x}, got {got:#x}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// What an object of the kernel's selftests says that its programs return: `bpf_misc.h` makes of
+/// `__retval(1)` the tag `comment:7:test_retval=1`.
+fn retvals(object: &Path) -> HashMap<String, u32> {
+    let btf = Btf::from_path(object).unwrap_or_else(|error| panic!("its BTF: {error}"));
+    let retval = |tag: DeclTag<'_>| {
+        let function = tag.referenced_type().name()?.to_str()?.to_owned();
+        let (_, value) = tag.name()?.to_str()?.split_once(":test_retval=")?;
+        let number = match value.strip_prefix("0x") {
+            Some(digits) => u32::from_str_radix(digits, 16),
+            None => value.parse(),
+        };
+        Some((function, number.ok()?))
+    };
+    btf.type_by_kind().filter_map(retval).collect()
 }
 
 // `_IO('$', 0)`, `_IO('$', 1)` and `_IOW('$', 8, __u32)`.
