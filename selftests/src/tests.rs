@@ -46,6 +46,7 @@ macro_rules! assert_got {
 }
 
 mod access;
+mod bpftool;
 mod context;
 mod device;
 mod fault;
@@ -76,6 +77,7 @@ const LOADERS: [Loader; 2] = [Prog::load, Prog::load_sleepable];
 pub fn all() -> Vec<Trial> {
     [
         device::all(),
+        bpftool::all(),
         region::all(),
         access::all(),
         context::all(),

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The kernel's own bpftool, which the series teaches the program types, as it does the libbpf
+//! in it. Ours knows neither: the library sets the types itself.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use kvm_bpf_selftests::bpf::Census;
+use kvm_bpf_selftests::programs::{sample_path, test_path};
+
+tests!(
+    lists_the_types,
+    probes_for_the_types,
+    loads_by_section,
+    loads_by_name_of_the_type,
+);
+
+const TYPES: [&str; 2] = ["kvm_io_read", "kvm_io_write"];
+
+/// `scripts/userspace` puts it beside this program.
+fn bpftool() -> Command {
+    let this = std::env::current_exe().expect("the path of this program");
+    Command::new(this.with_file_name("bpftool"))
+}
+
+fn run(args: &[&str]) -> Output {
+    bpftool()
+        .args(args)
+        .output()
+        .unwrap_or_else(|error| panic!("bpftool {args:?}: {error}"))
+}
+
+/// What it printed, when it must work.
+#[track_caller]
+fn output(args: &[&str]) -> String {
+    let output = run(args);
+    assert!(
+        output.status.success(),
+        "bpftool {args:?}: wanted it to work, got {output:?}"
+    );
+    String::from_utf8(output.stdout).expect("text from bpftool")
+}
+
+fn lists_the_types() {
+    let known = output(&["feature", "list_builtins", "prog_types"]);
+    for name in TYPES {
+        assert!(
+            known.lines().any(|line| line == name),
+            "wanted {name} among the program types, got {known}"
+        );
+    }
+}
+
+/// It tries to load a program of each type.
+fn probes_for_the_types() {
+    let mut probe = bpftool()
+        .args(["feature", "probe", "kernel"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("bpftool");
+    let lines = BufReader::new(probe.stdout.take().expect("a pipe")).lines();
+    // Every helper in every program type comes next, which takes an emulated host a minute.
+    let types: Vec<_> = lines
+        .map(|line| line.expect("text from bpftool"))
+        .take_while(|line| !line.starts_with("eBPF map_type"))
+        .filter(|line| line.starts_with("eBPF program_type"))
+        .collect();
+    probe.kill().expect("ending bpftool");
+    probe.wait().expect("waiting for bpftool");
+    for name in TYPES {
+        let wanted = format!("eBPF program_type {name} is available");
+        assert!(
+            types.contains(&wanted),
+            "wanted {wanted:?} among {types:#?}"
+        );
+    }
+}
+
+/// Names in the BPF file system, gone when this is dropped.
+struct Pins(PathBuf);
+
+impl Pins {
+    fn new() -> Self {
+        Pins("/sys/fs/bpf/kvm_bpf_test".into())
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().expect("a path of ASCII")
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        // One program's name, or a directory of them.
+        if fs::remove_file(&self.0).is_ok() {
+            return;
+        }
+        for pin in fs::read_dir(&self.0).into_iter().flatten().flatten() {
+            let _ = fs::remove_file(pin.path());
+        }
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path of UTF-8")
+}
+
+/// For people and for programs it says of a pinned program what type it has.
+#[track_caller]
+fn assert_shows(pin: &str, kind: &str, name: &str) {
+    let shown = output(&["prog", "show", "pinned", pin]);
+    assert!(
+        shown.contains(&format!(": {kind}  name {name} ")),
+        "{pin}: wanted {kind} {name}, got {shown}"
+    );
+    let shown = output(&["--json", "prog", "show", "pinned", pin]);
+    assert!(
+        shown.contains(&format!(r#""type":"{kind}","name":"{name}","#)),
+        "{pin}: wanted {kind} {name}, got {shown}"
+    );
+}
+
+/// All sample devices: handlers that may sleep and such that may not, timers, kfuncs.
+fn loads_by_section() {
+    for device in ["regbank", "pl031", "vcpufreq"] {
+        let census = Census::now();
+        let pins = Pins::new();
+        output(&["prog", "loadall", text(&sample_path(device)), pins.path()]);
+        for (kind, direction) in TYPES.into_iter().zip(["read", "write"]) {
+            let name = format!("{device}_{direction}");
+            assert_shows(&format!("{}/{name}", pins.path()), kind, &name);
+        }
+        assert_got!(census.newer().0, 2, "programs of {device}");
+        drop(pins);
+        census.wait_for_newer(0, 0);
+    }
+}
+
+/// The named type counts, not the section's.
+fn loads_by_name_of_the_type() {
+    let census = Census::now();
+    let object = test_path("irq_object");
+    let load = |pins: &Pins, kind| {
+        let args = ["prog", "load", text(&object), pins.path(), "type", kind];
+        let output = run(&args);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.success(), said)
+    };
+
+    let pins = Pins::new();
+    let (loaded, said) = load(&pins, "kvm_io_write");
+    assert!(loaded, "wanted it to load, got {said}");
+    assert_shows(pins.path(), "kvm_io_write", "command");
+    drop(pins);
+
+    // It looks at what the guest writes, which a read has not.
+    let pins = Pins::new();
+    let (loaded, said) = load(&pins, "kvm_io_read");
+    assert!(
+        !loaded && said.contains("invalid bpf_context access"),
+        "wanted the verifier's refusal, got {said}"
+    );
+    census.wait_for_newer(0, 0);
+}
