@@ -9,8 +9,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use Reg::{R0, R1, R2, R6, R7, R10};
-use kvm_bpf::Image;
 use kvm_bpf::uapi::{KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_MAX_IRQS, kvm_bpf_user_irq};
+use kvm_bpf::{Image, MmioDevice};
 use kvm_bpf_selftests::bpf::{
     Index, Insn, LoadOptions, Map, Prog, ProgType, Reg, add_imm, atomic_add, call_helper,
     call_kfunc, jump_if_ne, load, lookup, mov, mov_imm, mov_signed32, store, store_imm,
@@ -46,6 +46,7 @@ tests!(
     guest_takes_edge,
     guest_takes_level,
     guest_takes_msi,
+    each_irq_has_its_line,
     kept_irq_is_raised,
     kept_irq_is_raised_by_a_timer,
     kept_irq_that_there_is_not,
@@ -652,6 +653,47 @@ fn guest_takes_msi() {
 #[cfg(not(target_arch = "x86_64"))]
 fn guest_takes_msi() {
     kvm_bpf_selftests::harness::skip("MSIs of arm64 need an ITS, with tables in guest memory");
+}
+
+/// A device of the library with all the interrupts of its note wired, to a line each: the guest
+/// takes the one whose line it listens to.
+fn each_irq_has_its_line() {
+    /// A write signals the interrupt that was written.
+    const SIGNAL: u64 = ADDR + 0xf00;
+
+    for irq in 0..3 {
+        let guest = Guest::with_irqchip();
+        let mut vcpu = guest.vcpu_with_interrupts();
+        let device = MmioDevice::new(guest.vm(), ADDR, test_image("virtio_irqs"))
+            .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"));
+        assert_got!(device.image().note().nr_irqs, 3, "interrupts of the note");
+        let lines = [GSI, GSI + 1, GSI + 2].map(|gsi| {
+            let line = eventfd();
+            let registered = guest.vm().register_irqfd(&line, gsi);
+            registered.unwrap_or_else(|error| panic!("KVM_IRQFD of {gsi}: {error}"));
+            line
+        });
+        for (index, line) in (0..).zip(&lines) {
+            let set = device.device().set_irq(index, line);
+            set.unwrap_or_else(|error| panic!("setting irq {index}: {error:#?}"));
+        }
+
+        guest.route_line(&mut vcpu, GSI + irq, false);
+        for _ in 0..5 {
+            let args = Args {
+                value: irq.into(),
+                addr: SIGNAL,
+                count: 1,
+                ..Default::default()
+            };
+            let (results, exits) = vcpu.call(Routine::AwaitInterrupts, args);
+            assert_got!(
+                (results.value, exits),
+                (1, vec![]),
+                "interrupts of irq {irq}, and exits"
+            );
+        }
+    }
 }
 
 /// The device of `progs/irq_object.bpf.c`, of which a test needs the parts.

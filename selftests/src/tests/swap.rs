@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Programs swapped while several vCPUs use them without a pause.
+//! Programs swapped while several vCPUs use them without a pause; and those that the library
+//! does not take for a device that has others.
 //!
 //! `KVM_BPF_SWAPS` sets how often; emulation needs a smaller number than hardware.
 
+use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 use Reg::{R0, R1, R6, R7};
+use kvm_bpf::device::Error;
+use kvm_bpf::{MmioDevice, OpenImage};
 use kvm_bpf_selftests::bpf::{
     Census, Index, Load, Map, Prog, ProgType, Reg, atomic_add, jump_if_ge, load, lookup, mov,
     mov_imm, store_imm,
@@ -15,17 +19,17 @@ use kvm_bpf_selftests::bpf::{
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine};
 use kvm_bpf_selftests::harness::{meanwhile, number_from_env, trial_within, wait_for};
-use kvm_bpf_selftests::programs::{CTX_BUF, CTX_VCPU_ID, ret};
+use kvm_bpf_selftests::programs::{CTX_BUF, CTX_VCPU_ID, ret, sample, sample_path, test_image};
 use libtest_mimic::Trial;
 
-use super::{ADDR, SIZE};
+use super::{ADDR, PATTERN, SIZE};
 
 const VCPUS: u32 = 4;
 const BATCH: u64 = 100;
 
 pub(super) fn all() -> Vec<Trial> {
     let limit = Duration::from_secs(300 + swaps() / 20);
-    let tests: [(&str, fn()); 4] = [
+    let tests: [(&str, fn()); 5] = [
         ("swap::hot_swap", hot_swap),
         ("swap::sleepable_for_sleepable", sleepable_for_sleepable),
         (
@@ -33,6 +37,7 @@ pub(super) fn all() -> Vec<Trial> {
             sleepable_for_non_sleepable,
         ),
         ("swap::both_programs_at_once", both_programs_at_once),
+        ("swap::another_device_is_refused", another_device_is_refused),
     ];
     tests
         .map(|(name, test)| trial_within(name, limit, test))
@@ -217,4 +222,68 @@ fn both_programs_at_once() {
         });
     });
     assert_got!(too_late.get(0)[0], 0, "accesses that ran an old program");
+}
+
+/// The same programs with a note that differs in one field are not the same device, opened or
+/// loaded; the running one goes on as it was, and can be replaced by what is.
+fn another_device_is_refused() {
+    const VERSION: u64 = ADDR + 0x4;
+    const SCRATCH: u64 = ADDR + 0x8;
+    /// The note's owner and the start of its description: version 1.
+    const NOTE: &[u8] = b"kvm-bpf\0\x01\0\0\0";
+    const NR_IRQS: usize = 0;
+    const MMIO_SIZE: usize = NR_IRQS + 4;
+    const COMPATIBLE: usize = MMIO_SIZE + 8;
+
+    let file = fs::read(sample_path("regbank")).expect("the register bank");
+    let note = file.windows(NOTE.len()).position(|window| window == NOTE);
+    let fields = note.expect("a note") + NOTE.len();
+
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let mut device = MmioDevice::new(guest.vm(), ADDR, sample("regbank"))
+        .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"));
+    assert_got!(vcpu.write(SCRATCH, 8, PATTERN), []);
+    let mut state = || {
+        let (version, scratch) = (vcpu.read(VERSION, 4), vcpu.read(SCRATCH, 8));
+        assert_got!((version.exits, scratch.exits), (vec![], vec![]));
+        (version.value, scratch.value)
+    };
+    let running = device.image().note().clone();
+    assert_got!(state(), (1, PATTERN), "version and scratch");
+
+    let census = Census::now();
+    for (what, at) in [
+        ("interrupts", NR_IRQS),
+        ("size", MMIO_SIZE),
+        ("compatible", COMPATIBLE),
+    ] {
+        let mut other = file.clone();
+        other[fields + at] ^= 0x20;
+        let open = || {
+            OpenImage::open("regbank", &other)
+                .unwrap_or_else(|error| panic!("{what}: wanted a valid file, got {error:#?}"))
+        };
+        let note = open().note().clone();
+        let loaded = open().load();
+        let loaded = loaded.unwrap_or_else(|error| panic!("{what}: {error:#?}"));
+        for (how, answer) in [
+            ("replace", device.replace(open())),
+            ("swap", device.swap(loaded)),
+        ] {
+            match answer {
+                Err(Error::OtherDevice { running: old, new })
+                    if *old == running && *new == note => {}
+                answer => panic!("{how}, another {what}: wanted OtherDevice, got {answer:?}"),
+            }
+        }
+        assert_got!(device.image().note(), &running, "the note, another {what}");
+        assert_got!(state(), (1, PATTERN), "version and scratch, another {what}");
+        census.wait_for_newer(0, 0);
+    }
+
+    device
+        .replace(test_image("regbank_v2"))
+        .unwrap_or_else(|error| panic!("wanted the next version to do, got {error:#?}"));
+    assert_got!(state(), (2, PATTERN), "version and scratch");
 }
