@@ -9,7 +9,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::{env, io};
+use std::{env, io, thread};
 
 use Reg::{R0, R1, R6, R7};
 use kvm_bpf::uapi::{KVM_DEV_TYPE_BPF, kvm_bpf_user_region};
