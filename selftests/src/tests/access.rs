@@ -3,7 +3,7 @@
 //! What a program is told of an access, what the guest gets, and when user space sees it.
 
 use kvm_bpf_selftests::bpf::{
-    Index, Load, Map, Prog, ProgType, Reg, atomic_add, lookup, mov_imm, store_imm,
+    Index, Load, Map, Prog, ProgType, Reg, atomic_add, exit, lookup, mov_imm, mov_imm64, store_imm,
 };
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{
@@ -28,6 +28,8 @@ tests!(
     page_crossing,
     page_crossing_beside_ram,
     maps_of_every_kind,
+    low_half_of_the_result_counts,
+    memory_comes_first,
 );
 
 const WIDTHS: [usize; 4] = [1, 2, 4, 8];
@@ -298,4 +300,34 @@ fn maps_of_every_kind() {
             }
         }
     }
+}
+
+fn low_half_of_the_result_counts() {
+    for (result, exits) in [(1 << 32, 0), (u64::MAX << 32, 0), (1 << 32 | 1, 1)] {
+        for load in [Prog::load as Load, Prog::load_sleepable] {
+            let mut insns = mov_imm64(Reg::R0, result).to_vec();
+            insns.push(exit());
+            let write = load(ProgType::WRITE, &insns);
+            let mut setup = setup(None, Some(&write));
+            let got = setup.vcpu.write(ADDR, 4, 1).len();
+            assert_got!(got, exits, "exits of a program that returns {result:#x}");
+        }
+    }
+}
+
+/// A region over the guest's memory is registered, but accesses of memory do not trap.
+fn memory_comes_first() {
+    const PAGE: u64 = RAM_SIZE - 0x1000;
+
+    let recorder = Recorder::new();
+    let (read, write) = (recorder.reads(PATTERN, 0), recorder.writes(0));
+    // Both its pages: the last of memory and the first beyond.
+    let mut setup = setup_at(PAGE, Some(&read), Some(&write));
+    setup.guest.write_ram(PAGE, &1_u64.to_le_bytes());
+    assert_read(&mut setup.vcpu, PAGE, 8, 1, &[]);
+    assert_got!(setup.vcpu.write(PAGE, 8, 2), []);
+    assert_got!(setup.guest.read_ram::<8>(PAGE), 2_u64.to_le_bytes());
+    assert_got!(recorder.count(), 0, "runs of the programs");
+    assert_read(&mut setup.vcpu, PAGE + SIZE, 8, PATTERN, &[]);
+    assert_got!(recorder.count(), 1, "runs beyond the memory");
 }

@@ -49,6 +49,7 @@ tests!(
     each_irq_has_its_line,
     kept_irq_is_raised,
     kept_irq_is_raised_by_a_timer,
+    kept_irq_and_a_state_that_is_restored,
     kept_irq_that_there_is_not,
     kept_irq_outlives_the_device,
     kept_irq_outlives_the_module,
@@ -795,6 +796,29 @@ fn kept_irq_is_raised_by_a_timer() {
         assert_got!(answer(&kept.image).0, 0, "the callback's answer");
         assert_got!(taken(&eventfd), 1);
     }
+}
+
+/// Writing an array's element cancels its timer and leaves the interrupt that it keeps.
+fn kept_irq_and_a_state_that_is_restored() {
+    let kept = Kept::new();
+    let mut vcpu = kept.guest.vcpu(0);
+    let eventfd = eventfd();
+    kept.device.set_irq(0, eventfd.as_raw_fd());
+    assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
+    let delay = LONG.as_nanos() as u64;
+    assert_got!(kept.command(&mut vcpu, RAISE_LATER, delay), 0);
+
+    let map = kept.image.map("kept").expect("the program's map");
+    let state = libbpf_rs::MapCore::lookup(&map, &[0; 4], libbpf_rs::MapFlags::ANY)
+        .expect("BPF_MAP_LOOKUP_ELEM")
+        .expect("element 0");
+    libbpf_rs::MapCore::update(&map, &[0; 4], &state, libbpf_rs::MapFlags::ANY)
+        .expect("BPF_MAP_UPDATE_ELEM");
+    sleep(2 * LONG);
+    assert_got!(answer(&kept.image).1, 0, "callbacks of the timer");
+    assert_got!(taken(&eventfd), 0);
+    assert_got!(kept.command(&mut vcpu, RAISE, 0), 0, "what is kept still");
+    assert_got!(taken(&eventfd), 1);
 }
 
 fn kept_irq_that_there_is_not() {
