@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::{env, io, thread};
 
@@ -192,22 +192,32 @@ fn vm_closed_under_running_vcpus() {
     wait_for("virtual machines", vms, self::vms);
 }
 
+/// Killed when dropped: no other test is to meet it.
+struct Victim(Child);
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A process with devices, regions, vCPUs inside programs and a swap under way is killed.
 fn killed_process() {
     let (census, vms) = (Census::now(), vms());
-    let mut victim = Command::new("/proc/self/exe")
+    let victim = Command::new("/proc/self/exe")
         .args(["--exact", "swap::hot_swap"])
         .env("KVM_BPF_SWAPS", "1000000000")
         .stdout(Stdio::null())
-        .spawn()
-        .expect("this program again");
+        .spawn();
+    let mut victim = Victim(victim.expect("this program again"));
     // Both pairs and their maps are there when the swaps begin; every fifteenth has new ones.
     wait_for("programs and maps of the process", true, || {
         let (programs, maps) = census.newer();
         programs >= 5 && maps >= 2
     });
-    victim.kill().expect("SIGKILL");
-    let status = victim.wait().expect("waiting for the process");
+    victim.0.kill().expect("SIGKILL");
+    let status = victim.0.wait().expect("waiting for the process");
     assert_got!(
         status.signal(),
         Some(libc::SIGKILL),

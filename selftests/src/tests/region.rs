@@ -398,11 +398,11 @@ fn overlap_with_ioeventfd() {
         let regions = [ADDR - SIZE, ADDR, ADDR + 20];
         for (index, addr) in (0..).zip(regions) {
             device.set_region(index, &region(addr, 16, Some(&prog), None));
-        }
-        for addr in regions {
-            let read = vcpu.read(addr, 4);
-            let wanted = (PATTERN & mask(4), vec![]);
-            assert_got!((read.value, read.exits), wanted, "{addr:#x}, length {len}");
+            for &addr in &regions[..=index as usize] {
+                let read = vcpu.read(addr, 4);
+                let wanted = (PATTERN & mask(4), vec![]);
+                assert_got!((read.value, read.exits), wanted, "{addr:#x}, length {len}");
+            }
         }
         let exits = vcpu.write(ADDR + 16, 4, 1);
         assert_got!((taken(&eventfd), exits), (1, vec![]), "length {len}");
