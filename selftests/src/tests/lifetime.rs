@@ -18,7 +18,7 @@ use kvm_bpf_selftests::bpf::{
     mov_imm,
 };
 use kvm_bpf_selftests::device::{Answer, Device, NO_REGION, region, test_create};
-use kvm_bpf_selftests::guest::{Guest, Vcpu, vms};
+use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu, vms};
 use kvm_bpf_selftests::harness::{Errno, meanwhile, skip, wait_for};
 use kvm_bpf_selftests::programs::{Recorder, ret};
 
@@ -71,7 +71,7 @@ impl Accesses {
     }
 }
 
-/// Lets vCPUs write while `action` lasts.
+/// Lets vCPUs write while `action` lasts, in batches, so that the guest does little else.
 fn while_vcpus_write(
     vcpus: impl IntoIterator<Item = Vcpu>,
     action: impl FnOnce(&Accesses),
@@ -79,10 +79,15 @@ fn while_vcpus_write(
     let accesses = Accesses::default();
     let workers = vcpus.into_iter().map(|mut vcpu| {
         let accesses = &accesses;
+        let batch = Args {
+            addr: ADDR,
+            count: 10,
+            ..Default::default()
+        };
         move || {
-            let exits = vcpu.write(ADDR, 4, 1).len() as u64;
-            accesses.exits.fetch_add(exits, SeqCst);
-            accesses.all.fetch_add(1, SeqCst);
+            let (_, exits) = vcpu.call(Routine::WriteLoop, batch);
+            accesses.exits.fetch_add(exits.len() as u64, SeqCst);
+            accesses.all.fetch_add(batch.count, SeqCst);
         }
     });
     meanwhile(workers, || action(&accesses));
