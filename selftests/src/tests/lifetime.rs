@@ -106,7 +106,7 @@ enum End {
 /// more; each access runs one program once or reaches user space.
 #[track_caller]
 fn end_under_load(end: End, rounds: i32) {
-    const REPETITIONS: u32 = 4;
+    const REPETITIONS: u32 = 3;
 
     for load in [Prog::load as Load, Prog::load_sleepable] {
         let census = Census::now();
