@@ -3,7 +3,7 @@
  * Calls a kfunc that is for programs from task work of the vCPU's own thread:
  * of the kind that does not end KVM_RUN with EINTR.
  */
-#include "kvm_bpf.h"
+#include "answer.h"
 
 KVM_BPF_MMIO_DEVICE(0x1000, 0, "kvm-bpf,test");
 
@@ -27,23 +27,6 @@ struct {
 	__type(key, __u32);
 	__type(value, struct element);
 } works SEC(".maps");
-
-/* What the kfunc answered; 1 until then. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __s64);
-} answer SEC(".maps");
-
-static void set_answer(__s64 value)
-{
-	__u32 zero = 0;
-	__s64 *slot = bpf_map_lookup_elem(&answer, &zero);
-
-	if (slot)
-		*slot = value;
-}
 
 static int callback(struct bpf_map *map, void *key, void *value)
 {

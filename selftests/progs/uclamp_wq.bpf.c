@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /* Calls a kfunc that is for the vCPU's own thread from a kernel thread. */
-#include "kvm_bpf.h"
+#include "answer.h"
 
 KVM_BPF_MMIO_DEVICE(0x1000, 0, "kvm-bpf,test");
 
@@ -20,23 +20,6 @@ struct {
 	__type(key, __u32);
 	__type(value, struct element);
 } works SEC(".maps");
-
-/* What the kfunc answered; 1 until then. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, __s64);
-} answer SEC(".maps");
-
-static void set_answer(__s64 value)
-{
-	__u32 zero = 0;
-	__s64 *slot = bpf_map_lookup_elem(&answer, &zero);
-
-	if (slot)
-		*slot = value;
-}
 
 static int callback(void *map, int *key, void *value)
 {

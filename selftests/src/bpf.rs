@@ -302,8 +302,11 @@ impl fmt::Display for Refused {
 #[derive(Debug)]
 pub struct Prog(OwnedFd);
 
-/// [`Prog::load`] or [`Prog::load_sleepable`].
+/// Loads a program that must load.
 pub type Load = fn(ProgType, &[Insn]) -> Prog;
+
+/// Programs run under RCU, or under tasks trace RCU if they may sleep.
+pub const LOADERS: [Load; 2] = [Prog::load, Prog::load_sleepable];
 
 impl Prog {
     /// Loads a program that the kernel must take.

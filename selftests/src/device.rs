@@ -98,25 +98,25 @@ impl Device {
         }
     }
 
-    /// Any of the three calls for attributes, with flags.
-    pub fn with_flags(&self, request: u32, attr: u64, addr: u64, flags: u32) -> Answer {
+    /// `KVM_{SET,GET,HAS}_DEVICE_ATTR` of a region, with flags.
+    pub fn with_flags(
+        &self,
+        index: u64,
+        region: &mut kvm_bpf_user_region,
+        flags: u32,
+    ) -> [Answer; 3] {
         let mut attr = kvm_device_attr {
             group: KVM_DEV_BPF_ATTR_GROUP_REGION,
-            attr,
-            addr,
+            attr: index,
+            addr: (&raw mut *region) as u64,
             flags,
         };
-        let request = ioctl_expr(
-            _IOC_WRITE,
-            kvm_bindings::KVMIO,
-            request,
-            size_of::<kvm_device_attr>() as u32,
-        );
-        // SAFETY: the kernel reads the structure, and reads or writes a region at its address.
-        match unsafe { ioctl_with_mut_ref(&self.0, request, &mut attr) } {
-            0 => Ok(()),
-            _ => Err(Errno::last()),
-        }
+        [
+            answer(self.0.set_device_attr(&attr)),
+            // SAFETY: the kernel writes one region to the address.
+            answer(unsafe { self.0.get_device_attr(&mut attr) }),
+            answer(self.0.has_device_attr(&attr)),
+        ]
     }
 
     /// `KVM_SET_DEVICE_ATTR` with any pointer.

@@ -4,9 +4,11 @@
 
 use std::io::ErrorKind;
 
-use kvm_bpf_selftests::bpf::{Insn, Prog, ProgType, Refused};
+use kvm_bpf::Image;
+use kvm_bpf_selftests::bpf::{Prog, Refused};
 use kvm_bpf_selftests::guest::Vcpu;
 use kvm_bpf_selftests::harness::Errno;
+use libbpf_rs::{MapCore, MapFlags};
 use libtest_mimic::Trial;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -67,12 +69,6 @@ const SIZE: u64 = 0x1000;
 /// A value whose bytes all differ and whose every half has its sign bit set.
 const PATTERN: u64 = 0xf8e7_d6c5_b4a3_9281;
 
-/// Loads a program that must load.
-type Loader = fn(ProgType, &[Insn]) -> Prog;
-
-/// Programs run under RCU, or under tasks trace RCU if they may sleep.
-const LOADERS: [Loader; 2] = [Prog::load, Prog::load_sleepable];
-
 /// Every test; the first says whether this is the right kernel at all.
 pub fn all() -> Vec<Trial> {
     [
@@ -114,6 +110,14 @@ fn assert_refused(what: &str, got: Result<Prog, Refused>, reason: &str) {
         Err(refused) => panic!("{what}: wanted {reason:?}, got {refused}"),
         Ok(_) => panic!("{what}: wanted {reason:?}, but it loads"),
     }
+}
+
+/// Element 0 of a program's array.
+fn element(image: &Image, map: &str) -> Vec<u8> {
+    let map = image.map(map).expect("the program's map");
+    MapCore::lookup(&map, &[0; 4], MapFlags::ANY)
+        .expect("BPF_MAP_LOOKUP_ELEM")
+        .expect("element 0")
 }
 
 /// Takes what was signalled so far; 0 if nothing was. The eventfd must not block.

@@ -3,7 +3,8 @@
 //! What a program is told of an access, what the guest gets, and when user space sees it.
 
 use kvm_bpf_selftests::bpf::{
-    Index, Load, Map, Prog, ProgType, Reg, atomic_add, exit, lookup, mov_imm, mov_imm64, store_imm,
+    Index, LOADERS, Map, Prog, ProgType, Reg, atomic_add, exit, lookup, mov_imm, mov_imm64,
+    store_imm,
 };
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{
@@ -284,7 +285,7 @@ fn page_crossing_beside_ram() {
 /// A hash table's look-up is a call into the kernel which wants RCU's protection and says so, on a
 /// kernel that checks (lockdep); an array's is not.
 fn maps_of_every_kind() {
-    for load in [Prog::load as Load, Prog::load_sleepable] {
+    for load in LOADERS {
         for map in [Map::new(1, 1), Map::hash(1, 1)] {
             let programs = [ProgType::READ, ProgType::WRITE].map(|kind| {
                 let mut insns = lookup(&map, Index::Imm(0));
@@ -304,7 +305,7 @@ fn maps_of_every_kind() {
 
 fn low_half_of_the_result_counts() {
     for (result, exits) in [(1 << 32, 0), (u64::MAX << 32, 0), (1 << 32 | 1, 1)] {
-        for load in [Prog::load as Load, Prog::load_sleepable] {
+        for load in LOADERS {
             let mut insns = mov_imm64(Reg::R0, result).to_vec();
             insns.push(exit());
             let write = load(ProgType::WRITE, &insns);

@@ -12,8 +12,9 @@ use Reg::{R0, R1, R2, R6, R7, R10};
 use kvm_bpf::uapi::{KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_MAX_IRQS, kvm_bpf_user_irq};
 use kvm_bpf::{Image, MmioDevice};
 use kvm_bpf_selftests::bpf::{
-    Index, Insn, LoadOptions, Map, Prog, ProgType, Reg, add_imm, atomic_add, call_helper,
-    call_kfunc, jump_if_ne, load, lookup, mov, mov_imm, mov_signed32, store, store_imm,
+    Index, Insn, LOADERS, Load, LoadOptions, Map, Prog, ProgType, Reg, add_imm, atomic_add,
+    call_helper, call_kfunc, jump_if_ne, load, lookup, mov, mov_imm, mov_signed32, store,
+    store_imm,
 };
 use kvm_bpf_selftests::device::{Device, NO_REGION, region};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu};
@@ -24,7 +25,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::kfunc::required;
 use super::lifetime::Unloaded;
-use super::{ADDR, LOADERS, Loader, PATTERN, SIZE, assert_errno, assert_refused, taken};
+use super::{ADDR, PATTERN, SIZE, assert_errno, assert_refused, element, taken};
 
 tests!(
     bad_arguments,
@@ -119,7 +120,7 @@ impl Setup {
         Self::on(Guest::new(), Prog::load)
     }
 
-    fn on(guest: Guest, load_prog: Loader) -> Self {
+    fn on(guest: Guest, load_prog: Load) -> Self {
         let results = Map::new(1, 2);
         let mut insns = vec![load(4, R2, R1, CTX_BUF)];
         insns.extend(signal_insns(&results));
@@ -372,29 +373,26 @@ fn eventfd_is_held_as_long_as_it_is_set() {
 }
 
 fn signalled_by_reads() {
-    with_each_loader(signal_by_reads);
-}
+    for load_prog in LOADERS {
+        let guest = Guest::new();
+        let mut vcpu = guest.vcpu(0);
+        let device = Device::new(guest.vm());
+        let eventfd = eventfd();
+        device.set_irq(9, eventfd.as_raw_fd());
 
-fn signal_by_reads(setup: Setup) {
-    let mut vcpu = setup.guest.vcpu(0);
-    let eventfd = eventfd();
-    setup.device.set_irq(9, eventfd.as_raw_fd());
-
-    // The context must still be good for a store after the call.
-    let mut insns = vec![
-        mov(R6, R1),
-        mov_imm(R2, 9),
-        call_kfunc(required(SIGNAL)),
-        store_imm(4, R6, CTX_BUF, 0x77),
-    ];
-    insns.extend(ret(0));
-    let read = Prog::load(ProgType::READ, &insns);
-    let addr = ADDR + SIZE;
-    setup
-        .device
-        .set_region(1, &region(addr, SIZE, Some(&read), None));
-    assert_got!(vcpu.read(addr, 4).value, 0x77);
-    assert_got!(taken(&eventfd), 1);
+        // The context must still be good for a store after the call.
+        let mut insns = vec![
+            mov(R6, R1),
+            mov_imm(R2, 9),
+            call_kfunc(required(SIGNAL)),
+            store_imm(4, R6, CTX_BUF, 0x77),
+        ];
+        insns.extend(ret(0));
+        let read = load_prog(ProgType::READ, &insns);
+        device.set_region(0, &region(ADDR, SIZE, Some(&read), None));
+        assert_got!(vcpu.read(ADDR, 4).value, 0x77);
+        assert_got!(taken(&eventfd), 1);
+    }
 }
 
 /// The interrupt is one of the device that was accessed, whatever other devices run the program.
@@ -539,7 +537,7 @@ fn context_cannot_be_forged() {
 const GSI: u32 = 20;
 
 /// A guest that takes interrupts.
-fn wired(load_prog: Loader) -> (Setup, Vcpu) {
+fn wired(load_prog: Load) -> (Setup, Vcpu) {
     let guest = Guest::with_irqchip();
     let vcpu = guest.vcpu_with_interrupts();
     (Setup::on(guest, load_prog), vcpu)
@@ -559,20 +557,22 @@ fn write_and_take(vcpu: &mut Vcpu, count: u64, acknowledge: Option<u64>) -> u64 
     results.value
 }
 
+/// Irq 0 is one of the guest's interrupts, which takes each signal.
+fn takes_each(setup: &Setup, vcpu: &mut Vcpu, gsi: u32) {
+    let line = eventfd();
+    let registered = setup.guest.vm().register_irqfd(&line, gsi);
+    registered.expect("KVM_IRQFD");
+    setup.device.set_irq(0, line.as_raw_fd());
+    for _ in 0..10 {
+        assert_got!(write_and_take(vcpu, 1, None), 1, "interrupts taken");
+    }
+}
+
 fn guest_takes_edge() {
     for load_prog in LOADERS {
         let (setup, mut vcpu) = wired(load_prog);
-        let line = eventfd();
         setup.guest.route_line(&mut vcpu, GSI, false);
-        setup
-            .guest
-            .vm()
-            .register_irqfd(&line, GSI)
-            .expect("KVM_IRQFD");
-        setup.device.set_irq(0, line.as_raw_fd());
-        for _ in 0..10 {
-            assert_got!(write_and_take(&mut vcpu, 1, None), 1, "interrupts taken");
-        }
+        takes_each(&setup, &mut vcpu, GSI);
     }
 }
 
@@ -639,16 +639,7 @@ fn guest_takes_msi() {
         .vm()
         .set_gsi_routing(&routing)
         .expect("KVM_SET_GSI_ROUTING");
-    let line = eventfd();
-    setup
-        .guest
-        .vm()
-        .register_irqfd(&line, MSI_GSI)
-        .expect("KVM_IRQFD");
-    setup.device.set_irq(0, line.as_raw_fd());
-    for _ in 0..10 {
-        assert_got!(write_and_take(&mut vcpu, 1, None), 1, "interrupts taken");
-    }
+    takes_each(&setup, &mut vcpu, MSI_GSI);
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -745,10 +736,7 @@ impl Kept {
 
 /// The last answer, and how often the timer's callback ran.
 fn answer(image: &Image) -> (i64, u64) {
-    let map = image.map("kept").expect("the program's map");
-    let value = libbpf_rs::MapCore::lookup(&map, &[0; 4], libbpf_rs::MapFlags::ANY)
-        .expect("BPF_MAP_LOOKUP_ELEM")
-        .expect("element 0");
+    let value = element(image, "kept");
     let word = |at: usize| u64::from_ne_bytes(value[at..at + 8].try_into().expect("8 bytes"));
     let end = value.len();
     (word(end - 16) as i64, word(end - 8))
@@ -809,9 +797,7 @@ fn kept_irq_and_a_state_that_is_restored() {
     assert_got!(kept.command(&mut vcpu, RAISE_LATER, delay), 0);
 
     let map = kept.image.map("kept").expect("the program's map");
-    let state = libbpf_rs::MapCore::lookup(&map, &[0; 4], libbpf_rs::MapFlags::ANY)
-        .expect("BPF_MAP_LOOKUP_ELEM")
-        .expect("element 0");
+    let state = element(&kept.image, "kept");
     libbpf_rs::MapCore::update(&map, &[0; 4], &state, libbpf_rs::MapFlags::ANY)
         .expect("BPF_MAP_UPDATE_ELEM");
     sleep(2 * LONG);

@@ -8,8 +8,8 @@ use std::fs;
 use Reg::{R0, R1, R2, R6};
 use kvm_bpf::MmioDevice;
 use kvm_bpf_selftests::bpf::{
-    Index, Insn, LoadOptions, Map, Prog, ProgType, Reg, call_kfunc, kfunc, load, lookup, mov,
-    mov_signed32, store,
+    Index, Insn, LOADERS, Load, LoadOptions, Map, Prog, ProgType, Reg, call_kfunc, kfunc, load,
+    lookup, mov, mov_signed32, store,
 };
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
@@ -17,7 +17,7 @@ use kvm_bpf_selftests::harness::{in_a_thread, skip, wait_for};
 use kvm_bpf_selftests::programs::{ret, test_image};
 use kvm_bpf_vmm::userspace::uclamp::{self, SchedAttr};
 
-use super::{ADDR, LOADERS, Loader, SIZE, assert_refused};
+use super::{ADDR, SIZE, assert_refused, element};
 
 tests!(
     frequency,
@@ -57,7 +57,7 @@ struct Setup {
 }
 
 impl Setup {
-    fn new(name: &str, kind: ProgType, load_prog: Loader) -> Self {
+    fn new(name: &str, kind: ProgType, load_prog: Load) -> Self {
         let guest = Guest::new();
         let map = Map::new(1, 3);
         let prog = load_prog(kind, &call_insns(name, &map));
@@ -203,10 +203,7 @@ fn frequencies_in_a_timer() {
 
 /// A 64-bit word in element 0 of a device's map.
 fn word(device: &MmioDevice, map: &str, index: usize) -> i64 {
-    let map = device.image().map(map).expect("the program's map");
-    let value = libbpf_rs::MapCore::lookup(&map, &[0; 4], libbpf_rs::MapFlags::ANY)
-        .expect("BPF_MAP_LOOKUP_ELEM")
-        .expect("element 0");
+    let value = element(device.image(), map);
     let bytes = value[8 * index..][..8].try_into().expect("8 bytes");
     i64::from_ne_bytes(bytes)
 }

@@ -14,8 +14,8 @@ use std::{env, io, thread};
 use Reg::{R0, R1, R6, R7};
 use kvm_bpf::uapi::{KVM_DEV_TYPE_BPF, kvm_bpf_user_region};
 use kvm_bpf_selftests::bpf::{
-    Census, Index, Load, Map, Prog, ProgType, Reg, add_imm, atomic_add, jump_if_ne, lookup, mov,
-    mov_imm,
+    Census, Index, LOADERS, Load, Map, Prog, ProgType, Reg, add_imm, atomic_add, jump_if_ne,
+    lookup, mov, mov_imm,
 };
 use kvm_bpf_selftests::device::{Answer, Device, NO_REGION, region, test_create};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu, vms};
@@ -108,7 +108,7 @@ enum End {
 fn end_under_load(end: End, rounds: i32) {
     const REPETITIONS: u32 = 3;
 
-    for load in [Prog::load as Load, Prog::load_sleepable] {
+    for load in LOADERS {
         let census = Census::now();
         let guest = Guest::new();
         let mut runs = 0;
