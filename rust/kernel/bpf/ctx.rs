@@ -93,6 +93,17 @@ pub enum Rights {
     Write,
 }
 
+impl Rights {
+    /// What an access of that kind needs.
+    fn to_do(access: bindings::bpf_access_type) -> Self {
+        if access == bindings::bpf_access_type::BPF_READ {
+            Self::Read
+        } else {
+            Self::Write
+        }
+    }
+}
+
 /// What the kernel runs programs on.
 ///
 /// # Safety
@@ -144,7 +155,13 @@ impl Field {
             len == real_len,
             "the real field is not as wide as the fake one"
         );
-        assert!(len <= 8 && !chain.is_empty() && chain.len() <= MAX_CHAIN);
+        assert!(len >= 1 && len <= 8 && !chain.is_empty() && chain.len() <= MAX_CHAIN);
+        // CAST: Offsets are not negative.
+        let real_start = chain[chain.len() - 1] as usize;
+        assert!(
+            (real_start ^ start) & ((1 << len.ilog2()) - 1) == 0,
+            "the real field is not aligned as the fake one is"
+        );
         assert!(
             matches!(rights, Rights::Read) || chain.len() == 1,
             "a store has no register to follow a pointer with"
@@ -292,11 +309,7 @@ impl<T: ProgType> VerifierOps<T> {
         let (Ok(off), Ok(size)) = (usize::try_from(off), usize::try_from(size)) else {
             return false;
         };
-        let rights = if access == bindings::bpf_access_type::BPF_READ {
-            Rights::Read
-        } else {
-            Rights::Write
-        };
+        let rights = Rights::to_do(access);
 
         // `_info` stays as it is: a zero `ctx_field_size` has the verifier leave the width of the
         // access alone.
@@ -310,19 +323,22 @@ impl<T: ProgType> VerifierOps<T> {
     /// - `src` must be valid for reads, an access that [`Self::is_valid_access()`] has admitted.
     /// - `out` must be valid for writes of [`MAX_CHAIN`] instructions, `target_size` of a number.
     unsafe extern "C" fn convert_ctx_access(
-        _access: bindings::bpf_access_type,
+        access: bindings::bpf_access_type,
         src: *const bindings::bpf_insn,
         out: *mut bindings::bpf_insn,
         _prog: *mut bindings::bpf_prog,
         target_size: *mut u32,
     ) -> u32 {
+        let rights = Rights::to_do(access);
         // SAFETY: By the safety requirements.
-        let access = Insn::from(unsafe { *src });
-        let mut insns = [access; MAX_CHAIN];
+        let insn = Insn::from(unsafe { *src });
+        let mut insns = [insn; MAX_CHAIN];
 
-        let Some((n, len)) = usize::try_from(access.offset()).ok().and_then(|off| {
-            let field = T::FIELDS.iter().find(|f| f.contains(off, 1))?;
-            Some((field.rewrite(access, &mut insns), field.len))
+        let Some((n, len)) = usize::try_from(insn.offset()).ok().and_then(|off| {
+            // A field that programs load and store has an entry for each.
+            let mut fields = T::FIELDS.iter();
+            let field = fields.find(|f| f.contains(off, 1) && f.rights == rights)?;
+            Some((field.rewrite(insn, &mut insns), field.len))
         }) else {
             // The verifier takes zero instructions as a bug and refuses the program.
             return 0;
@@ -417,5 +433,53 @@ mod tests {
         assert!(!DATA.allows(8, 4, Rights::Write));
         assert!(!DEEP.allows(8, 8, Rights::Read));
         assert!(!DEEP.allows(usize::MAX - 3, 4, Rights::Read));
+    }
+
+    /// A field that is loaded from one place and stored to another.
+    struct BothWays;
+
+    // SAFETY: No program is of this type.
+    unsafe impl ProgType for BothWays {
+        const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_UNSPEC;
+        type Context<'a> = Inner;
+        const FIELDS: &'static [Field] =
+            &[DEEP, bpf_ctx_field!(Inner, deep: Rights::Write, Inner.deep)];
+    }
+
+    #[test]
+    fn loads_and_stores_of_a_field_go_their_own_ways() {
+        let load = Insn::load(Width::Word, 1, 6, 8);
+        let store: Insn = bindings::bpf_insn {
+            code: (bindings::BPF_STX | bindings::BPF_MEM | bindings::BPF_W) as u8,
+            _bitfield_align_1: [],
+            _bitfield_1: bindings::bpf_insn::new_bitfield_1(6, 0),
+            off: 8,
+            imm: 0,
+        }
+        .into();
+
+        for (access, insn, wanted) in [
+            (bindings::bpf_access_type::BPF_READ, load, 3),
+            (bindings::bpf_access_type::BPF_WRITE, store, 1),
+        ] {
+            let src = bindings::bpf_insn::from(insn);
+            let mut out = [src; MAX_CHAIN];
+            let mut target_size = 0;
+            // SAFETY: All pointers but the unused one are to what they have to be.
+            let n = unsafe {
+                VerifierOps::<BothWays>::convert_ctx_access(
+                    access,
+                    &src,
+                    out.as_mut_ptr(),
+                    core::ptr::null_mut(),
+                    &mut target_size,
+                )
+            };
+
+            assert_eq!((n, target_size), (wanted, 4));
+            if n == 1 {
+                assert_eq!(Insn::from(out[0]), store.at(offset_of!(Inner, deep) as i16));
+            }
+        }
     }
 }

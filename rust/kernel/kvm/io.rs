@@ -378,6 +378,85 @@ impl<T: Handler> IoVTable<T> {
 #[macros::kunit_tests(rust_kvm_io)]
 mod tests {
     use super::*;
+    use crate::sync::atomic::Relaxed;
+
+    const ANSWER: [u8; 8] = [1, 2, 3, 4, 5, 6, 7, 8];
+
+    /// Gives the same answer to all reads, and keeps what was written last.
+    struct Latch(Atomic<u64>);
+
+    impl Handler for Latch {
+        fn read(&self, _: &Access<'_>) -> Verdict<[u8; 8]> {
+            Verdict::Handled(ANSWER)
+        }
+
+        fn write(&self, _: &Access<'_>, data: [u8; 8]) -> Verdict {
+            self.0.store(u64::from_ne_bytes(data), Relaxed);
+            Verdict::Handled(())
+        }
+    }
+
+    #[test]
+    fn as_many_bytes_as_the_access_has() -> Result {
+        const AROUND: u8 = 0x5a;
+
+        let latch = KBox::new(Latch(Atomic::new(0)), GFP_KERNEL)?;
+        let mut vcpu = KBox::<bindings::kvm_vcpu>::new_uninit(GFP_KERNEL)?;
+        let io = Io {
+            dev: Opaque::uninit(),
+            range: Range::new(0x1000, 0x1000)?,
+            // INVARIANT: From a `KBox`.
+            handler: Atomic::new(KBox::into_raw(latch)),
+        };
+        // SAFETY: `io` is valid and no one takes its handler out.
+        let latch = unsafe { &*io.handler.load(Acquire) };
+        let this: *mut bindings::kvm_io_device = ptr::from_ref(&io).cast_mut().cast();
+
+        for len in 0..=9 {
+            let handled = (1..=8).contains(&len);
+            let n = if handled { len as usize } else { 0 };
+            let ret = if handled { 0 } else { EOPNOTSUPP.to_errno() };
+            let mut val = [AROUND; 16];
+            let mut wanted = val;
+
+            wanted[4..4 + n].copy_from_slice(&ANSWER[..n]);
+            // SAFETY: `this` is `dev` of `io`, `val` has 8 bytes from there on, and `Latch` does
+            // not look at the vCPU, whose bytes may be any.
+            let got = unsafe {
+                IoVTable::<Latch>::read(
+                    vcpu.as_mut_ptr(),
+                    this,
+                    0x1000,
+                    len,
+                    val[4..].as_mut_ptr().cast(),
+                )
+            };
+            assert_eq!(got, ret);
+            assert_eq!(val, wanted);
+
+            latch.0.store(u64::MAX, Relaxed);
+            let mut data = [0; 8];
+            data[..n].fill(AROUND);
+            // SAFETY: As above.
+            let got = unsafe {
+                IoVTable::<Latch>::write(
+                    vcpu.as_mut_ptr(),
+                    this,
+                    0x1000,
+                    len,
+                    [AROUND; 8].as_ptr().cast(),
+                )
+            };
+            let wanted = if handled {
+                u64::from_ne_bytes(data)
+            } else {
+                u64::MAX
+            };
+            assert_eq!(got, ret);
+            assert_eq!(latch.0.load(Relaxed), wanted);
+        }
+        Ok(())
+    }
 
     #[test]
     fn ranges_that_kvm_cannot_express() {

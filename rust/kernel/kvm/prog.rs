@@ -99,6 +99,8 @@ pub struct IoRead;
 
 // SAFETY: The fields are those of `Context`. `include/linux/bpf_types.h` refers to
 // `kvm_io_read_verifier_ops` and `kvm_io_read_prog_ops` below for this type.
+// No helper that such programs may call looks at their context; of the kfuncs those for
+// interrupts do, and rely on `irqs`, which is valid in every `Context`.
 unsafe impl ProgType for IoRead {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_READ;
     type Context<'a> = Context<'a>;
@@ -114,7 +116,8 @@ unsafe impl ProgType for IoRead {
 pub struct IoWrite;
 
 // SAFETY: The fields are those of `Context`. `include/linux/bpf_types.h` refers to
-// `kvm_io_write_verifier_ops` and `kvm_io_write_prog_ops` below for this type.
+// `kvm_io_write_verifier_ops` and `kvm_io_write_prog_ops` below for this type. Helpers and kfuncs
+// are those of `IoRead`.
 unsafe impl ProgType for IoWrite {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_WRITE;
     type Context<'a> = Context<'a>;
