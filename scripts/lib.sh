@@ -32,6 +32,9 @@ die() {
 	exit 1
 }
 
+# What a script has called may take the signal as a reason to end like any other.
+trap 'exit 130' INT TERM
+
 # usage FILE: the comment block at the top of FILE, which is its manual.
 usage() {
 	awk 'NR > 2 && !/^#/ { exit } NR > 3 { sub(/^# ?/, ""); print }' "$1"
@@ -100,7 +103,7 @@ progress() {
 		fi
 	done
 	wait "$pid" || status=$?
-	trap - INT TERM
+	trap 'exit 130' INT TERM
 	[[ -t 1 ]] && printf '\r\033[K'
 	if ((status)); then
 		tail -n 40 "$log" >&2
