@@ -4,7 +4,7 @@
 
 use std::collections::HashSet;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::LazyLock;
 use std::{fmt, mem, ptr};
 
@@ -281,6 +281,14 @@ pub struct LoadOptions {
     pub expected_attach_type: u32,
     /// Do not ask why a program is refused, which takes as long again.
     pub without_log: bool,
+    /// A BPF token that gives the privilege.
+    pub token: Option<RawFd>,
+}
+
+/// `BPF_TOKEN_CREATE`: what the BPF file system with that root directory delegates.
+pub fn create_token(root: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    // SAFETY: there are no options to point to.
+    owned(unsafe { sys::bpf_token_create(root.as_raw_fd(), ptr::null_mut()) })
 }
 
 /// The kernel did not take a program.
@@ -330,14 +338,18 @@ impl Prog {
     /// Loads a program.
     pub fn try_load(kind: ProgType, insns: &[Insn], options: LoadOptions) -> Result<Self, Refused> {
         let mut log = vec![0_u8; if options.without_log { 0 } else { 1 << 16 }];
+        let mut prog_flags = 0;
+        if options.sleepable {
+            prog_flags |= sys::BPF_F_SLEEPABLE;
+        }
+        if options.token.is_some() {
+            prog_flags |= sys::BPF_F_TOKEN_FD;
+        }
         let mut opts = sys::bpf_prog_load_opts {
             sz: mem::size_of::<sys::bpf_prog_load_opts>() as _,
             expected_attach_type: options.expected_attach_type,
-            prog_flags: if options.sleepable {
-                sys::BPF_F_SLEEPABLE
-            } else {
-                0
-            },
+            prog_flags,
+            token_fd: options.token.unwrap_or(0) as u32,
             // libbpf tries a second time for the log, when the first failed.
             log_level: 0,
             log_size: log.len() as u32,

@@ -11,7 +11,7 @@ use std::sync::{Arc, Once};
 use std::time::Duration;
 use std::{mem, ptr, slice};
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 #[cfg(target_arch = "aarch64")]
@@ -239,6 +239,19 @@ impl Guest {
             ram,
             irqchip: None,
         }
+    }
+
+    /// Has the guest see the first page of its memory at another address too, for loads only.
+    pub fn add_rom(&self, addr: u64) {
+        let slot = kvm_userspace_memory_region {
+            slot: 1,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: addr,
+            memory_size: 0x1000,
+            userspace_addr: self.ram.0 as u64,
+        };
+        // SAFETY: as for the memory's own slot.
+        unsafe { self.vm.set_user_memory_region(slot) }.expect("KVM_SET_USER_MEMORY_REGION");
     }
 
     /// A VM with KVM's own interrupt controllers, for one vCPU that takes interrupts.

@@ -2,12 +2,15 @@
 
 //! All tests, by topic.
 
+use std::env;
 use std::io::ErrorKind;
+use std::process::Command;
 
-use kvm_bpf::Image;
+use kvm_bpf::{Image, Note};
 use kvm_bpf_selftests::bpf::{Prog, Refused};
 use kvm_bpf_selftests::guest::Vcpu;
 use kvm_bpf_selftests::harness::Errno;
+use kvm_bpf_vmm::userspace;
 use libbpf_rs::{MapCore, MapFlags};
 use libtest_mimic::Trial;
 use vmm_sys_util::eventfd::EventFd;
@@ -56,6 +59,7 @@ mod irq;
 mod kfunc;
 mod lifetime;
 mod pl031;
+mod regbank;
 mod region;
 mod swap;
 mod vcpufreq;
@@ -83,6 +87,7 @@ pub fn all() -> Vec<Trial> {
         kfunc::all(),
         fault::all(),
         verifier::all(),
+        regbank::all(),
         pl031::all(),
         vcpufreq::all(),
     ]
@@ -110,6 +115,25 @@ fn assert_refused(what: &str, got: Result<Prog, Refused>, reason: &str) {
         Err(refused) => panic!("{what}: wanted {reason:?}, got {refused}"),
         Ok(_) => panic!("{what}: wanted {reason:?}, but it loads"),
     }
+}
+
+/// Fails unless the model in user space says of itself what the note does.
+#[track_caller]
+fn assert_described(name: &str, note: &Note) {
+    let description = userspace::describe(name).expect("the model's description");
+    assert_got!(note.mmio_size, description.size, "{name}: size");
+    assert_got!(note.nr_irqs, description.nr_irqs, "{name}: interrupts");
+    assert_got!(
+        note.compatible,
+        description.compatible,
+        "{name}: compatible"
+    );
+}
+
+/// A program of the kernel tree, which `scripts/userspace` puts beside this one.
+fn beside_this_program(name: &str) -> Command {
+    let this = env::current_exe().expect("the path of this program");
+    Command::new(this.with_file_name(name))
 }
 
 /// Element 0 of a program's array.

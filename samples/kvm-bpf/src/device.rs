@@ -4,12 +4,10 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use kvm_bindings::{KVM_CREATE_DEVICE_TEST, KVMIO, kvm_create_device, kvm_device_attr};
+use kvm_bindings::{kvm_create_device, kvm_device_attr};
 use kvm_ioctls::{DeviceFd, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::ioctl::ioctl_with_mut_ref;
-use vmm_sys_util::ioctl_iowr_nr;
 
 use crate::image::{self, Image, OpenImage};
 use crate::note::Note;
@@ -17,12 +15,6 @@ use crate::uapi::{
     KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_TYPE_BPF, kvm_bpf_user_irq,
     kvm_bpf_user_region,
 };
-
-/// Keeps the function that the macro writes out of the crate's interface.
-mod ioctl {
-    use super::*;
-    ioctl_iowr_nr!(KVM_CREATE_DEVICE, KVMIO, 0xe0, kvm_create_device);
-}
 
 /// Why a device operation failed.
 #[derive(Debug, thiserror::Error)]
@@ -100,31 +92,18 @@ pub struct Device {
 }
 
 impl Device {
-    /// Whether the VM can have such devices.
-    pub fn is_supported(vm: &VmFd) -> bool {
-        // Not VmFd::create_device(): with the TEST flag the kernel opens no
-        // fd, and kvm-ioctls would take, and close, fd 0.
-        let mut probe = kvm_create_device {
-            type_: KVM_DEV_TYPE_BPF,
-            fd: 0,
-            flags: KVM_CREATE_DEVICE_TEST,
-        };
-        // SAFETY: `vm` is a VM fd and `probe` the struct this ioctl takes.
-        unsafe { ioctl_with_mut_ref(vm, ioctl::KVM_CREATE_DEVICE(), &mut probe) == 0 }
-    }
-
     /// Creates a device without regions and interrupts.
     pub fn new(vm: &VmFd) -> Result<Self> {
-        if !Self::is_supported(vm) {
-            return Err(Error::Unsupported);
-        }
         let mut create = kvm_create_device {
             type_: KVM_DEV_TYPE_BPF,
             fd: 0,
             flags: 0,
         };
-        let fd = vm.create_device(&mut create).map_err(Error::Create)?;
-        Ok(Device { fd })
+        match vm.create_device(&mut create) {
+            Ok(fd) => Ok(Device { fd }),
+            Err(errno) if errno.errno() == libc::ENODEV => Err(Error::Unsupported),
+            Err(errno) => Err(Error::Create(errno)),
+        }
     }
 
     /// Lets programs handle the accesses to a range; without one, they exit to the VMM.

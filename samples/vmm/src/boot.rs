@@ -3,6 +3,7 @@
 //! What booting a guest has in common on all architectures: the initramfs, and errors.
 
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 
 use linux_loader::loader;
 use vm_memory::{
@@ -56,7 +57,9 @@ pub fn load_initrd(
     kernel_end: u64,
     end: u64,
 ) -> Result<(u64, u64), Error> {
-    let size = initrd.metadata().map_or(0, |metadata| metadata.len());
+    let unreadable = |error| Error::Initrd(GuestMemoryError::IOError(error));
+    let size = initrd.seek(SeekFrom::End(0)).map_err(unreadable)?;
+    initrd.rewind().map_err(unreadable)?;
     let addr = end
         .checked_sub(size)
         .map(|addr| addr & !(PAGE - 1))
@@ -69,4 +72,42 @@ pub fn load_initrd(
         .read_exact_volatile(&mut { slice })
         .map_err(|error| Error::Initrd(error.into()))?;
     Ok((addr, size))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Write, pipe};
+    use std::os::fd::OwnedFd;
+
+    use vm_memory::Bytes;
+    use vmm_sys_util::tempfile::TempFile;
+
+    use super::*;
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x4000)]).unwrap()
+    }
+
+    #[test]
+    fn the_initramfs_ends_below_the_end() {
+        let mut file = TempFile::new().unwrap().into_file();
+        file.write_all(&[0xa5; 0x1001]).unwrap();
+        let memory = memory();
+        let (addr, size) = load_initrd(&memory, &mut file, 0x1000, 0x4000).unwrap();
+        assert_eq!((addr, size), (0x2000, 0x1001));
+        let mut bytes = [0; 0x1001];
+        memory.read_slice(&mut bytes, GuestAddress(addr)).unwrap();
+        assert_eq!(bytes, [0xa5; 0x1001]);
+
+        let error = load_initrd(&memory, &mut file, 0x3000, 0x4000).unwrap_err();
+        assert!(matches!(error, Error::InitrdSize(0x1001)), "{error:?}");
+    }
+
+    #[test]
+    fn a_pipe_is_no_initramfs() {
+        let (reader, _writer) = pipe().unwrap();
+        let mut file = File::from(OwnedFd::from(reader));
+        let error = load_initrd(&memory(), &mut file, 0, 0x4000).unwrap_err();
+        assert!(matches!(error, Error::Initrd(_)), "{error:?}");
+    }
 }

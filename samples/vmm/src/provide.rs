@@ -10,9 +10,9 @@
 //! A device of that name without the map, or with one of another shape, needs nothing.
 
 use std::fs;
-use std::time::Duration;
 
 use kvm_bpf::Image;
+use kvm_bpf_vmm::userspace::host_clock;
 use libbpf_rs::{Map, MapCore, MapFlags, MapType};
 
 /// Entries of a table of frequencies.
@@ -88,13 +88,7 @@ fn clock_offset_ns() -> u64 {
 }
 
 fn clock_ns(clock: libc::clockid_t) -> u64 {
-    let mut now = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: the kernel only writes to `now`, which is a whole timespec.
-    unsafe { libc::clock_gettime(clock, &mut now) };
-    Duration::new(now.tv_sec as u64, now.tv_nsec as u32).as_nanos() as u64
+    host_clock(clock).as_nanos() as u64
 }
 
 /// The table of a host that is not asked for another: the highest frequency of any CPU.

@@ -31,6 +31,7 @@ tests!(
     maps_of_every_kind,
     low_half_of_the_result_counts,
     memory_comes_first,
+    rom_takes_loads_only,
 );
 
 const WIDTHS: [usize; 4] = [1, 2, 4, 8];
@@ -331,4 +332,18 @@ fn memory_comes_first() {
     assert_got!(recorder.count(), 0, "runs of the programs");
     assert_read(&mut setup.vcpu, PAGE + SIZE, 8, PATTERN, &[]);
     assert_got!(recorder.count(), 1, "runs beyond the memory");
+}
+
+fn rom_takes_loads_only() {
+    let recorder = Recorder::new();
+    let (read, write) = (recorder.reads(PATTERN, 0), recorder.writes(0));
+    let mut setup = setup(Some(&read), Some(&write));
+    setup.guest.add_rom(ADDR);
+    let first = u64::from_le_bytes(setup.guest.read_ram::<8>(0));
+    assert_ne!(first, PATTERN);
+    assert_read(&mut setup.vcpu, ADDR, 8, first, &[]);
+    assert_got!(recorder.count(), 0, "runs of the programs");
+    assert_got!(setup.vcpu.write(ADDR, 8, PATTERN), []);
+    assert_got!(recorder.count(), 1, "runs of the programs");
+    assert_read(&mut setup.vcpu, ADDR, 8, first, &[]);
 }

@@ -6,10 +6,12 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Output, Stdio};
 
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::programs::{sample_path, test_path};
+
+use super::beside_this_program;
 
 tests!(
     lists_the_types,
@@ -20,14 +22,8 @@ tests!(
 
 const TYPES: [&str; 2] = ["kvm_io_read", "kvm_io_write"];
 
-/// `scripts/userspace` puts it beside this program.
-fn bpftool() -> Command {
-    let this = std::env::current_exe().expect("the path of this program");
-    Command::new(this.with_file_name("bpftool"))
-}
-
 fn run(args: &[&str]) -> Output {
-    bpftool()
+    beside_this_program("bpftool")
         .args(args)
         .output()
         .unwrap_or_else(|error| panic!("bpftool {args:?}: {error}"))
@@ -56,7 +52,7 @@ fn lists_the_types() {
 
 /// It tries to load a program of each type.
 fn probes_for_the_types() {
-    let mut probe = bpftool()
+    let mut probe = beside_this_program("bpftool")
         .args(["feature", "probe", "kernel"])
         .stdout(Stdio::piped())
         .spawn()

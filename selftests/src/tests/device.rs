@@ -2,20 +2,22 @@
 
 //! The device's life: created, used by several, closed in any order, used without privileges.
 
-use std::fs;
-use std::io::ErrorKind;
-use std::os::fd::AsRawFd;
-use std::process::Command;
+use std::ffi::{CStr, c_char};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::{fs, ptr};
 
 use kvm_bpf::uapi::KVM_DEV_TYPE_BPF;
-use kvm_bpf_selftests::bpf::{Census, LoadOptions, Prog, ProgType, program_type};
+use kvm_bpf_selftests::bpf::{Census, LoadOptions, Prog, ProgType, create_token, program_type};
 use kvm_bpf_selftests::device::{Device, region, test_create};
 use kvm_bpf_selftests::guest::{Exit, Guest, Vcpu, vms};
-use kvm_bpf_selftests::harness::{Errno, in_a_thread, skip, wait_for};
+use kvm_bpf_selftests::harness::{Errno, in_a_thread, wait_for};
 use kvm_bpf_selftests::programs::{Recorder, answer, answer_insns, only_return, ret};
 use kvm_ioctls::Kvm;
 
-use super::{ADDR, PATTERN, SIZE, assert_errno};
+use super::{ADDR, PATTERN, SIZE, assert_errno, beside_this_program};
 
 tests!(
     kernel_has_the_device,
@@ -27,6 +29,7 @@ tests!(
     close_in_any_order,
     unprivileged_vmm,
     loading_needs_cap_bpf_alone,
+    loading_with_a_token,
     the_kernels_own_selftest,
 );
 
@@ -250,12 +253,121 @@ fn loading_needs_cap_bpf_alone() {
     });
 }
 
+/// A user namespace has no privileges, but what a token for its BPF file system gives.
+fn loading_with_a_token() {
+    load_with_a_token(c"kvm_io_read:kvm_io_write", Ok(()));
+    load_with_a_token(c"socket_filter", Err(Errno(libc::EPERM)));
+}
+
+fn load_with_a_token(types: &CStr, wanted: Result<(), Errno>) {
+    let (mut ours, theirs) = UnixStream::pair().expect("socketpair");
+    // Only a process with a single thread gets a namespace.
+    //
+    // SAFETY: the other threads of this process hold no locks: they wait.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        drop(ours);
+        let result = catch_unwind(AssertUnwindSafe(|| load_in_a_namespace(theirs, wanted)));
+        // SAFETY: ends the process, and nothing of its parent's.
+        unsafe { libc::_exit(result.is_err().into()) };
+    }
+    drop(theirs);
+
+    // The namespace makes the file system, but who delegates is the host's root.
+    let mut number = [0; 4];
+    ours.read_exact(&mut number).expect("the child's word");
+    let child_fd = system_call(
+        "pidfd_open",
+        libc::SYS_pidfd_open,
+        [child as usize, 0, 0, 0, 0],
+    );
+    let number = u32::from_ne_bytes(number) as usize;
+    let args = [child_fd.as_raw_fd() as usize, number, 0, 0, 0];
+    let context = system_call("pidfd_getfd", libc::SYS_pidfd_getfd, args);
+    for (option, value) in [
+        (c"delegate_cmds", c"prog_load"),
+        (c"delegate_progs", types),
+        (c"delegate_attachs", c"any"),
+    ] {
+        configure(
+            &context,
+            FSCONFIG_SET_STRING,
+            option.as_ptr(),
+            value.as_ptr(),
+        );
+    }
+    configure(&context, FSCONFIG_CMD_CREATE, ptr::null(), ptr::null());
+    ours.write_all(&[0]).expect("a word to the child");
+
+    let mut status = 0;
+    // SAFETY: the child is ours, and the status a local.
+    let waited = unsafe { libc::waitpid(child, &mut status, 0) };
+    assert_got!((waited, status), (child, 0), "the child");
+}
+
+fn load_in_a_namespace(mut parent: UnixStream, wanted: Result<(), Errno>) {
+    // SAFETY: gives this process namespaces of its own.
+    let result = unsafe { libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS) };
+    assert_got!(result, 0, "unshare");
+    let name = c"bpf".as_ptr() as usize;
+    let context = system_call("fsopen", libc::SYS_fsopen, [name, 0, 0, 0, 0]);
+    let number = context.as_raw_fd();
+    parent
+        .write_all(&number.to_ne_bytes())
+        .expect("a word to the parent");
+    parent.read_exact(&mut [0]).expect("the parent's word");
+    let root = system_call("fsmount", libc::SYS_fsmount, [number as usize, 0, 0, 0, 0]);
+    let root = fs::File::open(format!("/proc/self/fd/{}", root.as_raw_fd())).expect("the root");
+    let token = create_token(root.as_fd()).expect("BPF_TOKEN_CREATE");
+
+    for (token, wanted) in [
+        (None, Err(Errno(libc::EPERM))),
+        (Some(token.as_raw_fd()), wanted),
+    ] {
+        for (kind, insns) in [
+            (ProgType::READ, answer_insns(PATTERN)),
+            (ProgType::WRITE, ret(0).to_vec()),
+        ] {
+            for sleepable in [false, true] {
+                let options = LoadOptions {
+                    sleepable,
+                    token,
+                    ..Default::default()
+                };
+                let got = Prog::try_load(kind, &insns, options);
+                let got = got.map(drop).map_err(|refused| refused.errno);
+                assert_got!(got, wanted, "{kind:?}, sleepable {sleepable}, {token:?}");
+            }
+        }
+    }
+}
+
+/// `enum fsconfig_command`
+const FSCONFIG_SET_STRING: usize = 1;
+/// `enum fsconfig_command`
+const FSCONFIG_CMD_CREATE: usize = 6;
+
+fn configure(context: &OwnedFd, command: usize, key: *const c_char, value: *const c_char) {
+    let fd = context.as_raw_fd();
+    // SAFETY: key and value are strings, or not there.
+    let result = unsafe { libc::syscall(libc::SYS_fsconfig, fd, command, key, value, 0) };
+    assert_got!(result, 0, "fsconfig {command}");
+}
+
+/// A system call that answers a file descriptor.
+fn system_call(name: &str, number: libc::c_long, args: [usize; 5]) -> OwnedFd {
+    let [a, b, c, d, e] = args;
+    // SAFETY: those above take numbers and strings only.
+    let fd = unsafe { libc::syscall(number, a, b, c, d, e) };
+    assert!(fd >= 0, "{name}: {:?}", Errno::last());
+    // SAFETY: the kernel has just given it to us.
+    unsafe { OwnedFd::from_raw_fd(fd as i32) }
+}
+
 /// `tools/testing/selftests/kvm/bpf_device_test` of the series.
 fn the_kernels_own_selftest() {
-    let test = "/bin/bpf_device_test";
-    match Command::new(test).output() {
-        Ok(output) => assert!(output.status.success(), "{test}: {output:?}"),
-        Err(error) if error.kind() == ErrorKind::NotFound => skip(format!("{test} is not there")),
-        Err(error) => panic!("{test}: {error}"),
-    }
+    let output = beside_this_program("bpf_device_test")
+        .output()
+        .expect("bpf_device_test");
+    assert!(output.status.success(), "{output:?}");
 }

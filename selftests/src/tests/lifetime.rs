@@ -55,18 +55,19 @@ fn slow_write(load: Load, counts: &Map, rounds: i32) -> Prog {
     load(ProgType::WRITE, &insns)
 }
 
-/// Accesses of all vCPUs, and how many of them user space saw.
-#[derive(Default)]
+/// Accesses of all vCPUs that are counted, and how many of them user space saw.
 struct Accesses {
     all: AtomicU64,
     exits: AtomicU64,
+    /// The most that are made, but not counted.
+    under_way: u64,
 }
 
 impl Accesses {
-    /// Waits for so many more.
+    /// Waits for so many more that begin after this.
     #[track_caller]
     fn wait_for_more(&self, more: u64) {
-        let enough = self.all.load(SeqCst) + more;
+        let enough = self.all.load(SeqCst) + self.under_way + more;
         wait_for("more accesses", true, || self.all.load(SeqCst) >= enough);
     }
 }
@@ -76,14 +77,19 @@ fn while_vcpus_write(
     vcpus: impl IntoIterator<Item = Vcpu>,
     action: impl FnOnce(&Accesses),
 ) -> Accesses {
-    let accesses = Accesses::default();
+    let batch = Args {
+        addr: ADDR,
+        count: 10,
+        ..Default::default()
+    };
+    let vcpus: Vec<_> = vcpus.into_iter().collect();
+    let accesses = Accesses {
+        all: AtomicU64::new(0),
+        exits: AtomicU64::new(0),
+        under_way: batch.count * vcpus.len() as u64,
+    };
     let workers = vcpus.into_iter().map(|mut vcpu| {
         let accesses = &accesses;
-        let batch = Args {
-            addr: ADDR,
-            count: 10,
-            ..Default::default()
-        };
         move || {
             let (_, exits) = vcpu.call(Routine::WriteLoop, batch);
             accesses.exits.fetch_add(exits.len() as u64, SeqCst);

@@ -4,7 +4,6 @@
 //! thousands of accesses compared with the clock of the crate `vm-superio`.
 
 use std::io;
-use std::mem;
 use std::os::fd::AsRawFd;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -14,6 +13,7 @@ use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{Random, number_from_env};
 use kvm_bpf_selftests::programs::sample;
+use kvm_bpf_vmm::userspace::host_clock;
 use libbpf_rs::{MapCore, MapFlags};
 use vm_superio::Rtc;
 use vm_superio::rtc_pl031::{NoEvents, RtcState};
@@ -57,17 +57,6 @@ const IDS: [u32; 8] = [0x31, 0x10, 0x04, 0x00, 0x0d, 0xf0, 0x05, 0xb1];
 const LATE: Duration = Duration::from_secs(10);
 
 const SECOND: Duration = Duration::from_secs(1);
-
-/// A clock of the host.
-fn host_clock(id: libc::clockid_t) -> Duration {
-    // SAFETY: a timespec is plain numbers, which the kernel writes.
-    let now = unsafe {
-        let mut now: libc::timespec = mem::zeroed();
-        libc::clock_gettime(id, &mut now);
-        now
-    };
-    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
-}
 
 /// The time of day.
 fn host_time() -> Duration {

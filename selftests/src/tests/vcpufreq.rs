@@ -13,7 +13,7 @@ use kvm_bpf_selftests::programs::sample;
 use kvm_bpf_vmm::userspace::{self, uclamp};
 use libbpf_rs::{MapCore, MapFlags};
 
-use super::{ADDR, other_accesses_of};
+use super::{ADDR, assert_described, other_accesses_of};
 
 tests!(
     registers,
@@ -407,11 +407,7 @@ fn as_the_model_in_user_space() {
         let mut setup = Setup::new(&table);
         let mut model =
             userspace::create("vcpufreq", Vec::new(), &table).expect("the model in user space");
-        let description = userspace::describe("vcpufreq").expect("its description");
-        let note = setup.device.image().note();
-        assert_got!(note.mmio_size, description.size);
-        assert_got!(note.nr_irqs, description.nr_irqs);
-        assert_got!(note.compatible, description.compatible);
+        assert_described("vcpufreq", setup.device.image().note());
 
         let cpufreq = host_has_cpufreq();
         for number in 0..accesses {

@@ -10,6 +10,8 @@ mod regbank;
 pub mod uclamp;
 mod vcpufreq;
 
+use std::time::Duration;
+
 use vmm_sys_util::eventfd::EventFd;
 
 pub use pl031::Pl031;
@@ -59,6 +61,17 @@ pub fn create(name: &str, irqs: Vec<EventFd>, perf_table: &[u32]) -> Option<Box<
         "vcpufreq" => Some(Box::new(VcpuFreq::new(perf_table))),
         _ => None,
     }
+}
+
+/// The time of a clock, such as `CLOCK_MONOTONIC`, that the kernel has.
+pub fn host_clock(clock: libc::clockid_t) -> Duration {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the kernel only writes to `now`, which is a whole timespec.
+    unsafe { libc::clock_gettime(clock, &mut now) };
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
 #[cfg(test)]

@@ -4,11 +4,9 @@
 //!
 //! It answers every access as the programs do, so that the two can be compared.
 
-use std::time::Duration;
-
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Description, MmioDevice};
+use super::{Description, MmioDevice, host_clock};
 
 const ID: u64 = 0x4b42_5042;
 const VERSION: u64 = 1;
@@ -51,6 +49,11 @@ impl RegisterBank {
         }
     }
 
+    /// Accesses that reached no register: reads, writes.
+    pub fn unknown(&self) -> [u64; 2] {
+        [self.unknown_reads, self.unknown_writes]
+    }
+
     fn count_access(&mut self, vcpu: usize) -> u64 {
         self.accesses.get_mut(vcpu).map_or(0, |count| {
             *count += 1;
@@ -63,17 +66,6 @@ fn naturally_aligned(offset: u64, len: usize) -> bool {
     matches!(len, 1 | 2 | 4 | 8) && offset.is_multiple_of(len as u64)
 }
 
-/// Nanoseconds of the clock that `bpf_ktime_get_ns()` reads.
-fn monotonic_ns() -> u64 {
-    let mut now = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: the kernel only writes to `now`, which is a whole timespec.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
-    Duration::new(now.tv_sec as u64, now.tv_nsec as u32).as_nanos() as u64
-}
-
 impl MmioDevice for RegisterBank {
     fn read(&mut self, vcpu: usize, offset: u64, data: &mut [u8]) {
         let count = self.count_access(vcpu);
@@ -82,7 +74,8 @@ impl MmioDevice for RegisterBank {
             SLOT_ID => Some(VERSION << 32 | ID),
             SLOT_SCRATCH => Some(u64::from_le_bytes(self.scratch)),
             SLOT_COUNT => Some(count),
-            SLOT_TIME => Some(monotonic_ns()),
+            // The clock that bpf_ktime_get_ns() reads.
+            SLOT_TIME => Some(host_clock(libc::CLOCK_MONOTONIC).as_nanos() as u64),
             _ => None,
         };
         match slot {
@@ -149,7 +142,7 @@ mod tests {
             0xdead_beef_bbcc_aa88
         );
         assert_eq!(u16::from_le_bytes(read(&mut bank, 14)), 0xdead);
-        assert_eq!(bank.unknown_writes, 0);
+        assert_eq!(bank.unknown(), [0, 0]);
     }
 
     #[test]
@@ -177,7 +170,7 @@ mod tests {
         let mut bank = bank();
         bank.write(0, 0x20, &1u32.to_le_bytes());
         bank.write(0, 0x21, &[0]);
-        assert_eq!(bank.unknown_writes, 2);
+        assert_eq!(bank.unknown(), [0, 2]);
         assert!(bank.irq.read().is_err());
         bank.write(0, 0x20, &0u32.to_le_bytes());
         assert_eq!(bank.irq.read().unwrap(), 1);
@@ -190,9 +183,9 @@ mod tests {
         assert_eq!(read(&mut bank, 0x20), [0; 4]);
         assert_eq!(read(&mut bank, 0x09), [0; 2]);
         assert_eq!(read(&mut bank, 0x08), [0; 3]);
-        assert_eq!(bank.unknown_reads, 4);
+        assert_eq!(bank.unknown(), [4, 0]);
         bank.write(0, 0, &[1; 4]);
         bank.write(0, 0xff8, &[1; 8]);
-        assert_eq!(bank.unknown_writes, 2);
+        assert_eq!(bank.unknown(), [4, 2]);
     }
 }
