@@ -92,7 +92,7 @@ fn as_the_model_in_user_space() {
         signals += signalled;
     }
 
-    // The scratch register, and what reached none.
+    // The numbers of those that reached none.
     let state = element(device.image(), "regbank");
     let unknown: Vec<u8> = model
         .unknown()
