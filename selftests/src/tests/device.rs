@@ -4,13 +4,15 @@
 
 use std::ffi::{CStr, c_char};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::{fs, ptr};
 
 use kvm_bpf::uapi::KVM_DEV_TYPE_BPF;
-use kvm_bpf_selftests::bpf::{Census, LoadOptions, Prog, ProgType, create_token, program_type};
+use kvm_bpf_selftests::bpf::{
+    Census, Insn, LoadOptions, Prog, ProgType, create_token, program_type,
+};
 use kvm_bpf_selftests::device::{Device, region, test_create};
 use kvm_bpf_selftests::guest::{Exit, Guest, Vcpu, vms};
 use kvm_bpf_selftests::harness::{Errno, in_a_thread, wait_for};
@@ -216,6 +218,27 @@ fn unprivileged_vmm() {
     in_a_thread(vmm);
 }
 
+/// Fails unless loading each of the programs, sleepable or not, is answered so.
+#[track_caller]
+fn assert_loading(
+    programs: &[(ProgType, Vec<Insn>)],
+    token: Option<RawFd>,
+    wanted: Result<(), Errno>,
+) {
+    for (kind, insns) in programs {
+        for sleepable in [false, true] {
+            let options = LoadOptions {
+                sleepable,
+                token,
+                ..Default::default()
+            };
+            let got = Prog::try_load(*kind, insns, options);
+            let got = got.map(drop).map_err(|refused| refused.errno);
+            assert_got!(got, wanted, "{kind:?}, sleepable {sleepable}, {token:?}");
+        }
+    }
+}
+
 /// Of all privileges that root has, `CAP_BPF` is enough to load programs of both types.
 fn loading_needs_cap_bpf_alone() {
     const CAP_BPF: u32 = 39;
@@ -238,17 +261,7 @@ fn loading_needs_cap_bpf_alone() {
         ];
         for (high, wanted) in [(1 << (CAP_BPF - 32), Ok(())), (0, Err(Errno(libc::EPERM)))] {
             set_capabilities(high);
-            for (kind, insns) in &programs {
-                for sleepable in [false, true] {
-                    let options = LoadOptions {
-                        sleepable,
-                        ..Default::default()
-                    };
-                    let got = Prog::try_load(*kind, insns, options);
-                    let got = got.map(drop).map_err(|refused| refused.errno);
-                    assert_got!(got, wanted, "{kind:?}, sleepable {sleepable}, {high:#x}");
-                }
-            }
+            assert_loading(&programs, None, wanted);
         }
     });
 }
@@ -320,26 +333,12 @@ fn load_in_a_namespace(mut parent: UnixStream, wanted: Result<(), Errno>) {
     let root = fs::File::open(format!("/proc/self/fd/{}", root.as_raw_fd())).expect("the root");
     let token = create_token(root.as_fd()).expect("BPF_TOKEN_CREATE");
 
-    for (token, wanted) in [
-        (None, Err(Errno(libc::EPERM))),
-        (Some(token.as_raw_fd()), wanted),
-    ] {
-        for (kind, insns) in [
-            (ProgType::READ, answer_insns(PATTERN)),
-            (ProgType::WRITE, ret(0).to_vec()),
-        ] {
-            for sleepable in [false, true] {
-                let options = LoadOptions {
-                    sleepable,
-                    token,
-                    ..Default::default()
-                };
-                let got = Prog::try_load(kind, &insns, options);
-                let got = got.map(drop).map_err(|refused| refused.errno);
-                assert_got!(got, wanted, "{kind:?}, sleepable {sleepable}, {token:?}");
-            }
-        }
-    }
+    let programs = [
+        (ProgType::READ, answer_insns(PATTERN)),
+        (ProgType::WRITE, ret(0).to_vec()),
+    ];
+    assert_loading(&programs, None, Err(Errno(libc::EPERM)));
+    assert_loading(&programs, Some(token.as_raw_fd()), wanted);
 }
 
 /// `enum fsconfig_command`
