@@ -66,6 +66,10 @@ check_arch() {
 out_dir() { say "$CACHE/out/$1"; }
 kernel_dir() { say "$CACHE/out/$1-$2"; }
 
+# What a kernel's first build takes on two processors.
+# shellcheck disable=SC2034
+BUILD_MINUTES=12
+
 elapsed() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
 
 # progress TITLE LOG COMMAND...: run COMMAND with its output in LOG and show how
