@@ -59,6 +59,12 @@ pub unsafe trait ProgType: 'static {
 
     /// The fields of the context, as programs see them.
     const FIELDS: &'static [ctx::Field];
+
+    /// Whether programs are verified as if their loader had no `CAP_PERFMON`.
+    ///
+    /// For types whose programs act on what no loader can vouch for, as a guest's choice of an
+    /// index.
+    const NO_PERFMON: bool;
 }
 
 /// A loaded program of type `T`.

@@ -11,8 +11,9 @@
 //!
 //! # Locks
 //!
-//! `kvm->lock`, then [`BpfDevice::regions`], then `kvm->slots_lock`. An access takes none of them;
-//! a region's programs go away only when no access can be inside any more.
+//! `kvm->lock`, then [`BpfDevice::changing`], then `kvm->slots_lock`. [`BpfDevice::regions`] is
+//! innermost. An access takes none of them; a region's programs go away only when no access can be
+//! inside any more, and whoever waits for that holds neither of ours.
 
 use kernel::{
     bpf::Prog,
@@ -62,6 +63,7 @@ struct KvmBpf {
 
 impl kernel::Module for KvmBpf {
     fn init(_module: &'static ThisModule) -> Result<Self> {
+        prog::check_layout()?;
         Ok(Self {
             _type: device::Registration::new()?,
         })
@@ -133,14 +135,13 @@ impl Handler for Programs {
 
 type Region = io::Registration<Programs>;
 
-/// The place of a region; [`None`] if there is none yet. User space has chosen the index.
-fn slot(regions: &mut [Option<Region>], index: usize) -> Option<&mut Option<Region>> {
-    regions.get_mut(nospec::array_index(index, regions.len())?)
-}
-
 #[pin_data(PinnedDrop)]
 struct BpfDevice {
-    /// By index, and only as long as the largest index in use has needed.
+    /// Held by who adds and removes regions.
+    #[pin]
+    changing: Mutex<()>,
+    /// By index, and only as long as the largest index in use has needed. Held to look at it, and
+    /// never to wait for anything.
     #[pin]
     regions: Mutex<KVec<Option<Region>>>,
     irqs: ARef<Lines>,
@@ -149,14 +150,25 @@ struct BpfDevice {
 #[pinned_drop]
 impl PinnedDrop for BpfDevice {
     fn drop(self: Pin<&mut Self>) {
-        // In this order, so that programs have their interrupts as long as they run. Those that a
+        let regions = core::mem::take(&mut *self.regions.lock());
+
+        Region::unregister_all(regions.iter().flatten());
+        // After that, so that programs have their interrupts as long as they run. Those that a
         // program has put aside outlive us, but not their eventfds.
-        self.regions.lock().clear();
         self.irqs.close();
     }
 }
 
 impl BpfDevice {
+    /// Calls `f` with the place of a region; [`None`] if there is none yet. User space has chosen
+    /// the index.
+    fn with_slot<R>(&self, index: usize, f: impl FnOnce(&mut Option<Region>) -> R) -> Option<R> {
+        let mut regions = self.regions.lock();
+        let index = nospec::array_index(index, regions.len())?;
+
+        regions.get_mut(index).map(f)
+    }
+
     fn set_region(&self, vm: &Vm, index: usize, region: &uapi::kvm_bpf_user_region) -> Result {
         if region.size == 0 {
             return self.remove_region(index, region);
@@ -169,20 +181,36 @@ impl BpfDevice {
             prog::prepare_sleepable();
         }
 
-        let mut regions = self.regions.lock();
+        let changing = self.changing.lock();
 
-        while regions.len() <= index {
-            regions.push(None, GFP_KERNEL_ACCOUNT)?;
-        }
-        match slot(&mut regions, index) {
-            Some(Some(region)) if region.range() == range => region.replace(programs),
-            Some(Some(_)) => Err(EEXIST),
-            Some(free) => {
-                *free = Some(Region::new(vm, range, programs)?);
+        match self.with_slot(index, |slot| slot.as_ref().map(Region::range)) {
+            Some(Some(own)) if own == range => {
+                let replaced = self
+                    .with_slot(index, |slot| {
+                        slot.as_ref().ok_or(ENOENT)?.replace(programs)
+                    })
+                    .ok_or(ENOENT)?;
+
+                drop(changing);
+                // This waits, for a program that sleeps as long as that does.
+                drop(replaced?);
                 Ok(())
             }
-            None => Err(ENOMEM),
+            Some(Some(_)) => Err(EEXIST),
+            _ => self.add_region(vm, index, range, programs),
         }
+    }
+
+    fn add_region(&self, vm: &Vm, index: usize, range: Range, programs: Programs) -> Result {
+        {
+            let mut regions = self.regions.lock();
+            while regions.len() <= index {
+                regions.push(None, GFP_KERNEL_ACCOUNT)?;
+            }
+        }
+        let region = Region::new(vm, range, programs)?;
+
+        self.with_slot(index, |slot| *slot = Some(region)).ok_or(ENOMEM)
     }
 
     fn remove_region(&self, index: usize, region: &uapi::kvm_bpf_user_region) -> Result {
@@ -190,9 +218,14 @@ impl BpfDevice {
             return Err(EINVAL);
         }
 
-        let mut regions = self.regions.lock();
-        // Dropped with the lock held: once a later call sees the index free, so is the range.
-        drop(slot(&mut regions, index).and_then(Option::take).ok_or(ENOENT)?);
+        let changing = self.changing.lock();
+        let region = self.with_slot(index, Option::take).flatten().ok_or(ENOENT)?;
+
+        // Once a later call sees the index free, so is the range.
+        region.unlink();
+        drop(changing);
+        // This waits.
+        drop(region);
         Ok(())
     }
 
@@ -210,13 +243,10 @@ impl BpfDevice {
     }
 
     fn region(&self, index: usize) -> Result<uapi::kvm_bpf_user_region> {
-        let mut regions = self.regions.lock();
-        let range = slot(&mut regions, index)
-            .and_then(|slot| slot.as_ref())
-            .ok_or(ENOENT)?
-            .range();
+        let range = self.with_slot(index, |slot| slot.as_ref().map(Region::range));
+        let range = range.flatten().ok_or(ENOENT)?;
 
-        // Programs have no file descriptor to answer; `bpf(2)` lists them.
+        // Programs have no file descriptor to return; `bpf(2)` lists them.
         Ok(uapi::kvm_bpf_user_region {
             addr: range.start(),
             size: range.size(),
@@ -255,6 +285,7 @@ impl Device for BpfDevice {
 
     fn create(_vm: &Vm) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
+            changing <- new_mutex!(()),
             regions <- new_mutex!(KVec::new()),
             irqs: Lines::new()?,
         })

@@ -276,12 +276,14 @@ pub const fn size_of_ref<T, F>(_project: fn(&T) -> &F) -> usize {
 
 /// Returns the callbacks by which the verifier checks and rewrites programs of type `T`.
 ///
-/// They offer the helpers that any privileged program may call.
+/// They offer the helpers that programs of any type may call, as far as [`ProgType::NO_PERFMON`]
+/// and the loader's capabilities allow.
 pub const fn verifier_ops<T: ProgType>() -> bindings::bpf_verifier_ops {
     bindings::bpf_verifier_ops {
         get_func_proto: Some(bindings::bpf_base_func_proto),
         is_valid_access: Some(VerifierOps::<T>::is_valid_access),
         convert_ctx_access: Some(VerifierOps::<T>::convert_ctx_access),
+        no_perfmon: T::NO_PERFMON,
         ..pin_init::zeroed()
     }
 }
@@ -444,6 +446,7 @@ mod tests {
         type Context<'a> = Inner;
         const FIELDS: &'static [Field] =
             &[DEEP, bpf_ctx_field!(Inner, deep: Rights::Write, Inner.deep)];
+        const NO_PERFMON: bool = false;
     }
 
     #[test]

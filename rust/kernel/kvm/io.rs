@@ -21,7 +21,8 @@ use crate::{
         atomic::{
             Acquire,
             Atomic,
-            Full, //
+            Full,
+            Relaxed, //
         },
         Arc, //
     },
@@ -72,16 +73,6 @@ impl Range {
     pub const fn size(&self) -> u64 {
         self.len as u64
     }
-
-    /// Whether the two ranges have an address in common.
-    ///
-    /// `other` is a start and a length as a bus holds them: the length may be 0 (an `ioeventfd`
-    /// for accesses of any length), which still occupies its one address.
-    const fn overlaps(&self, other_start: u64, other_len: u64) -> bool {
-        let other_last = other_start.saturating_add(other_len.saturating_sub(1));
-
-        self.start <= other_last && other_start < self.start + self.len as u64
-    }
 }
 
 /// One access by a guest.
@@ -98,7 +89,7 @@ pub struct Access<'a> {
 pub enum Verdict<T = ()> {
     /// Done.
     Handled(T),
-    /// Not for this handler: goes to the next one on the bus, and in the end to user space.
+    /// Not for this handler: goes to user space.
     PassOn,
 }
 
@@ -119,13 +110,18 @@ pub trait Handler: Send + Sync + 'static {
 ///
 /// # Invariants
 ///
-/// `handler` came from a [`KBox`] and is valid; whoever takes it out waits for the VM's SRCU
-/// readers before it frees it.
+/// - `handler` came from a [`KBox`] and is valid; whoever takes it out waits for the VM's SRCU
+///   readers before it frees it.
+/// - The bus has a reference to `self` until `destroyed` is set, or [`Registration::drop()`] takes
+///   it over.
+/// - If `quiet` is set, no vCPU is or will be inside.
 #[repr(C)]
 struct Io<T: Handler> {
     dev: Opaque<bindings::kvm_io_device>,
     range: Range,
     handler: Atomic<*mut T>,
+    destroyed: Atomic<bool>,
+    quiet: Atomic<bool>,
 }
 
 // SAFETY: `dev` is only read once it is initialised, and `T` is `Send` and `Sync`.
@@ -148,8 +144,7 @@ impl<T: Handler> Drop for Io<T> {
 ///
 /// # Invariants
 ///
-/// `io` is registered on the MMIO bus of `vm`, which holds a reference to it; or the bus has
-/// dissolved for lack of memory and with it that reference.
+/// `io` has been registered on the MMIO bus of `vm`.
 pub struct Registration<T: Handler> {
     io: Arc<Io<T>>,
     vm: ARef<Vm>,
@@ -158,11 +153,14 @@ pub struct Registration<T: Handler> {
 impl<T: Handler> Registration<T> {
     /// Puts `handler` on the MMIO bus of `vm`. It may be called before this returns.
     ///
+    /// The range is exclusive: as long as the handler is registered, nothing else registers at any
+    /// of its addresses.
+    ///
     /// Takes the VM's `slots_lock`.
     ///
     /// # Errors
     ///
-    /// - `EEXIST`: something on the bus has an address of `range` already.
+    /// - `EEXIST`: something on the bus has an address of `range`.
     /// - `ENOSPC`: the bus is full.
     /// - `ENOMEM`: out of memory, or the bus has been dissolved for lack of it.
     pub fn new(vm: &Vm, range: Range, handler: T) -> Result<Self> {
@@ -175,13 +173,13 @@ impl<T: Handler> Registration<T> {
                 range,
                 // INVARIANT: From a `KBox`.
                 handler: Atomic::new(KBox::into_raw(handler)),
+                destroyed: Atomic::new(false),
+                quiet: Atomic::new(false),
             },
             GFP_KERNEL_ACCOUNT,
         )?;
 
         let _guard = vm.slots_lock().lock();
-        Self::check_free(vm, &range)?;
-
         let bus_ref = io.clone().into_raw();
         // SAFETY: `slots_lock` is held. `dev` is the first field of `Io`, which stays where it is
         // and valid while the bus has `bus_ref`. The length fits by the invariant of `Range`.
@@ -204,64 +202,112 @@ impl<T: Handler> Registration<T> {
         Ok(Self { io, vm: vm.into() })
     }
 
-    /// Fails with `EEXIST` unless no device on the bus has an address of `range`.
-    ///
-    /// The bus itself would take overlapping ranges, but its binary search then misses some.
-    fn check_free(vm: &Vm, range: &Range) -> Result {
-        // SAFETY: `slots_lock` is held, so the bus neither changes nor goes away.
-        let bus = unsafe { (*vm.as_raw()).buses[bindings::kvm_bus_KVM_MMIO_BUS as usize] };
-        if bus.is_null() {
-            return Err(ENOMEM);
-        }
-        // SAFETY: As above; a bus has `dev_count` ranges.
-        let taken = unsafe { (*bus).range.as_slice((*bus).dev_count as usize) };
-
-        // CAST: The length of a coalesced MMIO zone may be negative, and then reaches to the end.
-        if taken.iter().any(|r| range.overlaps(r.addr, r.len as u64)) {
-            return Err(EEXIST);
-        }
-        Ok(())
-    }
-
     /// Returns the addresses that the handler is registered for.
     #[inline]
     pub fn range(&self) -> Range {
         self.io.range
     }
 
-    /// Has `handler` take the place of the present one, and drops that.
+    /// Has `handler` take the place of the present one, which is returned.
     ///
-    /// Each access is handled by the one or the other, and none is missed. When this returns, no
-    /// vCPU is inside the old handler. Must not be called by a [`Handler`] of the same VM, as it
-    /// waits for all of them.
-    pub fn replace(&self, handler: T) -> Result {
+    /// Each access is handled by the one or the other, and none is missed.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`: out of memory, or the bus has been dissolved for lack of it.
+    pub fn replace(&self, handler: T) -> Result<Replaced<T>> {
+        // SAFETY: The VM is valid. Only whether there is a bus matters, and one that has dissolved
+        // does not come back.
+        let bus = unsafe {
+            (&raw const (*self.vm.as_raw()).buses[bindings::kvm_bus_KVM_MMIO_BUS as usize])
+                .read_volatile()
+        };
+        if bus.is_null() {
+            return Err(ENOMEM);
+        }
         let new = KBox::new(handler, GFP_KERNEL_ACCOUNT)?;
-        // INVARIANT: From a `KBox`.
-        let old = self.io.handler.xchg(KBox::into_raw(new), Full);
 
-        self.vm.srcu().synchronize_expedited();
-        // SAFETY: By the type invariants. Nobody else has taken this pointer out, and the readers
-        // that might have loaded it are gone.
-        drop(unsafe { KBox::from_raw(old) });
-        Ok(())
+        // INVARIANT: From a `KBox`, here and there.
+        Ok(Replaced {
+            handler: self.io.handler.xchg(KBox::into_raw(new), Full),
+            vm: self.vm.clone(),
+        })
     }
-}
 
-impl<T: Handler> Drop for Registration<T> {
-    fn drop(&mut self) {
+    /// Takes the handler off the bus, and does not wait for vCPUs that are inside.
+    ///
+    /// Its range is free when this returns. Takes the VM's `slots_lock`.
+    pub fn unlink(&self) {
         let _guard = self.vm.slots_lock().lock();
 
         // It fails only for lack of memory, after it has dissolved the bus and called the
-        // destructor of everything on it; and does nothing where that happened before.
+        // destructor of everything on it; and does nothing where `io` is off the bus already.
         //
         // SAFETY: `slots_lock` is held, and `io` is what has been registered.
         unsafe {
-            bindings::kvm_io_bus_unregister_dev(
+            bindings::kvm_io_bus_unlink_dev(
                 self.vm.as_raw(),
                 bindings::kvm_bus_KVM_MMIO_BUS,
                 Arc::as_ptr(&self.io).cast_mut().cast(),
             )
         };
+    }
+
+    /// Takes handlers of one VM off the bus, and waits once until no vCPU is inside any of them.
+    ///
+    /// Dropping them then does not wait any more.
+    pub fn unregister_all<'a>(regs: impl Iterator<Item = &'a Self> + Clone) {
+        let Some(first) = regs.clone().next() else {
+            return;
+        };
+        let regs = regs.filter(|reg| ptr::eq(&*reg.vm, &*first.vm));
+
+        for reg in regs.clone() {
+            reg.unlink();
+        }
+        first.vm.srcu().synchronize_expedited();
+        for reg in regs {
+            // INVARIANT: It is off the bus since before the grace period.
+            reg.io.quiet.store(true, Relaxed);
+        }
+    }
+}
+
+impl<T: Handler> Drop for Registration<T> {
+    fn drop(&mut self) {
+        self.unlink();
+        if !self.io.quiet.load(Relaxed) {
+            self.vm.srcu().synchronize_expedited();
+        }
+        // A destructor that has been called is done, as `unlink()` has had the lock.
+        if !self.io.destroyed.load(Relaxed) {
+            // SAFETY: By the type invariants of `Io` it is the bus's reference, from `into_raw()`
+            // in `new()`; the bus has no reader any more.
+            drop(unsafe { Arc::from_raw(Arc::as_ptr(&self.io)) });
+        }
+    }
+}
+
+/// A handler that another one has replaced.
+///
+/// Dropping it waits until no vCPU is inside, and drops it. It must not be dropped by a
+/// [`Handler`] of the same VM, as it waits for all of them.
+///
+/// # Invariants
+///
+/// `handler` came from a [`KBox`], and out of an [`Io`] on the bus of `vm`.
+#[must_use]
+pub struct Replaced<T: Handler> {
+    handler: *mut T,
+    vm: ARef<Vm>,
+}
+
+impl<T: Handler> Drop for Replaced<T> {
+    fn drop(&mut self) {
+        self.vm.srcu().synchronize_expedited();
+        // SAFETY: By the type invariants. Nobody else has taken this pointer out, and the readers
+        // that might have loaded it are gone.
+        drop(unsafe { KBox::from_raw(self.handler) });
     }
 }
 
@@ -360,13 +406,17 @@ impl<T: Handler> IoVTable<T> {
     /// `this` must be the `dev` of an [`Io<T>`] that leaves the bus and has no reader left.
     unsafe extern "C" fn destructor(this: *mut bindings::kvm_io_device) {
         // SAFETY: By the safety requirements this is what `Registration::new()` gave the bus.
-        drop(unsafe { Arc::from_raw(this.cast_const().cast::<Io<T>>()) });
+        let io = unsafe { Arc::from_raw(this.cast_const().cast::<Io<T>>()) };
+
+        // INVARIANT: The bus's reference is dropped below.
+        io.destroyed.store(true, Relaxed);
     }
 
     const VTABLE: bindings::kvm_io_device_ops = bindings::kvm_io_device_ops {
         read: Some(Self::read),
         write: Some(Self::write),
         destructor: Some(Self::destructor),
+        exclusive: true,
     };
 
     const fn build() -> &'static bindings::kvm_io_device_ops {
@@ -378,7 +428,6 @@ impl<T: Handler> IoVTable<T> {
 #[macros::kunit_tests(rust_kvm_io)]
 mod tests {
     use super::*;
-    use crate::sync::atomic::Relaxed;
 
     const ANSWER: [u8; 8] = [1, 2, 3, 4, 5, 6, 7, 8];
 
@@ -407,6 +456,8 @@ mod tests {
             range: Range::new(0x1000, 0x1000)?,
             // INVARIANT: From a `KBox`.
             handler: Atomic::new(KBox::into_raw(latch)),
+            destroyed: Atomic::new(false),
+            quiet: Atomic::new(false),
         };
         // SAFETY: `io` is valid and no one takes its handler out.
         let latch = unsafe { &*io.handler.load(Acquire) };
@@ -468,23 +519,5 @@ mod tests {
         assert_eq!(Range::new(u64::MAX - 4095, 4096), Err(ERANGE));
         assert!(Range::new(u64::MAX - 4096, 4096).is_ok());
         assert!(Range::new(0, (1 << 31) - 1).is_ok());
-    }
-
-    #[test]
-    fn overlaps() -> Result {
-        let range = Range::new(0x1000, 0x100)?;
-
-        assert!(range.overlaps(0x1000, 0x100));
-        assert!(range.overlaps(0xfff, 2));
-        assert!(range.overlaps(0x10ff, 1));
-        assert!(range.overlaps(0, 1 << 31));
-        assert!(range.overlaps(0x1010, 4));
-        assert!(range.overlaps(0x1010, 0));
-        assert!(!range.overlaps(0xfff, 1));
-        assert!(!range.overlaps(0xfff, 0));
-        assert!(!range.overlaps(0x1100, 4));
-        assert!(!range.overlaps(0x1100, 0));
-        assert!(!range.overlaps(u64::MAX, 0));
-        Ok(())
     }
 }

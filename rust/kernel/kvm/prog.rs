@@ -23,6 +23,7 @@ use crate::{
         ProgType, //
     },
     bpf_ctx_field,
+    prelude::*, //
 };
 use core::{
     marker::PhantomData,
@@ -67,8 +68,9 @@ impl<'a> Context<'a> {
 }
 
 // SAFETY: `Context` is `repr(transparent)`. Its pointers are valid while it exists, by the type
-// invariants, and those of `struct kvm_vcpu` are not followed. A program may change the data, as
-// any bytes will do; nothing else is writable.
+// invariants, those of `struct kvm_vcpu` are not followed, and the module that runs programs has
+// called `check_layout()`. A program may change the data, as any bytes will do; nothing else is
+// writable.
 unsafe impl ctx::Context for Context<'_> {
     type Fake = bindings::bpf_kvm_io_ctx;
     type Inner = bindings::bpf_kvm_io_ctx_kern;
@@ -110,6 +112,7 @@ unsafe impl ProgType for IoRead {
         LEN,
         VCPU_ID,
     ];
+    const NO_PERFMON: bool = true;
 }
 
 /// Programs that take stores.
@@ -127,6 +130,35 @@ unsafe impl ProgType for IoWrite {
         LEN,
         VCPU_ID,
     ];
+    const NO_PERFMON: bool = true;
+}
+
+/// Returns where in `struct kvm_vcpu` programs find `vcpu_id`.
+// Not inlined: it is about the structure that the kernel image was built with.
+#[inline(never)]
+fn vcpu_id_offset() -> usize {
+    core::mem::offset_of!(KvmVcpu, vcpu_id)
+}
+
+/// Checks that programs find the fields of their context in KVM's structures.
+///
+/// The verifier's part is in the kernel image, and has compiled in where they are; KVM may be a
+/// module that was built on its own. To be called before any program is run.
+///
+/// # Errors
+///
+/// `ENOEXEC` if KVM has them elsewhere.
+#[inline]
+pub fn check_layout() -> Result {
+    // SAFETY: KVM's constant.
+    let kvms = unsafe { bindings::kvm_vcpu_id_offset };
+
+    // CAST: `usize` has 64 bits where this is built.
+    if vcpu_id_offset() != kvms as usize {
+        pr_err!("KVM does not belong to this kernel: its structures differ\n");
+        return Err(ENOEXEC);
+    }
+    Ok(())
 }
 
 #[no_mangle]
