@@ -52,6 +52,10 @@ const STX_MEM: u8 = 0x63;
 const STX_ATOMIC: u8 = 0xc3;
 const ADD64_IMM: u8 = 0x07;
 const ADD64_REG: u8 = 0x0f;
+const SUB64_IMM: u8 = 0x17;
+const AND64_REG: u8 = 0x5f;
+const ARSH64_IMM: u8 = 0xc7;
+const MOV32_REG: u8 = 0xbc;
 const MOV64_IMM: u8 = 0xb7;
 const MOV64_REG: u8 = 0xbf;
 const JEQ_IMM: u8 = 0x15;
@@ -163,6 +167,26 @@ pub const fn add_imm(dst: Reg, imm: i32) -> Insn {
 /// `dst += src`.
 pub const fn add(dst: Reg, src: Reg) -> Insn {
     insn(ADD64_REG, dst, src as u8, 0, 0)
+}
+
+/// `dst -= imm`.
+pub const fn sub_imm(dst: Reg, imm: i32) -> Insn {
+    insn(SUB64_IMM, dst, 0, 0, imm)
+}
+
+/// `dst >>= imm`, which keeps the sign.
+pub const fn shift_right_signed_imm(dst: Reg, imm: i32) -> Insn {
+    insn(ARSH64_IMM, dst, 0, 0, imm)
+}
+
+/// `dst &= src`.
+pub const fn and(dst: Reg, src: Reg) -> Insn {
+    insn(AND64_REG, dst, src as u8, 0, 0)
+}
+
+/// `dst = src`'s low 32 bits, zero-extended.
+pub const fn mov32(dst: Reg, src: Reg) -> Insn {
+    insn(MOV32_REG, dst, src as u8, 0, 0)
 }
 
 /// `dst = imm`, all 64 bits.
@@ -337,7 +361,7 @@ impl Prog {
 
     /// Loads a program.
     pub fn try_load(kind: ProgType, insns: &[Insn], options: LoadOptions) -> Result<Self, Refused> {
-        let mut log = vec![0_u8; if options.without_log { 0 } else { 1 << 16 }];
+        let mut log = vec![0_u8; if options.without_log { 0 } else { 1 << 20 }];
         let mut prog_flags = 0;
         if options.sleepable {
             prog_flags |= sys::BPF_F_SLEEPABLE;
@@ -384,6 +408,28 @@ impl Prog {
         }
     }
 
+    /// The instructions that the verifier has made of the program's.
+    pub fn rewritten(&self) -> Vec<Insn> {
+        let mut insns = vec![exit(); 4096];
+        let mut info = sys::bpf_prog_info {
+            xlated_prog_insns: insns.as_mut_ptr() as u64,
+            xlated_prog_len: size_of_val(&insns[..]) as u32,
+            ..Default::default()
+        };
+        let mut size = size_of_val(&info) as u32;
+        // SAFETY: `info` is as large as `size` says; `Insn` is `bpf_insn`, and the vector has as
+        // many of them as `info` says.
+        let result =
+            unsafe { sys::bpf_prog_get_info_by_fd(self.as_raw_fd(), &mut info, &mut size) };
+        assert_eq!(result, 0, "BPF_OBJ_GET_INFO_BY_FD of a program");
+        insns.truncate(info.xlated_prog_len as usize / size_of::<Insn>());
+        assert!(
+            !insns.is_empty(),
+            "wanted the program's instructions, got none"
+        );
+        insns
+    }
+
     /// Runs a program once with `BPF_PROG_TEST_RUN`; returns what it returned.
     pub fn test_run(&self, data: &[u8]) -> Result<u32, Errno> {
         let mut opts = sys::bpf_test_run_opts {
@@ -412,6 +458,7 @@ impl AsRawFd for Prog {
 #[derive(Debug)]
 pub struct Map {
     fd: OwnedFd,
+    elements: u32,
     words: usize,
 }
 
@@ -436,20 +483,44 @@ impl Map {
         map
     }
 
+    /// An array with the elements of each CPU.
+    pub fn per_cpu(elements: u32, words: usize) -> Self {
+        Self::of_type(sys::BPF_MAP_TYPE_PERCPU_ARRAY, elements, words)
+    }
+
+    /// An array of programs, for tail calls.
+    pub fn of_programs(elements: u32) -> Self {
+        // A program takes 4 bytes, which `set()` and `get()` do not know.
+        Self::with_value_size(sys::BPF_MAP_TYPE_PROG_ARRAY, elements, 4, 0)
+    }
+
     fn of_type(kind: u32, elements: u32, words: usize) -> Self {
+        Self::with_value_size(kind, elements, 8 * words as u32, words)
+    }
+
+    fn with_value_size(kind: u32, elements: u32, value_size: u32, words: usize) -> Self {
         // SAFETY: the name is a C string; no options.
         let fd = unsafe {
             sys::bpf_map_create(
                 kind,
                 MAP_NAME.as_ptr(),
                 4,
-                8 * words as u32,
+                value_size,
                 elements,
                 ptr::null(),
             )
         };
         let fd = owned(fd).unwrap_or_else(|errno| panic!("BPF_MAP_CREATE: {errno:?}"));
-        Map { fd, words }
+        Map {
+            fd,
+            elements,
+            words,
+        }
+    }
+
+    /// How many elements it has.
+    pub fn elements(&self) -> u32 {
+        self.elements
     }
 
     /// An element's words.
@@ -571,14 +642,23 @@ fn is_map_of_the_tests(fd: RawFd) -> bool {
     result == 0 && (name == MAP_NAME || SAMPLE_MAP_NAMES.contains(&name))
 }
 
-/// The type of the program behind an fd, as tools see it.
-pub fn program_type(fd: RawFd) -> ProgType {
+fn program_info(fd: RawFd) -> sys::bpf_prog_info {
     let mut info = sys::bpf_prog_info::default();
     let mut size = mem::size_of_val(&info) as u32;
     // SAFETY: `info` is as large as `size` says and holds no pointers.
     let result = unsafe { sys::bpf_prog_get_info_by_fd(fd, &mut info, &mut size) };
     assert_eq!(result, 0, "BPF_OBJ_GET_INFO_BY_FD of a program");
-    ProgType(info.type_)
+    info
+}
+
+/// The type of the program behind an fd, as tools see it.
+pub fn program_type(fd: RawFd) -> ProgType {
+    ProgType(program_info(fd).type_)
+}
+
+/// The number by which tools know it.
+pub fn program_id(fd: RawFd) -> u32 {
+    program_info(fd).id
 }
 
 #[cfg(test)]

@@ -11,8 +11,10 @@ use std::sync::{Arc, Once};
 use std::time::Duration;
 use std::{mem, ptr, slice};
 
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+
+use crate::harness::Errno;
 
 #[cfg(target_arch = "aarch64")]
 #[path = "guest/aarch64.rs"]
@@ -21,6 +23,8 @@ mod arch;
 #[path = "guest/x86_64.rs"]
 mod arch;
 
+#[cfg(target_arch = "aarch64")]
+pub use arch::REDISTRIBUTORS;
 #[cfg(target_arch = "x86_64")]
 pub use arch::VECTOR;
 pub use arch::{IRQCHIP_ADDR, register_after_read, ticks};
@@ -58,6 +62,9 @@ pub enum Routine {
     AwaitInterrupts = 11,
     /// Counts an interrupt and writes `pair.1` to address `pair.0`, if not 0.
     InterruptHandler = 12,
+    /// Reads 4 bytes, and has an exception whose stack is there.
+    #[cfg(target_arch = "x86_64")]
+    ExceptionOnStack = 13,
 }
 
 impl Routine {
@@ -257,8 +264,16 @@ impl Guest {
     /// A VM with KVM's own interrupt controllers, for one vCPU that takes interrupts.
     pub fn with_irqchip() -> Self {
         let mut guest = Self::new();
-        guest.irqchip = Some(arch::Irqchip::new(&guest.vm));
         guest
+            .try_add_irqchip()
+            .unwrap_or_else(|errno| panic!("wanted interrupt controllers, got {errno:?}"));
+        guest
+    }
+
+    /// Adds them to a VM that has none and no vCPU.
+    pub fn try_add_irqchip(&mut self) -> Result<(), Errno> {
+        self.irqchip = Some(arch::Irqchip::new(&self.vm)?);
+        Ok(())
     }
 
     /// Adds that vCPU and makes it accept interrupts.
@@ -267,6 +282,13 @@ impl Guest {
         let irqchip = self.irqchip.as_ref().expect("a guest with an irqchip");
         irqchip.connect(&mut vcpu);
         vcpu
+    }
+
+    /// All vCPUs are there: the interrupt controller starts.
+    #[cfg(target_arch = "aarch64")]
+    pub fn start_irqchip(&self) {
+        let irqchip = self.irqchip.as_ref().expect("a guest with an irqchip");
+        irqchip.start();
     }
 
     /// Has the interrupt controller hand on a line (its GSI) to that vCPU.
@@ -282,12 +304,19 @@ impl Guest {
 
     /// Adds a vCPU.
     pub fn vcpu(&self, id: u32) -> Vcpu {
-        let fd = self.vm.create_vcpu(id.into()).expect("KVM_CREATE_VCPU");
+        self.try_vcpu(id)
+            .unwrap_or_else(|errno| panic!("wanted KVM_CREATE_VCPU to work, got {errno:?}"))
+    }
+
+    /// The same, or the kernel's errno.
+    pub fn try_vcpu(&self, id: u32) -> Result<Vcpu, Errno> {
+        let fd = self.vm.create_vcpu(id.into());
+        let fd = fd.map_err(|error| Errno(error.errno()))?;
         arch::prepare_vcpu(&self.kvm, &self.vm, &fd);
-        Vcpu {
+        Ok(Vcpu {
             fd,
             _ram: Arc::clone(&self.ram),
-        }
+        })
     }
 
     /// Writes the guest's memory.
@@ -342,6 +371,18 @@ impl Vcpu {
         self.run(Routine::Write, width.ilog2().into(), args).1
     }
 
+    /// Has `KVM_RUN` prepare all that it does before a guest's first instruction.
+    pub fn try_prepare_run(&mut self) -> Result<(), Errno> {
+        self.fd.set_kvm_immediate_exit(1);
+        let errno = self.fd.run().map(drop).map_err(|error| error.errno());
+        self.fd.set_kvm_immediate_exit(0);
+        match errno {
+            Err(libc::EINTR) => Ok(()),
+            Err(errno) => Err(Errno(errno)),
+            Ok(()) => panic!("KVM_RUN with immediate_exit: wanted EINTR, got none"),
+        }
+    }
+
     /// Runs a loop.
     pub fn call(&mut self, routine: Routine, args: Args) -> (Results, Vec<Exit>) {
         self.run(routine, 0, args)
@@ -378,7 +419,32 @@ impl Vcpu {
         routine: Routine,
         variant: u64,
         args: Args,
+        serve: impl FnMut(Access<'_>),
+    ) -> Results {
+        self.run_until(routine, variant, args, serve, arch::is_done)
+    }
+
+    /// Runs a routine that ends in an error of KVM's own; returns which.
+    #[cfg(target_arch = "x86_64")]
+    pub fn internal_error_of(&mut self, routine: Routine, args: Args) -> u32 {
+        self.run_until(
+            routine,
+            0,
+            args,
+            |_| (),
+            |exit| matches!(exit, VcpuExit::InternalError),
+        );
+        // SAFETY: the exit was `KVM_EXIT_INTERNAL_ERROR`, for which KVM fills this member.
+        unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal.suberror }
+    }
+
+    fn run_until(
+        &mut self,
+        routine: Routine,
+        variant: u64,
+        args: Args,
         mut serve: impl FnMut(Access<'_>),
+        is_end: impl Fn(&VcpuExit<'_>) -> bool,
     ) -> Results {
         let pc = CODE + routine.offset() + 64 * variant;
         arch::set_registers(&self.fd, pc, &args);
@@ -386,7 +452,7 @@ impl Vcpu {
         let alarm = Alarm::new();
         loop {
             match self.fd.run() {
-                Ok(exit) if arch::is_done(&exit) => break,
+                Ok(exit) if is_end(&exit) => break,
                 Ok(VcpuExit::MmioRead(addr, data)) => serve(Access::Read(addr, data)),
                 Ok(VcpuExit::MmioWrite(addr, data)) => serve(Access::Write(addr, data)),
                 Ok(other) => {
@@ -402,11 +468,14 @@ impl Vcpu {
         drop(alarm);
 
         // KVM finishes the last instruction when it is entered again.
-        self.fd.set_kvm_immediate_exit(1);
-        let errno = self.fd.run().map(drop).map_err(|error| error.errno());
-        assert_eq!(errno, Err(libc::EINTR), "KVM_RUN with immediate_exit");
-        self.fd.set_kvm_immediate_exit(0);
-
+        let internal_error = self.fd.get_kvm_run().exit_reason == KVM_EXIT_INTERNAL_ERROR;
+        if !internal_error {
+            assert_eq!(
+                self.try_prepare_run(),
+                Ok(()),
+                "KVM_RUN with immediate_exit"
+            );
+        }
         arch::results(&self.fd)
     }
 }

@@ -77,6 +77,27 @@ impl Limit {
     }
 }
 
+/// The capability that loading programs needs.
+pub const CAP_BPF: u32 = 39;
+
+/// Leaves the calling thread those capabilities and no others.
+#[track_caller]
+pub fn set_capabilities(capabilities: &[u32]) {
+    /// `_LINUX_CAPABILITY_VERSION_3`, whose sets have two words each.
+    const VERSION: u32 = 0x2008_0522;
+
+    let mask = capabilities
+        .iter()
+        .fold(0_u64, |mask, &cap| mask | 1 << cap);
+    let (low, high) = (mask as u32, (mask >> 32) as u32);
+    let header = [VERSION, 0];
+    // Effective, permitted, inheritable: the low words, then the high ones.
+    let sets = [low, low, 0, high, high, 0];
+    // SAFETY: the raw system call reads both arrays and changes this thread alone.
+    let result = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+    assert_eq!(result, 0, "capset to {capabilities:?}: {:?}", Errno::last());
+}
+
 /// Polls until a value is the wanted one; fails when it does not become so.
 #[track_caller]
 pub fn wait_for<T: PartialEq + fmt::Debug>(what: &str, wanted: T, mut get: impl FnMut() -> T) {

@@ -17,13 +17,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// Lists the functions of a topic that are tests, as `topic::function`.
 macro_rules! tests {
-    ($($test:ident),+ $(,)?) => {
+    ($($(#[$attribute:meta])? $test:ident),+ $(,)?) => {
         pub(super) fn all() -> Vec<libtest_mimic::Trial> {
-            vec![$(kvm_bpf_selftests::harness::trial(
+            [$($(#[$attribute])? kvm_bpf_selftests::harness::trial(
                 concat!(module_path!(), "::", stringify!($test))
                     .trim_start_matches("kvm_bpf_selftests::tests::"),
                 $test,
             )),+]
+            .into()
         }
     };
 }
@@ -61,6 +62,7 @@ mod lifetime;
 mod pl031;
 mod regbank;
 mod region;
+mod rights;
 mod swap;
 mod vcpufreq;
 mod verifier;
@@ -79,6 +81,7 @@ pub fn all() -> Vec<Trial> {
         device::all(),
         bpftool::all(),
         region::all(),
+        rights::all(),
         access::all(),
         context::all(),
         swap::all(),

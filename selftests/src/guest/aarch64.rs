@@ -12,6 +12,7 @@ use kvm_bindings::{
 use kvm_ioctls::{DeviceFd, Kvm, VcpuExit, VcpuFd, VmFd};
 
 use super::{Args, CODE, Ram, Results, Routine};
+use crate::harness::Errno;
 
 // x0 = value, x1 = address, x2 = count, x3 and x4 = expected or acknowledge, x5 = where to say
 // "done". Registers of the GIC's CPU interface are named by their encoding.
@@ -190,7 +191,8 @@ pub fn ticks() -> u64 {
 
 /// The GIC distributor's registers.
 pub const IRQCHIP_ADDR: u64 = 0x800_0000;
-const REDISTRIBUTORS: u64 = 0x80a_0000;
+/// The GIC redistributors' registers.
+pub const REDISTRIBUTORS: u64 = 0x80a_0000;
 /// Of all kinds; a GSI is a shared one.
 const INTERRUPTS: u32 = 64;
 const FIRST_SHARED: u64 = 32;
@@ -199,14 +201,14 @@ const FIRST_SHARED: u64 = 32;
 pub(super) struct Irqchip(DeviceFd);
 
 impl Irqchip {
-    pub(super) fn new(vm: &VmFd) -> Self {
+    pub(super) fn new(vm: &VmFd) -> Result<Self, Errno> {
         let mut request = kvm_create_device {
             type_: kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
             fd: 0,
             flags: 0,
         };
-        let device = vm.create_device(&mut request).expect("a GICv3");
-        let irqchip = Irqchip(device);
+        let device = vm.create_device(&mut request);
+        let irqchip = Irqchip(device.map_err(|error| Errno(error.errno()))?);
         let number = INTERRUPTS;
         let addr = (&raw const number) as u64;
         irqchip.set(KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, addr);
@@ -217,7 +219,7 @@ impl Irqchip {
             let addr = (&raw const addr) as u64;
             irqchip.set(KVM_DEV_ARM_VGIC_GRP_ADDR, kind.into(), addr);
         }
-        irqchip
+        Ok(irqchip)
     }
 
     fn set(&self, group: u32, attr: u64, addr: u64) {
@@ -233,15 +235,16 @@ impl Irqchip {
     }
 
     /// All vCPUs are there: the interrupt controller starts.
+    pub(super) fn start(&self) {
+        let attr = KVM_DEV_ARM_VGIC_CTRL_INIT.into();
+        self.set(KVM_DEV_ARM_VGIC_GRP_CTRL, attr, 0);
+    }
+
     pub(super) fn connect(&self, vcpu: &mut super::Vcpu) {
         const CONTROL: u64 = 0;
         const ENABLE_GROUP_1: u64 = 1 << 1;
 
-        self.set(
-            KVM_DEV_ARM_VGIC_GRP_CTRL,
-            KVM_DEV_ARM_VGIC_CTRL_INIT.into(),
-            0,
-        );
+        self.start();
         vcpu.write(IRQCHIP_ADDR + CONTROL, 4, ENABLE_GROUP_1);
     }
 

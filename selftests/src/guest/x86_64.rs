@@ -8,6 +8,7 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use super::{Args, CODE, Ram, Results, Routine};
+use crate::harness::Errno;
 
 // rax = value, rbx = address, rcx = count, r8 and r9 = expected or acknowledge.
 global_asm!(
@@ -90,7 +91,11 @@ kvm_bpf_guest:
 2:      mov r13d, 0xfee000b0
         mov dword ptr [r13], 0
 3:      iretq
-    routine 13
+    routine 13      // an exception whose stack is at rbx, which is read before
+        mov eax, [rbx]
+        lea rsp, [rbx + 0x800]
+        ud2
+    routine 14
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection
@@ -121,6 +126,8 @@ const EFER_LONG_MODE: u64 = (1 << 8) | (1 << 10);
 
 /// The vector whose handler is the guest's interrupt routine.
 pub const VECTOR: u8 = 0x40;
+/// And one of an exception, with the same handler.
+const INVALID_OPCODE: u8 = 6;
 
 pub(super) fn create_vm(kvm: &Kvm) -> VmFd {
     kvm.create_vm().expect("KVM_CREATE_VM")
@@ -148,7 +155,9 @@ pub(super) fn prepare_ram(ram: &Ram) {
         | (handler & 0xffff_0000) << 32
         | u64::from(CODE_SELECTOR) << 16
         | handler & 0xffff;
-    put(IDT, 2 * usize::from(VECTOR), gate);
+    for vector in [INVALID_OPCODE, VECTOR] {
+        put(IDT, 2 * usize::from(vector), gate);
+    }
 }
 
 pub(super) fn prepare_vcpu(kvm: &Kvm, _vm: &VmFd, vcpu: &VcpuFd) {
@@ -251,9 +260,11 @@ pub const IRQCHIP_ADDR: u64 = 0xfec0_0000;
 pub(super) struct Irqchip;
 
 impl Irqchip {
-    pub(super) fn new(vm: &VmFd) -> Self {
-        vm.create_irq_chip().expect("KVM_CREATE_IRQCHIP");
-        Irqchip
+    pub(super) fn new(vm: &VmFd) -> Result<Self, Errno> {
+        match vm.create_irq_chip() {
+            Ok(()) => Ok(Irqchip),
+            Err(error) => Err(Errno(error.errno())),
+        }
     }
 
     /// Makes the local APIC accept interrupts.

@@ -17,7 +17,7 @@ use kvm_bpf_selftests::harness::{Errno, skip};
 use kvm_bpf_selftests::programs::answer as constant;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ADDR, PATTERN, SIZE};
+use super::{ADDR, PATTERN, SIZE, assert_errno};
 
 tests!(
     creating_a_device,
@@ -171,6 +171,7 @@ fn replacing_programs() {
 /// It always succeeds. KVM's own bus may dissolve for lack of memory, and accesses of other
 /// regions exit then; but it does not fall to pieces.
 fn unregistering_a_region() {
+    let dissolved = std::cell::Cell::new(false);
     each_allocation(|injector| {
         let guest = Guest::new();
         let mut vcpu = guest.vcpu(0);
@@ -188,8 +189,21 @@ fn unregistering_a_region() {
         let other = vcpu.read(ADDR + SIZE, 8);
         if !injector.has_failed() || other.exits.is_empty() {
             assert_got!(other.value, PATTERN);
+            return;
         }
+        // The bus has dissolved: a region cannot be had any more, nor changed, only removed.
+        let again = region(ADDR + SIZE, SIZE, Some(&prog), None);
+        assert_errno("replacing", device.try_set_region(1, &again), libc::ENOMEM);
+        let new = region(ADDR, SIZE, Some(&prog), None);
+        assert_errno("adding", device.try_set_region(2, &new), libc::ENOMEM);
+        assert_errno("the one refused", device.region(2), libc::ENOENT);
+        device.set_region(1, &NO_REGION);
+        dissolved.set(true);
     });
+    assert!(
+        dissolved.get(),
+        "wanted the bus to dissolve once, got never"
+    );
 }
 
 fn setting_an_irq_needs_no_memory() {

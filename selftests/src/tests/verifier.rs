@@ -4,24 +4,32 @@
 //! program types avoid: shown with types that have such fields.
 
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::fs::File;
+use std::net::UdpSocket;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::{io, mem, ptr};
 
 use Reg::{R0, R1, R6, R7};
 use kvm_bpf_selftests::bpf::{
-    Index, LoadOptions, Map, Prog, ProgType, Reg, exit, load, load_signed, lookup, mov, store,
+    self, Index, LoadOptions, Map, Prog, ProgType, Reg, exit, jump_if_ne, load, load_signed,
+    lookup, mov, store,
 };
-use kvm_bpf_selftests::harness::{Errno, skip};
+use kvm_bpf_selftests::harness::{CAP_BPF, Errno, in_a_thread, set_capabilities, skip};
 use kvm_bpf_selftests::programs::{ret, test_path};
 use libbpf_rs::btf::Btf;
 use libbpf_rs::btf::types::DeclTag;
 use libbpf_rs::{ObjectBuilder, ProgramInput, ReferencesType, libbpf_sys as sys};
 
+use super::beside_this_program;
+
 tests!(
     narrow_load_past_the_kernel_field,
     narrow_load_of_half_a_64_bit_field,
+    narrow_loads_of_the_remote_port,
     narrow_loads_of_the_kernels_own_selftest,
+    narrow_loads_as_the_kernels_own_selftest_says,
+    with_cap_bpf_alone,
 );
 
 /// `__sk_buff.protocol` has 4 bytes, the kernel's field 2: the others are 0.
@@ -116,6 +124,58 @@ fn narrow_load_of_half_a_64_bit_field() {
     assert_got!((low, high), wanted, "loads at +0 and +4 of {whole:#x}");
 }
 
+/// `__sk_buff.remote_port` has the port of a connected socket in one half: the other is 0, and so
+/// is what a narrow load's register has beyond it.
+fn narrow_loads_of_the_remote_port() {
+    const CGROUP_SKB: ProgType = ProgType(sys::BPF_PROG_TYPE_CGROUP_SKB);
+    /// `offsetof(struct __sk_buff, remote_port)`, and the port of the receiving socket.
+    const REMOTE_PORT: i16 = 132;
+    const LOCAL_PORT: i16 = 136;
+
+    let [one, other] = [0; 2].map(|_| UdpSocket::bind("127.0.0.1:0").expect("a socket"));
+    let address = |socket: &UdpSocket| socket.local_addr().expect("its address");
+    one.connect(address(&other)).expect("connecting");
+    other.connect(address(&one)).expect("connecting");
+
+    let map = Map::new(1, 3);
+    // Only packets to `other`: the six instructions below are for them.
+    let local = i32::from(address(&other).port());
+    let mut insns = vec![mov(R6, R1)];
+    insns.extend(lookup(&map, Index::Imm(0)));
+    insns.extend([load(4, R7, R6, LOCAL_PORT), jump_if_ne(R7, local, 6)]);
+    for (word, (width, offset)) in [(2, 0), (2, 2), (4, 0)].into_iter().enumerate() {
+        let at = REMOTE_PORT + offset;
+        insns.extend([load(width, R7, R6, at), store(8, R0, 8 * word as i16, R7)]);
+    }
+    // Let the packet pass.
+    insns.extend(ret(1));
+    let prog = Prog::load(CGROUP_SKB, &insns);
+    let cgroup = File::open("/sys/fs/cgroup").expect("the root of cgroups");
+    let attach = sys::BPF_CGROUP_INET_INGRESS;
+    // SAFETY: no pointers.
+    let attached = unsafe { sys::bpf_prog_attach(prog.as_raw_fd(), cgroup.as_raw_fd(), attach, 0) };
+    assert_got!(attached, 0, "BPF_PROG_ATTACH");
+    let sent = one.send(b"x");
+    let mut byte = [0];
+    let received = other.recv(&mut byte);
+    // SAFETY: no pointers.
+    unsafe { sys::bpf_prog_detach2(prog.as_raw_fd(), cgroup.as_raw_fd(), attach) };
+    assert_got!((sent.ok(), received.ok()), (Some(1), Some(1)), "bytes");
+
+    // The number is that of the port in network order, in the bytes that come last in memory.
+    let port = u64::from(address(&one).port().to_be());
+    let whole = if cfg!(target_endian = "little") {
+        port << 16
+    } else {
+        port
+    };
+    assert_got!(
+        map.get(0),
+        [0, port, whole],
+        "loads of 2 bytes at +0, +2, and of 4"
+    );
+}
+
 /// Those programs of the kernel's `verifier_ctx.c` that the series adds, run as its test loader
 /// does.
 fn narrow_loads_of_the_kernels_own_selftest() {
@@ -163,20 +223,118 @@ fn narrow_loads_of_the_kernels_own_selftest() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// What an object of the kernel's selftests says that its programs return: `bpf_misc.h` makes of
-/// `__retval(1)` the tag `comment:7:test_retval=1`.
-fn retvals(object: &Path) -> HashMap<String, u32> {
-    let btf = Btf::from_path(object).unwrap_or_else(|error| panic!("its BTF: {error}"));
-    let retval = |tag: DeclTag<'_>| {
-        let function = tag.referenced_type().name()?.to_str()?.to_owned();
-        let (_, value) = tag.name()?.to_str()?.split_once(":test_retval=")?;
-        let number = match value.strip_prefix("0x") {
-            Some(digits) => u32::from_str_radix(digits, 16),
-            None => value.parse(),
+/// Those of them that say what the verifier makes of their instructions, shown by bpftool.
+fn narrow_loads_as_the_kernels_own_selftest_says() {
+    const ADDED: [&str; 2] = [
+        "narrow_load_remote_port_low_half",
+        "narrow_load_remote_port_high_half",
+    ];
+
+    let path = test_path("verifier_ctx");
+    let wanted = tags(&path, ":test_expect_xlated=");
+    let mut object = ObjectBuilder::default()
+        .open_file(&path)
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    for mut program in object.progs_mut() {
+        let added = program.name().to_str().is_some_and(|n| ADDED.contains(&n));
+        program.set_autoload(added);
+    }
+    let object = object
+        .load()
+        .unwrap_or_else(|error| panic!("loading {}: {error:#}", path.display()));
+    for name in ADDED {
+        let program = object
+            .progs()
+            .find(|program| program.name() == name)
+            .unwrap_or_else(|| panic!("{}: no program {name}", path.display()));
+        let id = bpf::program_id(program.as_fd().as_raw_fd()).to_string();
+        let shown = beside_this_program("bpftool")
+            .args(["prog", "dump", "xlated", "id", &id])
+            .output()
+            .expect("bpftool");
+        let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+        let patterns: Vec<_> = wanted.iter().filter(|(of, _)| of == name).collect();
+        assert!(patterns.len() >= 4, "{name}: got {patterns:?}");
+        for (_, pattern) in patterns {
+            // Lines as "   0: (79) r2 = *(u64 *)(r1 +24)", but for the code.
+            let found = shown
+                .lines()
+                .filter_map(|line| {
+                    let (number, rest) = line.trim().split_once(": (")?;
+                    Some(format!("{number}: {}", rest.split_once(") ")?.1))
+                })
+                .any(|line| matches(pattern, &line));
+            assert!(found, "{name}: wanted {pattern:?}, got {shown}");
+        }
+    }
+}
+
+/// Those programs of the kernel's own selftests that the series adds for loaders without
+/// `CAP_PERFMON`, loaded by such a one.
+fn with_cap_bpf_alone() {
+    for (file, name) in [
+        ("verifier_spin_lock", "computed_address_of_the_lock"),
+        ("verifier_loops1", "loop_that_speculation_does_not_end"),
+    ] {
+        in_a_thread(move || {
+            let mut object = ObjectBuilder::default()
+                .open_file(test_path(file))
+                .unwrap_or_else(|error| panic!("{file}: {error}"));
+            let mut found = false;
+            for mut program in object.progs_mut() {
+                let added = program.name() == name;
+                program.set_autoload(added);
+                found |= added;
+            }
+            assert!(found, "{file}: no program {name}");
+            set_capabilities(&[CAP_BPF]);
+            if let Err(error) = object.load() {
+                panic!("wanted {name} to load, got {error:#}");
+            }
+        });
+    }
+}
+
+/// Whether a line is as a pattern says, in which `{{[0-9]+}}` stands for a number.
+fn matches(pattern: &str, line: &str) -> bool {
+    let mut rest = line;
+    for (index, part) in pattern.split("{{[0-9]+}}").enumerate() {
+        if index > 0 {
+            let digits = rest.trim_start_matches(|c: char| c.is_ascii_digit());
+            if digits.len() == rest.len() {
+                return false;
+            }
+            rest = digits;
+        }
+        let Some(after) = rest.strip_prefix(part) else {
+            return false;
         };
-        Some((function, number.ok()?))
+        rest = after;
+    }
+    rest.is_empty()
+}
+
+/// What an object of the kernel's selftests says of its programs: `bpf_misc.h` makes of
+/// `__retval(1)` the tag `comment:7:test_retval=1`.
+fn tags(object: &Path, kind: &str) -> Vec<(String, String)> {
+    let btf = Btf::from_path(object).unwrap_or_else(|error| panic!("its BTF: {error}"));
+    let tag = |tag: DeclTag<'_>| {
+        let function = tag.referenced_type().name()?.to_str()?.to_owned();
+        let (_, value) = tag.name()?.to_str()?.split_once(kind)?;
+        Some((function, value.to_owned()))
     };
-    btf.type_by_kind().filter_map(retval).collect()
+    btf.type_by_kind().filter_map(tag).collect()
+}
+
+fn retvals(object: &Path) -> HashMap<String, u32> {
+    let number = |value: &str| match value.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => value.parse(),
+    };
+    tags(object, ":test_retval=")
+        .into_iter()
+        .filter_map(|(function, value)| Some((function, number(&value).ok()?)))
+        .collect()
 }
 
 // `_IO('$', 0)`, `_IO('$', 1)` and `_IOW('$', 8, __u32)`.
