@@ -7,6 +7,8 @@ use kvm_bpf_selftests::bpf::{
     store_imm,
 };
 use kvm_bpf_selftests::device::{Device, region};
+#[cfg(target_arch = "x86_64")]
+use kvm_bpf_selftests::guest::{Args, Routine};
 use kvm_bpf_selftests::guest::{
     Exit, Guest, PRESET, RAM_SIZE, USER_ANSWER, Vcpu, mask, register_after_read,
 };
@@ -32,6 +34,8 @@ tests!(
     low_half_of_the_result_counts,
     memory_comes_first,
     rom_takes_loads_only,
+    #[cfg(target_arch = "x86_64")]
+    event_on_mmio_exits,
 );
 
 const WIDTHS: [usize; 4] = [1, 2, 4, 8];
@@ -346,4 +350,25 @@ fn rom_takes_loads_only() {
     assert_got!(setup.vcpu.write(ADDR, 8, PATTERN), []);
     assert_got!(recorder.count(), 1, "runs of the programs");
     assert_read(&mut setup.vcpu, ADDR, 8, first, &[]);
+}
+
+/// A vCPU that pushes an exception's frame to MMIO exits to user space, also when KVM has seen the
+/// page before: both where a device is and where none is.
+#[cfg(target_arch = "x86_64")]
+fn event_on_mmio_exits() {
+    /// `KVM_INTERNAL_ERROR_DELIVERY_EV`.
+    const DELIVERY: u32 = 3;
+
+    let prog = answer(PATTERN);
+    let mut setup = setup(Some(&prog), None);
+    for addr in [ADDR, ADDR + 0x10_0000] {
+        let args = Args {
+            addr,
+            ..Default::default()
+        };
+        let error = setup
+            .vcpu
+            .internal_error_of(Routine::ExceptionOnStack, args);
+        assert_got!(error, DELIVERY, "an exception's frame at {addr:#x}");
+    }
 }

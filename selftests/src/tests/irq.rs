@@ -13,14 +13,12 @@ use kvm_bpf::uapi::{KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_MAX_IRQS, kvm_bpf_us
 use kvm_bpf::{Image, MmioDevice};
 use kvm_bpf_selftests::bpf::{
     Index, Insn, LOADERS, Load, LoadOptions, Map, Prog, ProgType, Reg, add_imm, atomic_add,
-    call_helper, call_kfunc, jump_if_ne, load, lookup, mov, mov_imm, mov_signed32, store,
-    store_imm,
+    call_kfunc, jump_if_ne, load, lookup, mov, mov_imm, mov_signed32, store, store_imm,
 };
 use kvm_bpf_selftests::device::{Device, NO_REGION, region};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu};
 use kvm_bpf_selftests::harness::{meanwhile, wait_for};
 use kvm_bpf_selftests::programs::{CTX_BUF, only_return, ret, test_image};
-use libbpf_rs::libbpf_sys::BPF_FUNC_get_current_task_btf;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::kfunc::required;
@@ -938,7 +936,7 @@ fn kept_irq_cannot_be_forged() {
         mov(R1, R10),
         add_imm(R1, -16),
     ];
-    let task = vec![call_helper(BPF_FUNC_get_current_task_btf), mov(R1, R0)];
+    let kernel = vec![call_kfunc(required("bpf_cast_to_kern_ctx")), mov(R1, R0)];
     let mut acquired = vec![
         mov_imm(R2, 0),
         call_kfunc(required(ACQUIRE)),
@@ -978,9 +976,9 @@ fn kept_irq_cannot_be_forged() {
             unowned,
         ),
         (
-            "a task",
-            task,
-            "has a pointer to STRUCT task_struct",
+            "what the kernel has instead of the context",
+            kernel,
+            "has a pointer to STRUCT bpf_kvm_io_ctx_kern",
             unowned,
         ),
         (
@@ -992,8 +990,8 @@ fn kept_irq_cannot_be_forged() {
         (
             "one that is released",
             released,
-            "is scalar expected STRUCT bpf_kvm_irq",
-            unowned,
+            "R6 !read_ok",
+            "R6 !read_ok",
         ),
     ];
     for (what, start, no_raise, no_release) in cases {

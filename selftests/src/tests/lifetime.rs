@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::{env, io, thread};
 
 use Reg::{R0, R1, R6, R7};
+use kvm_bpf::Image;
 use kvm_bpf::uapi::{KVM_DEV_TYPE_BPF, kvm_bpf_user_region};
 use kvm_bpf_selftests::bpf::{
     Census, Index, LOADERS, Load, Map, Prog, ProgType, Reg, add_imm, atomic_add, jump_if_ne,
@@ -20,9 +21,11 @@ use kvm_bpf_selftests::bpf::{
 use kvm_bpf_selftests::device::{Answer, Device, NO_REGION, region, test_create};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu, vms};
 use kvm_bpf_selftests::harness::{Errno, meanwhile, skip, wait_for};
-use kvm_bpf_selftests::programs::{Recorder, ret};
+use kvm_bpf_selftests::programs::{Recorder, ret, test_image};
+use libbpf_rs::{MapCore, MapFlags};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{ADDR, SIZE, assert_errno};
+use super::{ADDR, SIZE, assert_errno, element};
 
 tests!(
     close_while_vcpus_run,
@@ -33,6 +36,8 @@ tests!(
     vm_closed_under_running_vcpus,
     killed_process,
     references_are_given_back,
+    closing_waits_once,
+    getting_does_not_wait,
     region_holds_programs,
     module_is_held_by_devices,
     module_unloads_and_loads,
@@ -257,6 +262,125 @@ fn references_are_given_back() {
     }
     census.wait_for_newer(0, 0);
     wait_for("virtual machines", vms, self::vms);
+}
+
+/// Calls of a function of the kernel while this lives, counted by a kprobe.
+struct Calls;
+
+impl Calls {
+    const EVENTS: &str = "/sys/kernel/tracing/kprobe_events";
+    const NAME: &str = "kvm_bpf_test";
+
+    fn of(function: &str) -> Self {
+        let event = format!("p:{0}/{0} {function}\n", Self::NAME);
+        fs::write(Self::EVENTS, event).expect("a kprobe");
+        let enable = format!("/sys/kernel/tracing/events/{0}/{0}/enable", Self::NAME);
+        fs::write(enable, "1").expect("enabling a kprobe");
+        Calls
+    }
+
+    fn count(&self) -> u64 {
+        let profile = fs::read_to_string("/sys/kernel/tracing/kprobe_profile").expect("profile");
+        let mut words = profile
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>())
+            .find(|words| words.first() == Some(&Self::NAME))
+            .expect("the kprobe's line")
+            .into_iter();
+        words
+            .nth(1)
+            .and_then(|hits| hits.parse().ok())
+            .expect("hits")
+    }
+}
+
+impl Drop for Calls {
+    fn drop(&mut self) {
+        let enable = format!("/sys/kernel/tracing/events/{0}/{0}/enable", Self::NAME);
+        let _ = fs::write(enable, "0");
+        let _ = fs::write(Self::EVENTS, format!("-:{0}/{0}\n", Self::NAME));
+    }
+}
+
+/// One grace period for all regions of a device, as for one of them.
+fn closing_waits_once() {
+    const REGIONS: u64 = 200;
+
+    let guest = Guest::new();
+    let prog = Prog::load(ProgType::READ, &ret(0));
+    let waits = Calls::of("synchronize_srcu_expedited");
+    let count = |regions| {
+        let device = Device::new(guest.vm());
+        for index in 0..regions {
+            let range = region(ADDR + 16 * index, 16, Some(&prog), None);
+            device.set_region(index, &range);
+        }
+        let before = waits.count();
+        drop(device);
+        waits.count() - before
+    };
+    assert_got!([0, 1, REGIONS].map(count), [0, 1, 1], "waits for readers");
+}
+
+/// A program that waits for the test to open a gate.
+struct Gate(Image);
+
+impl Gate {
+    /// Its two words.
+    fn words(&self) -> [u32; 2] {
+        let value = element(&self.0, "gate");
+        let word = |at: usize| u32::from_ne_bytes(value[at..at + 4].try_into().expect("4 bytes"));
+        [word(0), word(4)]
+    }
+
+    fn open(&self) {
+        let map = self.0.map("gate").expect("the program's map");
+        let value = [0_u32, 1].map(u32::to_ne_bytes).concat();
+        map.update(&[0; 4], &value, MapFlags::ANY)
+            .expect("BPF_MAP_UPDATE_ELEM");
+    }
+}
+
+/// While a program runs on and on, calls wait for it that have to. No other call does.
+fn getting_does_not_wait() {
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let device = Device::new(guest.vm());
+    let gate = Gate(test_image("gate").load().expect("the gate to load"));
+    let prog = Prog::load(ProgType::READ, &ret(0));
+    let slow = kvm_bpf_user_region {
+        bpf_readfd: gate.0.read_program().expect("its program").as_raw_fd(),
+        ..region(ADDR, SIZE, None, None)
+    };
+    let fast = |index: u64| region(ADDR + index * SIZE, SIZE, Some(&prog), None);
+    device.set_region(0, &slow);
+    device.set_region(1, &fast(1));
+    device.set_region(2, &fast(2));
+
+    thread::scope(|scope| {
+        let access = scope.spawn(|| vcpu.read(ADDR, 8).exits);
+        wait_for("an access inside", 1, || gate.words()[0]);
+        let replace = scope.spawn(|| device.set_region(0, &fast(0)));
+        let remove = scope.spawn(|| device.set_region(1, &NO_REGION));
+        // The range is free before the wait.
+        wait_for(
+            "the region that is removed",
+            Err(Errno(libc::ENOENT)),
+            || device.region(1).map(drop),
+        );
+        device.set_region(3, &fast(1));
+        assert_got!(device.region(0).map(|region| region.addr), Ok(ADDR));
+        assert_got!(device.region(3).map(|region| region.addr), Ok(ADDR + SIZE));
+        device.set_irq(0, EventFd::new(0).expect("eventfd").as_raw_fd());
+
+        let waiting = (!replace.is_finished(), !remove.is_finished());
+        assert_got!(gate.words()[0], 1, "accesses inside");
+        assert_got!(waiting, (true, true), "calls that wait");
+        gate.open();
+        replace.join().expect("replacing");
+        remove.join().expect("removing");
+        assert_got!(access.join().expect("the access"), []);
+    });
 }
 
 /// A region is all that a program needs to live; the VMM may close its fds.

@@ -39,7 +39,9 @@ tests!(
     errors_hold_no_program,
     every_index_at_once,
     bus_full,
-    passes_on_to_the_next_on_the_bus,
+    nothing_registers_over_a_region,
+    layout_of_virtio_mmio,
+    the_irqchip_does_not_register_over_a_region,
     appears_while_a_vcpu_runs,
     set_by_several_threads,
 );
@@ -527,30 +529,168 @@ fn bus_full() {
     assert_got!(read.exits, [], "the region that took the room");
 }
 
-/// What a program does not handle goes to whatever else has the address: here an ioeventfd, which
-/// KVM takes for a range that is in use already.
-fn passes_on_to_the_next_on_the_bus() {
-    const VALUE: u32 = 5;
+/// What registers `len` bytes at an address on the MMIO bus, and takes it off again.
+struct Other {
+    name: &'static str,
+    eventfd: EventFd,
+}
+
+impl Other {
+    /// All kinds: an ioeventfd for writes of any length, and one of 4 bytes; a coalesced zone.
+    fn all() -> [Self; 3] {
+        ["ioeventfd 0", "ioeventfd 4", "zone"].map(|name| Other {
+            name,
+            eventfd: EventFd::new(EFD_NONBLOCK).expect("eventfd"),
+        })
+    }
+
+    /// Bytes that it takes.
+    fn len(&self) -> u64 {
+        match self.name {
+            "ioeventfd 0" => 1,
+            _ => 4,
+        }
+    }
+
+    fn set(&self, guest: &Guest, addr: u64, there: bool) -> Result<(), Errno> {
+        let (vm, at) = (guest.vm(), IoEventAddress::Mmio(addr));
+        let result = match (self.name, there) {
+            ("ioeventfd 0", true) => vm.register_ioevent(&self.eventfd, &at, NoDatamatch),
+            ("ioeventfd 0", false) => vm.unregister_ioevent(&self.eventfd, &at, NoDatamatch),
+            ("ioeventfd 4", true) => vm.register_ioevent(&self.eventfd, &at, DOORBELL),
+            ("ioeventfd 4", false) => vm.unregister_ioevent(&self.eventfd, &at, DOORBELL),
+            (_, true) => vm.register_coalesced_mmio(at, 4),
+            (_, false) => vm.unregister_coalesced_mmio(at, 4),
+        };
+        result.map_err(|error| Errno(error.errno()))
+    }
+}
+
+/// What is written to the ioeventfd of 4 bytes.
+const DOORBELL: u32 = 1;
+
+/// A range of ours is exclusive, whichever comes first: nothing hides a register of it.
+fn nothing_registers_over_a_region() {
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let device = Device::new(guest.vm());
+    let prog = answer(PATTERN);
+    let range = region(ADDR, 0x100, Some(&prog), None);
+    device.set_region(0, &range);
+    let mut assert_whole = |what: &str| {
+        for addr in (ADDR..ADDR + 0x100).step_by(4) {
+            let read = vcpu.read(addr, 4);
+            let wanted = (PATTERN & mask(4), vec![]);
+            assert_got!((read.value, read.exits), wanted, "{what}: {addr:#x}");
+        }
+    };
+    for other in Other::all() {
+        let (name, len) = (other.name, other.len());
+        for addr in [ADDR - len + 1, ADDR, ADDR + 0x50, ADDR + 0xfc, ADDR + 0xff] {
+            let what = format!("{name} at {addr:#x}");
+            assert_errno(&what, other.set(&guest, addr, true), libc::EEXIST);
+        }
+        assert_whole(name);
+        // Just before and just behind.
+        for addr in [ADDR - len, ADDR + 0x100] {
+            assert_got!(other.set(&guest, addr, true), Ok(()), "{name} at {addr:#x}");
+            assert_whole(name);
+            // Another device does not register over it, and this one is found again.
+            device.set_region(0, &NO_REGION);
+            let bad = region(addr & !7, 16, Some(&prog), None);
+            assert_refused(name, &device, 1, &bad, libc::EEXIST);
+            device.set_region(0, &range);
+            assert_whole(name);
+            assert_got!(
+                other.set(&guest, addr, false),
+                Ok(()),
+                "{name} at {addr:#x}"
+            );
+        }
+    }
+}
+
+/// Registers of 0x200 bytes with a doorbell at 0x50, as virtio-mmio has them: not one over the
+/// other, but in two regions around it, and none is lost.
+fn layout_of_virtio_mmio() {
+    const LEN: u64 = 0x200;
+    const BELL: u64 = ADDR + 0x50;
 
     let guest = Guest::new();
     let mut vcpu = guest.vcpu(0);
     let device = Device::new(guest.vm());
-    let eventfd = EventFd::new(EFD_NONBLOCK).expect("eventfd");
-    let recorder = Recorder::new();
-    for (result, signals) in [(1, 1), (0, 0)] {
-        let write = recorder.writes(result);
-        device.set_region(0, &region(ADDR, 4, None, Some(&write)));
-        if result == 1 {
-            guest
-                .vm()
-                .register_ioevent(&eventfd, &IoEventAddress::Mmio(ADDR), VALUE)
-                .expect("KVM_IOEVENTFD");
+    let prog = answer(PATTERN);
+    let [any, bell, _] = Other::all();
+    for (other, width) in [(&bell, 4), (&any, 4)] {
+        let name = other.name;
+        device.set_region(0, &region(ADDR, LEN, Some(&prog), None));
+        assert_errno(name, other.set(&guest, BELL, true), libc::EEXIST);
+        device.set_region(0, &NO_REGION);
+
+        let parts = [(ADDR, BELL), (BELL + 4, ADDR + LEN)];
+        let set = |device: &Device| {
+            for (index, (start, end)) in (0..).zip(parts) {
+                device.set_region(index, &region(start, end - start, Some(&prog), None));
+            }
+        };
+        // The doorbell first, then last.
+        for first in [true, false] {
+            if first {
+                assert_got!(other.set(&guest, BELL, true), Ok(()), "{name}");
+                let whole = region(ADDR, LEN, Some(&prog), None);
+                assert_refused(name, &device, 0, &whole, libc::EEXIST);
+            }
+            set(&device);
+            if !first {
+                assert_got!(other.set(&guest, BELL, true), Ok(()), "{name}");
+            }
+            for addr in (ADDR..ADDR + LEN).step_by(4).filter(|&addr| addr != BELL) {
+                let read = vcpu.read(addr, 4);
+                let wanted = (PATTERN & mask(4), vec![]);
+                assert_got!((read.value, read.exits), wanted, "{name}: {addr:#x}");
+            }
+            let exits = vcpu.write(BELL, width, DOORBELL.into());
+            assert_got!((taken(&other.eventfd), exits), (1, vec![]), "{name}");
+            for index in 0..2 {
+                device.set_region(index, &NO_REGION);
+            }
+            assert_got!(other.set(&guest, BELL, false), Ok(()), "{name}");
         }
-        let count = recorder.count();
-        assert_got!(vcpu.write(ADDR, 4, VALUE.into()), [], "result {result}");
-        assert_got!(recorder.count(), count + 1, "runs, result {result}");
-        assert_got!(taken(&eventfd), signals, "signals, result {result}");
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn the_irqchip_does_not_register_over_a_region() {
+    let mut guest = Guest::new();
+    let device = Device::new(guest.vm());
+    let prog = answer(PATTERN);
+    device.set_region(0, &region(IRQCHIP_ADDR + 0x80, 8, Some(&prog), None));
+    let added = guest.try_add_irqchip();
+    assert_errno("KVM_CREATE_IRQCHIP", added, libc::EEXIST);
+    device.set_region(0, &NO_REGION);
+    assert_got!(guest.try_add_irqchip(), Ok(()));
+}
+
+/// Its parts come onto the bus one after another, the distributor when a vCPU first runs.
+#[cfg(target_arch = "aarch64")]
+fn the_irqchip_does_not_register_over_a_region() {
+    use kvm_bpf_selftests::guest::REDISTRIBUTORS;
+
+    let prog = answer(PATTERN);
+    let over = |addr| {
+        let guest = Guest::with_irqchip();
+        let device = Device::new(guest.vm());
+        device.set_region(0, &region(addr + 0x80, 8, Some(&prog), None));
+        (guest, device)
+    };
+    let (guest, _device) = over(REDISTRIBUTORS);
+    let vcpu = guest.try_vcpu(0).map(drop);
+    assert_errno("KVM_CREATE_VCPU", vcpu, libc::EEXIST);
+
+    let (guest, _device) = over(IRQCHIP_ADDR);
+    let mut vcpu = guest.vcpu(0);
+    guest.start_irqchip();
+    assert_errno("KVM_RUN", vcpu.try_prepare_run(), libc::EEXIST);
 }
 
 fn appears_while_a_vcpu_runs() {
