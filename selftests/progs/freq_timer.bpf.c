@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
-/* Asks for the frequencies of the CPU that was written, in a timer. */
+/* Asks for the frequencies of the CPU that was written, or its own, in a timer. */
 #include "kvm_bpf.h"
 
 #define CLOCK_MONOTONIC 1
+#define THIS_CPU 0xfffffffe
 
 KVM_BPF_MMIO_DEVICE(0x1000, 0, "kvm-bpf,test");
 
@@ -36,12 +37,15 @@ static int callback(void *map, __u32 *key, struct element *element)
 {
 	__u32 zero = 0;
 	struct answers *to = bpf_map_lookup_elem(&answers, &zero);
+	__u32 cpu = element->cpu;
 
 	if (!to)
 		return 0;
-	to->freq = bpf_get_cpu_freq(element->cpu);
-	to->max_hw_freq = bpf_get_cpu_max_hw_freq(element->cpu);
-	to->scale = bpf_get_cpu_scale(element->cpu);
+	if (cpu == THIS_CPU)
+		cpu = bpf_get_smp_processor_id();
+	to->freq = bpf_get_cpu_freq(cpu);
+	to->max_hw_freq = bpf_get_cpu_max_hw_freq(cpu);
+	to->scale = bpf_get_cpu_scale(cpu);
 	__sync_fetch_and_add(&to->done, 1);
 	return 0;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
- * Calls a kfunc that is for programs from task work of the vCPU's own thread:
- * of the kind that does not end KVM_RUN with EINTR.
+ * Calls a kfunc that is for programs from task work of the vCPU's own thread, if
+ * the verifier lets it have that.
  */
 #include "answer.h"
 

@@ -21,6 +21,7 @@ use super::{ADDR, SIZE, assert_refused, element};
 
 tests!(
     frequency,
+    no_frequency_of_other_cpus,
     highest_frequency,
     scale,
     bad_cpus,
@@ -31,7 +32,7 @@ tests!(
     uclamp_needs_a_sleepable_program,
     uclamp_not_from_a_timer,
     uclamp_not_from_a_work_queue,
-    uclamp_not_from_task_work,
+    no_task_for_task_work,
 );
 
 const FREQ: &str = "bpf_get_cpu_freq";
@@ -40,6 +41,9 @@ const SCALE: &str = "bpf_get_cpu_scale";
 const UCLAMP: &str = "bpf_set_current_uclamp";
 
 const EINVAL: i64 = -(libc::EINVAL as i64);
+const EPERM: i64 = -(libc::EPERM as i64);
+/// What `freq_timer.bpf.c` takes for the CPU that the timer runs on.
+const THIS_CPU: u32 = u32::MAX - 1;
 
 /// BTF id of a kfunc that the series promises.
 #[track_caller]
@@ -151,8 +155,36 @@ fn assert_scale(got: i64) {
     assert_got!(got, wanted, "{SCALE}(0)");
 }
 
+/// Has the calling thread run on one CPU.
+fn stay_on(cpu: usize) {
+    // SAFETY: a set of CPUs is plain bits, and the calls only read and write this one.
+    let result = unsafe {
+        let mut cpus = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut cpus);
+        libc::sched_setaffinity(0, size_of_val(&cpus), &cpus)
+    };
+    assert_got!(result, 0, "sched_setaffinity");
+}
+
 fn frequency() {
-    each_sort(FREQ, |setup| assert_frequency(setup.call(0, 0)));
+    in_a_thread(|| {
+        stay_on(0);
+        each_sort(FREQ, |setup| assert_frequency(setup.call(0, 0)));
+    });
+}
+
+/// It tells what other tenants do.
+fn no_frequency_of_other_cpus() {
+    let last = last_cpu();
+    if last == 0 {
+        skip("this host has one CPU");
+    }
+    in_a_thread(move || {
+        stay_on(0);
+        each_sort(FREQ, |setup| {
+            assert_got!(setup.call(last, 0), EPERM, "{FREQ}({last}) on CPU 0");
+        });
+    });
 }
 
 fn highest_frequency() {
@@ -165,17 +197,24 @@ fn scale() {
     each_sort(SCALE, |setup| assert_scale(setup.call(0, 0)));
 }
 
-fn bad_cpus() {
+/// The number of the last possible CPU.
+fn last_cpu() -> u32 {
     let possible = fs::read_to_string("/sys/devices/system/cpu/possible").expect("possible CPUs");
-    let last: u32 = possible
+    possible
         .trim()
         .rsplit(['-', ','])
         .next()
         .and_then(|last| last.parse().ok())
-        .unwrap_or_else(|| panic!("wanted a list of CPUs, got {possible:?}"));
+        .unwrap_or_else(|| panic!("wanted a list of CPUs, got {possible:?}"))
+}
+
+fn bad_cpus() {
+    let last = last_cpu();
     for name in [FREQ, MAX_HW_FREQ, SCALE] {
         each_sort(name, |setup| {
-            assert!(setup.call(last, 0) >= 0, "{name} of the last possible CPU");
+            let answer = setup.call(last, 0);
+            let other_cpu = name == FREQ && answer == EPERM;
+            assert!(answer >= 0 || other_cpu, "{name}({last}): got {answer}");
             for cpu in [last + 1, 8191, 1 << 16, 1 << 31, u32::MAX] {
                 assert_got!(setup.call(cpu, 0), EINVAL, "{name}({cpu})");
             }
@@ -194,7 +233,7 @@ fn frequencies_in_a_timer() {
         wait_for("the timer", 1, || word(&device, "answers", 3));
         [0, 1, 2].map(|index| word(&device, "answers", index))
     };
-    let [freq, max, scale] = answers(0);
+    let [freq, max, scale] = answers(THIS_CPU);
     assert_frequency(freq);
     assert_highest_frequency(max);
     assert_scale(scale);
@@ -347,9 +386,16 @@ fn uclamp_not_from_a_work_queue() {
     uclamp_not_from_callback("uclamp_wq", "bpf_wq_init");
 }
 
-/// And into task work, which may be any task's; here it is the vCPU's thread itself.
-fn uclamp_not_from_task_work() {
-    uclamp_not_from_callback("uclamp_task_work", "bpf_task_work_schedule_resume");
+/// And into task work, which may be any task's: but programs are given no task.
+fn no_task_for_task_work() {
+    let error = match test_image("uclamp_task_work").load() {
+        Ok(_) => panic!("a program that takes its task: wanted a refusal"),
+        Err(error) => format!("{error:#?}"),
+    };
+    assert!(
+        error.contains("cannot use helper bpf_get_current_task_btf"),
+        "wanted the reason, got {error}"
+    );
 }
 
 /// A device whose writes schedule a callback with `scheduler`, a kfunc.
