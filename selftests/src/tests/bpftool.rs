@@ -8,6 +8,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
+use kvm_bpf::Note;
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::programs::{sample_path, test_path};
 
@@ -18,6 +19,7 @@ tests!(
     probes_for_the_types,
     loads_by_section,
     loads_by_name_of_the_type,
+    links_devices,
 );
 
 const TYPES: [&str; 2] = ["kvm_io_read", "kvm_io_write"];
@@ -160,5 +162,33 @@ fn loads_by_name_of_the_type() {
         !loaded && said.contains("invalid bpf_context access"),
         "wanted the verifier's refusal, got {said}"
     );
+    census.wait_for_newer(0, 0);
+}
+
+/// As the kernel's own rule for BPF objects does, which passes each through the linker: what comes
+/// out has the note, and loads. A device may also have several files, one of which has the note.
+fn links_devices() {
+    let census = Census::now();
+    let linked = PathBuf::from("/tmp/kvm_bpf_linked.bpf.o");
+    for (device, other) in [
+        ("regbank", None),
+        ("pl031", None),
+        ("regbank", Some("no_state")),
+    ] {
+        let from = sample_path(device);
+        let mut args = vec!["gen", "object", text(&linked), text(&from)];
+        let other = other.map(test_path);
+        args.extend(other.as_deref().map(text));
+        output(&args);
+        let note = |path: &Path| {
+            let file = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            Note::from_elf(&file).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        };
+        assert_got!(note(&linked), note(&from), "{device}: the note");
+        let pins = Pins::new();
+        output(&["prog", "loadall", text(&linked), pins.path()]);
+        drop(pins);
+    }
+    fs::remove_file(&linked).expect("the linked object");
     census.wait_for_newer(0, 0);
 }
