@@ -7,11 +7,11 @@
 
 use std::env;
 
-use kvm_bpf::MmioDevice;
+use kvm_bpf::{Device, MmioDevice};
 use kvm_bpf_selftests::bpf::ProgType;
-use kvm_bpf_selftests::device::{Device, region};
+use kvm_bpf_selftests::device::{self, region};
 use kvm_bpf_selftests::guest::{Access, Args, Guest, Routine, Vcpu, ticks};
-use kvm_bpf_selftests::programs::{answer, only_return, sample};
+use kvm_bpf_selftests::programs::{answer, loaded, only_return, sample};
 use kvm_bpf_vmm::userspace;
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use libbpf_rs::{MapCore, MapFlags};
@@ -88,7 +88,7 @@ fn main() {
 
 /// The way to a handler and back: the handlers do nothing.
 fn handlers(guest: &Guest, bench: &mut Bench) {
-    let device = Device::new(guest.vm());
+    let device = device::Device::new(guest.vm());
     let (read, write) = (answer(0), only_return(ProgType::WRITE, 0));
     device.set_region(0, &region(BPF, 0x1000, Some(&read), Some(&write)));
     let eventfd = EventFd::new(0).expect("eventfd");
@@ -140,13 +140,14 @@ fn devices(guest: &Guest, bench: &mut Bench) {
 
 /// A sample device at [`BPF`], with a table of frequencies if it has a use for one.
 fn load(guest: &Guest, name: &str) -> MmioDevice {
-    let device = MmioDevice::new(guest.vm(), BPF, sample(name)).expect("a sample device");
-    if let Some(table) = device.image().map("perf_table") {
+    let image = loaded(sample(name));
+    if let Some(table) = image.map("perf_table") {
         for (index, khz) in (0_u32..).zip(PERF_TABLE) {
             table
                 .update(&index.to_ne_bytes(), &khz.to_ne_bytes(), MapFlags::ANY)
                 .expect("BPF_MAP_UPDATE_ELEM");
         }
     }
-    device
+    let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
+    MmioDevice::new(device, BPF, image).expect("a sample device")
 }

@@ -5,7 +5,8 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use kvm_bpf::OpenImage;
+use kvm_bpf::{Device, Image, MmioDevice, OpenImage};
+use kvm_ioctls::VmFd;
 
 use crate::bpf::{
     Index, Insn, Map, Prog, ProgType, Reg, atomic_add, exit, load, lookup, mov, mov_imm, mov_imm64,
@@ -34,6 +35,22 @@ pub fn sample(name: &str) -> OpenImage {
 #[track_caller]
 pub fn test_image(name: &str) -> OpenImage {
     open(name, &test_path(name))
+}
+
+/// Loads what must load.
+#[track_caller]
+pub fn loaded(image: OpenImage) -> Image {
+    image
+        .load()
+        .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"))
+}
+
+/// A device whose programs need nothing more than to be loaded.
+#[track_caller]
+pub fn plug(vm: &VmFd, addr: u64, image: OpenImage) -> MmioDevice {
+    let device = Device::new(vm).expect("KVM_CREATE_DEVICE");
+    MmioDevice::new(device, addr, loaded(image))
+        .unwrap_or_else(|error| panic!("wanted the region to be set, got {error:#?}"))
 }
 
 /// The file of a device of `samples/devices`.

@@ -200,10 +200,10 @@ impl MmioDevice {
     /// The region of the device that holds its registers.
     const REGION: u64 = 0;
 
-    /// Loads the programs, creates the device, and has it answer at `addr`.
-    pub fn new(vm: &VmFd, addr: u64, image: OpenImage) -> Result<Self> {
-        let device = Device::new(vm)?;
-        let image = image.load()?;
+    /// Has the programs of `image` handle the guest's accesses at `addr`, from now on.
+    ///
+    /// So whatever they need is there before: what the VMM puts into maps, and the interrupts.
+    pub fn new(device: Device, addr: u64, image: Image) -> Result<Self> {
         set_image(&device, addr, &image)?;
         Ok(MmioDevice {
             device,

@@ -10,19 +10,23 @@
 //! programs in another way, or is handed them by a process with more rights.
 //!
 //! ```no_run
-//! use kvm_bpf::{MmioDevice, OpenImage};
+//! use kvm_bpf::{Device, MmioDevice, OpenImage};
 //! use vmm_sys_util::eventfd::EventFd;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let vm = kvm_ioctls::Kvm::new()?.create_vm()?;
 //! let file = std::fs::read("regbank.bpf.o")?;
-//! let mut device = MmioDevice::new(&vm, 0xd000_0000, OpenImage::open("regbank", &file)?)?;
+//! let device = Device::new(&vm)?;
+//! let image = OpenImage::open("regbank", &file)?.load()?;
 //!
 //! // With interrupt controllers there; on arm64 the GIC must also have started, which it does
 //! // when all vCPUs are there. GSI n is its shared interrupt n. Keep `irq` open.
 //! let irq = EventFd::new(0)?;
 //! vm.register_irqfd(&irq, 5)?;
-//! device.device().set_irq(0, &irq)?;
+//! device.set_irq(0, &irq)?;
+//!
+//! // When all is set the guest gets to see it.
+//! let mut device = MmioDevice::new(device, 0xd000_0000, image)?;
 //!
 //! // Later, while vCPUs run: new programs, same state.
 //! let file = std::fs::read("regbank.bpf.o")?;

@@ -15,7 +15,7 @@ use std::time::Duration;
 use kvm_bindings::{
     KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_userspace_memory_region,
 };
-use kvm_bpf::{Image, MmioDevice, OpenImage};
+use kvm_bpf::{Device, Image, MmioDevice, OpenImage};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
@@ -201,20 +201,20 @@ impl Vm {
         let mut free_gsis = arch::DEVICE_GSIS;
         let (bpf, userspace) = devices.split_at_mut(images.len());
         for (info, image) in bpf.iter_mut().zip(images) {
-            let nr_irqs = image.note().nr_irqs;
-            let device = MmioDevice::new(&vm, info.range.addr, image)
-                .map_err(|source| Error::Device(info.range.name.clone(), source))?;
-            provide_to(&info.range.name, device.image(), &perf_table)?;
-            let irqs = wire_interrupts(&vm, info, nr_irqs, &mut free_gsis)?;
+            let name = info.range.name.clone();
+            let device_error = |source| Error::Device(name.clone(), source);
+            let device = Device::new(&vm).map_err(device_error)?;
+            let image = image.load().map_err(|error| device_error(error.into()))?;
+            provide_to(&name, &image, &perf_table)?;
+            let irqs = wire_interrupts(&vm, info, image.note().nr_irqs, &mut free_gsis)?;
             for (index, irq) in (0..).zip(&irqs) {
-                device
-                    .device()
-                    .set_irq(index, irq)
-                    .map_err(|source| Error::Device(info.range.name.clone(), source))?;
+                device.set_irq(index, irq).map_err(device_error)?;
             }
             bus.add(info.range.clone(), None);
+            // From here on the guest's accesses run programs.
+            let device = MmioDevice::new(device, info.range.addr, image).map_err(device_error)?;
             bpf_devices.push(BpfDevice {
-                path: PathBuf::from(&info.range.name),
+                path: PathBuf::from(&name),
                 device,
                 _irqs: irqs,
             });

@@ -9,8 +9,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use Reg::{R0, R1, R2, R6, R7, R10};
+use kvm_bpf::Image;
 use kvm_bpf::uapi::{KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_MAX_IRQS, kvm_bpf_user_irq};
-use kvm_bpf::{Image, MmioDevice};
 use kvm_bpf_selftests::bpf::{
     Index, Insn, LOADERS, Load, LoadOptions, Map, Prog, ProgType, Reg, add_imm, atomic_add,
     call_kfunc, jump_if_ne, load, lookup, mov, mov_imm, mov_signed32, store, store_imm,
@@ -18,7 +18,7 @@ use kvm_bpf_selftests::bpf::{
 use kvm_bpf_selftests::device::{Device, NO_REGION, region};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu};
 use kvm_bpf_selftests::harness::{meanwhile, wait_for};
-use kvm_bpf_selftests::programs::{CTX_BUF, only_return, ret, test_image};
+use kvm_bpf_selftests::programs::{CTX_BUF, only_return, plug, ret, test_image};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::kfunc::required;
@@ -654,8 +654,7 @@ fn each_irq_has_its_line() {
     for irq in 0..3 {
         let guest = Guest::with_irqchip();
         let mut vcpu = guest.vcpu_with_interrupts();
-        let device = MmioDevice::new(guest.vm(), ADDR, test_image("virtio_irqs"))
-            .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"));
+        let device = plug(guest.vm(), ADDR, test_image("virtio_irqs"));
         assert_got!(device.image().note().nr_irqs, 3, "interrupts of the note");
         let lines = [GSI, GSI + 1, GSI + 2].map(|gsi| {
             let line = eventfd();

@@ -14,7 +14,7 @@ use kvm_bpf_selftests::bpf::{
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{in_a_thread, skip, wait_for};
-use kvm_bpf_selftests::programs::{ret, test_image};
+use kvm_bpf_selftests::programs::{plug, ret, test_image};
 use kvm_bpf_vmm::userspace::uclamp::{self, SchedAttr};
 
 use super::{ADDR, SIZE, assert_refused, element};
@@ -226,8 +226,7 @@ fn bad_cpus() {
 fn frequencies_in_a_timer() {
     let guest = Guest::new();
     let mut vcpu = guest.vcpu(0);
-    let device = MmioDevice::new(guest.vm(), ADDR, test_image("freq_timer"))
-        .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"));
+    let device = plug(guest.vm(), ADDR, test_image("freq_timer"));
     let mut answers = |cpu: u32| {
         assert_got!(vcpu.write(ADDR, 4, cpu.into()), []);
         wait_for("the timer", 1, || word(&device, "answers", 3));
@@ -405,8 +404,7 @@ fn uclamp_not_from_callback(program: &str, scheduler: &str) {
     }
     let guest = Guest::new();
     let mut vcpu = guest.vcpu(0);
-    let device = MmioDevice::new(guest.vm(), ADDR, test_image(program))
-        .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"));
+    let device = plug(guest.vm(), ADDR, test_image(program));
     let before = sched_attr();
     assert_got!(vcpu.write(ADDR, 4, 1), []);
     let answer = || word(&device, "answer", 0);

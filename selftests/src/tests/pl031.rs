@@ -8,12 +8,13 @@ use std::os::fd::AsRawFd;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use kvm_bpf::MmioDevice;
+use kvm_bpf::{Device, Image, MmioDevice};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
-use kvm_bpf_selftests::harness::{Random, number_from_env};
-use kvm_bpf_selftests::programs::sample;
+use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env};
+use kvm_bpf_selftests::programs::{loaded, sample};
 use kvm_bpf_vmm::userspace::host_clock;
+use kvm_ioctls::VmFd;
 use libbpf_rs::{MapCore, MapFlags};
 use vm_superio::Rtc;
 use vm_superio::rtc_pl031::{NoEvents, RtcState};
@@ -26,6 +27,7 @@ tests!(
     registers,
     other_accesses,
     time_of_day,
+    plugged_in_while_a_vcpu_looks,
     load_and_count_on,
     wraps_around,
     alarm_while_no_vcpu_runs,
@@ -76,6 +78,25 @@ fn clock_offset() -> u64 {
     (time.as_nanos() as u64).wrapping_sub(boot.as_nanos() as u64)
 }
 
+/// Sets what the VMM tells the device: how far the time of day is from the time since boot.
+fn set_clock(image: &Image, offset_ns: u64) {
+    let clock = image.map("clock").expect("the device's map");
+    clock
+        .update(&[0; 4], &offset_ns.to_ne_bytes(), MapFlags::ANY)
+        .expect("BPF_MAP_UPDATE_ELEM");
+}
+
+/// Sets a device up, with pauses, and then has the guest see it.
+fn plug(vm: &VmFd, image: Image, irq: &EventFd, pause: impl Fn()) -> MmioDevice {
+    let device = Device::new(vm).expect("KVM_CREATE_DEVICE");
+    pause();
+    device.set_irq(0, irq).expect("interrupt 0");
+    pause();
+    set_clock(&image, clock_offset());
+    pause();
+    MmioDevice::new(device, ADDR, image).expect("the region")
+}
+
 /// A guest with a clock.
 struct Clock {
     guest: Guest,
@@ -98,14 +119,8 @@ fn write(vcpu: &mut Vcpu, register: u64, value: u32) {
 impl Clock {
     fn new() -> Self {
         let guest = Guest::new();
-        let device = MmioDevice::new(guest.vm(), ADDR, sample("pl031"))
-            .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"));
         let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
-        device.device().set_irq(0, &irq).expect("interrupt 0");
-        let clock = device.image().map("clock").expect("the device's map");
-        clock
-            .update(&[0; 4], &clock_offset().to_ne_bytes(), MapFlags::ANY)
-            .expect("BPF_MAP_UPDATE_ELEM");
+        let device = plug(guest.vm(), loaded(sample("pl031")), &irq, || {});
         Clock {
             vcpu: guest.vcpu(0),
             guest,
@@ -271,6 +286,36 @@ fn time_of_day() {
         (before..=after).contains(&got.into()),
         "replaced: wanted {before} to {after}, got {got}"
     );
+}
+
+/// A vCPU that looks all the time sees no device, or one that has been told the time.
+fn plugged_in_while_a_vcpu_looks() {
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let mut seen = 0;
+    let look = || {
+        let before = host_time().as_secs();
+        let read = vcpu.read(ADDR + DR, 4);
+        if read.exits.is_empty() {
+            let after = host_time().as_secs();
+            assert!(
+                (before..=after).contains(&read.value),
+                "wanted {before} to {after}, got {}",
+                read.value
+            );
+            seen += 1;
+        }
+    };
+    meanwhile([look], || {
+        for _ in 0..20 {
+            let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+            let pause = || sleep(SECOND / 50);
+            let device = plug(guest.vm(), loaded(sample("pl031")), &irq, pause);
+            pause();
+            drop(device);
+        }
+    });
+    assert!(seen > 0, "the vCPU has seen no device");
 }
 
 fn load_and_count_on() {

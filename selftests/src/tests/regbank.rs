@@ -2,11 +2,10 @@
 
 //! The register bank of `samples/devices`: the same accesses on the model in user space.
 
-use kvm_bpf::MmioDevice;
 use kvm_bpf_selftests::guest::{Guest, mask};
 use kvm_bpf_selftests::harness::{Random, number_from_env};
-use kvm_bpf_selftests::programs::sample;
-use kvm_bpf_vmm::userspace::{MmioDevice as _, RegisterBank, host_clock};
+use kvm_bpf_selftests::programs::{plug, sample};
+use kvm_bpf_vmm::userspace::{MmioDevice, RegisterBank, host_clock};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{ADDR, assert_described, element, taken};
@@ -33,8 +32,7 @@ fn as_the_model_in_user_space() {
     let mut random = Random::new(seed);
 
     let guest = Guest::new();
-    let device = MmioDevice::new(guest.vm(), ADDR, sample("regbank"))
-        .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"));
+    let device = plug(guest.vm(), ADDR, sample("regbank"));
     assert_described("regbank", device.image().note());
     let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
     device.device().set_irq(0, &irq).expect("interrupt 0");

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 use Reg::{R0, R1, R6, R7};
+use kvm_bpf::OpenImage;
 use kvm_bpf::device::Error;
-use kvm_bpf::{MmioDevice, OpenImage};
 use kvm_bpf_selftests::bpf::{
     Census, Index, Load, Map, Prog, ProgType, Reg, atomic_add, jump_if_ge, load, lookup, mov,
     mov_imm, store_imm,
@@ -19,7 +19,9 @@ use kvm_bpf_selftests::bpf::{
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine};
 use kvm_bpf_selftests::harness::{meanwhile, number_from_env, trial_within, wait_for};
-use kvm_bpf_selftests::programs::{CTX_BUF, CTX_VCPU_ID, ret, sample, sample_path, test_image};
+use kvm_bpf_selftests::programs::{
+    CTX_BUF, CTX_VCPU_ID, plug, ret, sample, sample_path, test_image,
+};
 use libtest_mimic::Trial;
 
 use super::{ADDR, PATTERN, SIZE};
@@ -240,8 +242,7 @@ fn another_device_is_refused() {
 
     let guest = Guest::new();
     let mut vcpu = guest.vcpu(0);
-    let mut device = MmioDevice::new(guest.vm(), ADDR, sample("regbank"))
-        .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"));
+    let mut device = plug(guest.vm(), ADDR, sample("regbank"));
     assert_got!(vcpu.write(SCRATCH, 8, PATTERN), []);
     let mut state = || {
         let (version, scratch) = (vcpu.read(VERSION, 4), vcpu.read(SCRATCH, 8));

@@ -9,7 +9,7 @@ use kvm_bpf::MmioDevice;
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{Random, in_a_thread, number_from_env};
-use kvm_bpf_selftests::programs::sample;
+use kvm_bpf_selftests::programs::{plug, sample};
 use kvm_bpf_vmm::userspace::{self, uclamp};
 use libbpf_rs::{MapCore, MapFlags};
 
@@ -52,8 +52,7 @@ struct Setup {
 impl Setup {
     fn new(table: &[u32]) -> Self {
         let guest = Guest::new();
-        let device = MmioDevice::new(guest.vm(), ADDR, sample("vcpufreq"))
-            .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"));
+        let device = plug(guest.vm(), ADDR, sample("vcpufreq"));
         let setup = Setup {
             vcpu: guest.vcpu(0),
             guest,
