@@ -2,8 +2,8 @@
 
 //! Device programs that several tests share.
 
+use std::env;
 use std::path::{Path, PathBuf};
-use std::{env, fs};
 
 use kvm_bpf::{Device, Image, MmioDevice, OpenImage};
 use kvm_ioctls::VmFd;
@@ -28,13 +28,13 @@ pub const CTX_SIZE: i16 = 24;
 /// A device of `samples/devices`; `KVM_BPF_DEVICES` tells where, `/devices` if not set.
 #[track_caller]
 pub fn sample(name: &str) -> OpenImage {
-    open(name, &sample_path(name))
+    open(&sample_path(name))
 }
 
 /// A device of `selftests/progs`; `KVM_BPF_PROGS` tells where, `/progs` if not set.
 #[track_caller]
 pub fn test_image(name: &str) -> OpenImage {
-    open(name, &test_path(name))
+    open(&test_path(name))
 }
 
 /// Loads what must load.
@@ -69,9 +69,8 @@ fn path(variable: &str, default: &str, name: &str) -> PathBuf {
 }
 
 #[track_caller]
-fn open(name: &str, path: &Path) -> OpenImage {
-    let file = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    OpenImage::open(name, &file).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+fn open(path: &Path) -> OpenImage {
+    OpenImage::open_file(path).unwrap_or_else(|error| panic!("{}: {error:#?}", path.display()))
 }
 
 /// Returns a value; the end of every program here.

@@ -2,7 +2,11 @@
 
 //! A device's object file: opened, edited, loaded into the kernel.
 
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
 
 use libbpf_rs::{
     AsRawLibbpf, Map, MapCore, Object, ObjectBuilder, OpenMapMut, OpenObject, OpenProgramMut,
@@ -20,9 +24,18 @@ const WRITE_SECTIONS: [&str; 2] = ["kvm_io_write", "kvm_io_write.s"];
 /// Room for the verifier's log of one program; the kernel keeps the end.
 const VERIFIER_LOG_LEN: usize = 1 << 20;
 
+/// The most bytes of an object file; those of the sample devices have some ten thousand.
+pub const MAX_FILE_SIZE: u64 = 16 << 20;
+
 /// Why an object file could not become a device.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// The file cannot be opened or read, or is not a regular one.
+    #[error("cannot read the file")]
+    Read(#[source] io::Error),
+    /// The file is larger than a device.
+    #[error("the file has more than {} MiB, the most for a device", MAX_FILE_SIZE >> 20)]
+    FileSize,
     /// The device note cannot be used.
     #[error(transparent)]
     Note(#[from] note::Error),
@@ -50,7 +63,7 @@ pub enum Error {
         program: String,
         /// libbpf's answer.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// A map cannot continue that of the running device.
     #[error("map {map} cannot be carried over")]
@@ -96,6 +109,33 @@ fn handler(section: &str) -> Option<(Direction, bool)> {
     None
 }
 
+/// Opens a file to read, if it is a regular one.
+///
+/// Others may have no end, wait for a writer, or do something because they are opened.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let check = |metadata: Metadata| {
+        let kind = metadata.file_type();
+        let kind = match kind {
+            _ if kind.is_file() => return Ok(()),
+            _ if kind.is_dir() => "a directory",
+            _ if kind.is_char_device() => "a character device",
+            _ if kind.is_block_device() => "a block device",
+            _ if kind.is_fifo() => "a pipe",
+            _ => "a socket",
+        };
+        let message = format!("not a regular file, but {kind}");
+        Err(io::Error::new(io::ErrorKind::InvalidInput, message))
+    };
+    check(fs::metadata(path)?)?;
+    // It may have become another one since: then this does not wait.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    check(file.metadata()?)?;
+    Ok(file)
+}
+
 /// An object file before it is loaded, when its data can still be edited.
 #[derive(Debug)]
 pub struct OpenImage {
@@ -104,11 +144,25 @@ pub struct OpenImage {
 }
 
 impl OpenImage {
-    /// Opens the bytes of an object file.
+    /// Opens an object file: a regular one of at most [`MAX_FILE_SIZE`] bytes.
+    pub fn open_file(path: &Path) -> Result<Self, Error> {
+        let file = open_regular(path).map_err(Error::Read)?;
+        let mut bytes = Vec::new();
+        file.take(MAX_FILE_SIZE + 1)
+            .read_to_end(&mut bytes)
+            .map_err(Error::Read)?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        Self::open(name.split('.').next().unwrap_or_default(), &bytes)
+    }
+
+    /// Opens the bytes of an object file, at most [`MAX_FILE_SIZE`].
     ///
     /// `name` shows up in the names of global data's maps, so give the same
     /// name to each version of a device: its file name without suffixes.
     pub fn open(name: &str, file: &[u8]) -> Result<Self, Error> {
+        if file.len() as u64 > MAX_FILE_SIZE {
+            return Err(Error::FileSize);
+        }
         let note = Note::from_elf(file)?;
         let object = ObjectBuilder::default()
             .name(name)
@@ -228,7 +282,7 @@ fn set_up(
     direction: Direction,
     sleepable: bool,
     log: &mut [u8],
-) -> std::io::Result<()> {
+) -> io::Result<()> {
     let prog_type = match direction {
         Direction::Read => BPF_PROG_TYPE_KVM_IO_READ,
         Direction::Write => BPF_PROG_TYPE_KVM_IO_WRITE,
@@ -255,7 +309,7 @@ fn set_up(
         ]
     };
     match answers.into_iter().find(|&answer| answer != 0) {
-        Some(errno) => Err(std::io::Error::from_raw_os_error(-errno)),
+        Some(errno) => Err(io::Error::from_raw_os_error(-errno)),
         None => Ok(()),
     }
 }
@@ -345,7 +399,7 @@ mod tests {
 
     #[test]
     fn the_refused_program_has_the_log() {
-        let denied = || libbpf_rs::Error::from(std::io::Error::from_raw_os_error(libc::EACCES));
+        let denied = || libbpf_rs::Error::from(io::Error::from_raw_os_error(libc::EACCES));
         let logs = [
             ("good".to_string(), vec![0; 4]),
             ("bad".to_string(), b"R1 oops\n\0\0".to_vec()),
@@ -363,5 +417,50 @@ mod tests {
     fn a_file_without_note_is_refused_first() {
         let error = OpenImage::open("x", b"not an object").unwrap_err();
         assert!(matches!(error, Error::Note(note::Error::NotElf)), "{error}");
+    }
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        let pipe = std::env::temp_dir().join(format!("kvm-bpf-pipe-{}", std::process::id()));
+        let status = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(status.unwrap().success());
+        let dir = std::env::temp_dir();
+        for (path, kind) in [
+            (Path::new("/dev/zero"), "a character device"),
+            (&dir, "a directory"),
+            (&pipe, "a pipe"),
+        ] {
+            let error = OpenImage::open_file(path).unwrap_err();
+            let Error::Read(error) = error else {
+                panic!("{kind}: {error:?}");
+            };
+            assert!(error.to_string().ends_with(kind), "{kind}: {error}");
+        }
+        fs::remove_file(&pipe).unwrap();
+        let error = OpenImage::open_file(&pipe).unwrap_err();
+        assert!(
+            matches!(&error, Error::Read(error) if error.kind() == io::ErrorKind::NotFound),
+            "{error:?}"
+        );
+    }
+
+    #[test]
+    fn files_have_a_limit() {
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap();
+        for (size, wanted) in [
+            (MAX_FILE_SIZE, "not a 64-bit ELF file"),
+            (
+                MAX_FILE_SIZE + 1,
+                "the file has more than 16 MiB, the most for a device",
+            ),
+            (
+                1 << 40,
+                "the file has more than 16 MiB, the most for a device",
+            ),
+        ] {
+            file.as_file().set_len(size).unwrap();
+            let error = OpenImage::open_file(file.as_path()).unwrap_err();
+            assert_eq!(error.to_string(), wanted, "{size} bytes");
+        }
     }
 }

@@ -14,10 +14,11 @@
 //! use vmm_sys_util::eventfd::EventFd;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # use std::path::Path;
 //! let vm = kvm_ioctls::Kvm::new()?.create_vm()?;
-//! let file = std::fs::read("regbank.bpf.o")?;
+//! let file = Path::new("regbank.bpf.o");
 //! let device = Device::new(&vm)?;
-//! let image = OpenImage::open("regbank", &file)?.load()?;
+//! let image = OpenImage::open_file(file)?.load()?;
 //!
 //! // With interrupt controllers there; on arm64 the GIC must also have started, which it does
 //! // when all vCPUs are there. GSI n is its shared interrupt n. Keep `irq` open.
@@ -29,8 +30,7 @@
 //! let mut device = MmioDevice::new(device, 0xd000_0000, image)?;
 //!
 //! // Later, while vCPUs run: new programs, same state.
-//! let file = std::fs::read("regbank.bpf.o")?;
-//! device.replace(OpenImage::open("regbank", &file)?)?;
+//! device.replace(OpenImage::open_file(file)?)?;
 //! # Ok(())
 //! # }
 //! ```

@@ -2,7 +2,7 @@
 
 //! The virtual machine: memory, devices, vCPU threads, and how it all ends.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use std::time::Duration;
 use kvm_bindings::{
     KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_userspace_memory_region,
 };
+use kvm_bpf::image::open_regular;
 use kvm_bpf::{Device, Image, MmioDevice, OpenImage};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -39,6 +40,12 @@ pub enum Error {
     Capability(&'static str),
     #[error("{}: cannot read the file", .0.display())]
     Read(PathBuf, #[source] io::Error),
+    #[error("{}: {size} bytes are more than the guest's memory of {memory} MiB", .path.display())]
+    TooLarge {
+        path: PathBuf,
+        size: u64,
+        memory: u64,
+    },
     #[error("{0}")]
     Device(String, #[source] kvm_bpf::device::Error),
     #[error("{0}: no such user-space device, only {names}", names = userspace::NAMES.join(", "))]
@@ -174,6 +181,7 @@ impl Vm {
                 return Err(Error::TooManyCpus(device.range.name.clone(), max));
             }
         }
+        let open = |path| open_at_most(path, args.memory);
         let mut kernel = open(&args.kernel)?;
         let mut initrd = args.initrd.as_deref().map(open).transpose()?;
 
@@ -321,15 +329,23 @@ impl BpfDevice {
     }
 }
 
-fn open(path: &Path) -> Result<File, Error> {
-    File::open(path).map_err(|source| Error::Read(path.to_path_buf(), source))
+/// Opens a file that goes into guest memory, of so many MiB.
+fn open_at_most(path: &Path, memory: u64) -> Result<File, Error> {
+    let unreadable = |source| Error::Read(path.to_path_buf(), source);
+    let file = open_regular(path).map_err(unreadable)?;
+    let size = file.metadata().map_err(unreadable)?.len();
+    if size > memory << 20 {
+        return Err(Error::TooLarge {
+            path: path.to_path_buf(),
+            size,
+            memory,
+        });
+    }
+    Ok(file)
 }
 
 fn open_image(path: &Path) -> Result<OpenImage, Error> {
-    let file = fs::read(path).map_err(|source| Error::Read(path.to_path_buf(), source))?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let stem = name.split('.').next().unwrap_or_default();
-    OpenImage::open(stem, &file)
+    OpenImage::open_file(path)
         .map_err(|source| Error::Device(path.display().to_string(), source.into()))
 }
 
