@@ -59,6 +59,7 @@ mod fault;
 mod irq;
 mod kfunc;
 mod lifetime;
+mod object;
 mod pl031;
 mod regbank;
 mod region;
@@ -85,6 +86,7 @@ pub fn all() -> Vec<Trial> {
         access::all(),
         context::all(),
         swap::all(),
+        object::all(),
         lifetime::all(),
         irq::all(),
         kfunc::all(),

@@ -136,6 +136,9 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// The programs that handle reads and writes, by [`Direction`].
+type Handlers<T> = [Option<T>; 2];
+
 /// An object file before it is loaded, when its data can still be edited.
 #[derive(Debug)]
 pub struct OpenImage {
@@ -210,17 +213,15 @@ impl OpenImage {
         Ok(())
     }
 
-    /// Creates the maps and loads the programs.
+    /// The names of the programs that handle reads and writes.
     ///
-    /// libbpf also prints warnings on stderr when this fails; call
-    /// [`libbpf_rs::set_print`] to send them elsewhere.
-    pub fn load(mut self) -> Result<Image, Error> {
-        let mut handlers: [Option<String>; 2] = [None, None];
-        let mut logs = Vec::new();
-        for mut program in self.object.progs_mut() {
+    /// A program that libbpf does not load, as one in `SEC("?kvm_io_write")`, is as if not there.
+    fn handlers(&self) -> Result<Handlers<String>, Error> {
+        let mut handlers: Handlers<String> = [None, None];
+        for program in self.object.progs().filter(|program| program.autoload()) {
             let name = program.name().to_string_lossy().into_owned();
             let section = program.section().to_string_lossy().into_owned();
-            let Some((direction, sleepable)) = handler(&section) else {
+            let Some((direction, _)) = handler(&section) else {
                 return Err(Error::UnknownSection {
                     program: name,
                     section,
@@ -229,7 +230,26 @@ impl OpenImage {
             if let Some(first) = handlers[direction as usize].replace(name.clone()) {
                 return Err(Error::TwoPrograms(first, name));
             }
+        }
+        Ok(handlers)
+    }
 
+    /// Creates the maps and loads the programs.
+    ///
+    /// libbpf also prints warnings on stderr when this fails; call
+    /// [`libbpf_rs::set_print`] to send them elsewhere.
+    pub fn load(mut self) -> Result<Image, Error> {
+        if self.handlers()?.iter().all(Option::is_none) {
+            return Err(Error::NoProgram);
+        }
+        let mut logs = Vec::new();
+        for mut program in self.object.progs_mut() {
+            let section = program.section().to_string_lossy().into_owned();
+            let Some((direction, sleepable)) = handler(&section).filter(|_| program.autoload())
+            else {
+                continue;
+            };
+            let name = program.name().to_string_lossy().into_owned();
             let mut log = vec![0; VERIFIER_LOG_LEN];
             set_up(&mut program, direction, sleepable, &mut log).map_err(|source| {
                 Error::SetUp {
@@ -239,16 +259,13 @@ impl OpenImage {
             })?;
             logs.push((name, log));
         }
-        if logs.is_empty() {
-            return Err(Error::NoProgram);
-        }
 
         let object = self
             .object
             .load()
             .map_err(|source| load_error(source, &logs))?;
-        let mut fds = [None, None];
-        for program in object.progs() {
+        let mut fds: Handlers<OwnedFd> = [None, None];
+        for program in object.progs().filter(|program| program.autoload()) {
             if let Some((direction, _)) = program.section().to_str().and_then(handler) {
                 let fd = program.as_fd().try_clone_to_owned();
                 fds[direction as usize] = Some(fd.map_err(|error| Error::Load(error.into()))?);
