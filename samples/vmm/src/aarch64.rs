@@ -100,7 +100,7 @@ impl Platform {
             .map_err(kvm("wire the console's interrupt"))
     }
 
-    /// Answers a read of the platform's own devices, and says if it was one.
+    /// Handles a read of the platform's own devices, and says if it was one.
     pub fn mmio_read(&self, addr: u64, data: &mut [u8]) -> bool {
         match addr.checked_sub(SERIAL_ADDR) {
             Some(offset) if offset < Console::SIZE => self.console.read(offset, data),
@@ -108,6 +108,11 @@ impl Platform {
             _ => return false,
         }
         true
+    }
+
+    /// Waits for the console's output to be taken; returns how many bytes are lost.
+    pub fn finish(&self) -> u64 {
+        self.console.finish()
     }
 
     /// Takes a write to the platform's own devices, and says if it was one.

@@ -45,12 +45,12 @@ pub enum Error {
     FdtSize(usize),
 }
 
-/// Makes an error of what KVM answered to an attempt to do that.
+/// Makes an error of what KVM returned for an attempt to do that.
 pub fn kvm(what: &'static str) -> impl Fn(errno::Error) -> Error {
     move |source| Error::Kvm(what, source)
 }
 
-/// Puts the initramfs below `end` and clear of the kernel; answers its first address and its size.
+/// Puts the initramfs below `end` and clear of the kernel; returns its first address and its size.
 pub fn load_initrd(
     memory: &GuestMemoryMmap,
     initrd: &mut File,

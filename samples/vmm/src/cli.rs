@@ -13,8 +13,8 @@ use crate::{arch, userspace};
 /// Boots a Linux guest with devices made of eBPF programs.
 ///
 /// The guest's console is standard output; the VMM itself writes to standard
-/// error. On SIGUSR1 the files of all --bpf devices are read again and their
-/// programs replaced while the guest runs.
+/// error. What nobody takes from them is dropped. On SIGUSR1 the files of all
+/// --bpf devices are read again and their programs replaced while the guest runs.
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Args {

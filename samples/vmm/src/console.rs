@@ -2,7 +2,7 @@
 
 //! The guest's console: a 16550A whose output is standard output.
 
-use std::io::{self, Stdout, stdout};
+use std::io;
 use std::sync::Mutex;
 
 use kvm_ioctls::VmFd;
@@ -10,6 +10,8 @@ use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::output::Output;
 
 /// Signals an eventfd as the interrupt of a device model.
 struct EventTrigger(EventFd);
@@ -24,7 +26,7 @@ impl Trigger for EventTrigger {
 
 /// The serial port; where its eight registers are is the architecture's affair.
 pub struct Console {
-    serial: Mutex<Serial<EventTrigger, NoEvents, Stdout>>,
+    serial: Mutex<Serial<EventTrigger, NoEvents, Output>>,
 }
 
 impl Console {
@@ -35,7 +37,7 @@ impl Console {
     pub fn new() -> io::Result<Self> {
         let irq = EventTrigger(EventFd::new(libc::EFD_NONBLOCK)?);
         Ok(Console {
-            serial: Mutex::new(Serial::new(irq, stdout())),
+            serial: Mutex::new(Serial::new(irq, Output::new("console", io::stdout())?)),
         })
     }
 
@@ -44,7 +46,7 @@ impl Console {
         vm.register_irqfd(&self.lock().interrupt_evt().0, gsi)
     }
 
-    /// Answers a read of the register at `offset`, which is below [`Console::SIZE`].
+    /// Handles a read of the register at `offset`, which is below [`Console::SIZE`].
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         let mut serial = self.lock();
         data.fill_with(|| serial.read(offset as u8));
@@ -54,13 +56,17 @@ impl Console {
     pub fn write(&self, offset: u64, data: &[u8]) {
         let mut serial = self.lock();
         for &byte in data {
-            // It fails when standard output does, and then there is nowhere
-            // to complain to and the guest may go on.
+            // It fails when the interrupt cannot be raised; the guest may go on.
             let _ = serial.write(offset as u8, byte);
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Serial<EventTrigger, NoEvents, Stdout>> {
+    /// Waits for the output to be taken, but not for ever; returns how many bytes were not.
+    pub fn finish(&self) -> u64 {
+        self.lock().writer().finish()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Serial<EventTrigger, NoEvents, Output>> {
         self.serial.lock().unwrap_or_else(|e| e.into_inner())
     }
 }

@@ -11,6 +11,7 @@ mod console;
 #[cfg(all(test, not(target_arch = "aarch64")))]
 #[path = "aarch64/fdt.rs"]
 mod fdt;
+mod output;
 mod provide;
 mod report;
 mod vm;
@@ -24,9 +25,10 @@ use x86_64 as arch;
 
 use std::error::Error;
 use std::fs;
+use std::io::{self, Write};
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Mutex, MutexGuard};
 use std::{iter, mem, ptr, thread};
 
 use clap::Parser;
@@ -36,37 +38,45 @@ use vmm_sys_util::errno;
 use vmm_sys_util::signal::block_signal;
 
 use crate::cli::Args;
+use crate::output::Output;
 use crate::vm::{Event, Vm};
 
 /// What libbpf had to say since the last error; it knows reasons that its errno does not tell.
 static LIBBPF_WARNINGS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
+/// Standard error, once its thread has started.
+static MESSAGES: Mutex<Option<Output>> = Mutex::new(None);
+
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
+    let code = match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             print_error("error", error.as_ref());
             ExitCode::FAILURE
         }
+    };
+    if let Some(messages) = &*lock(&MESSAGES) {
+        messages.finish();
     }
+    code
 }
 
 fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     libbpf_rs::set_print(Some((PrintLevel::Warn, |_, warning| {
-        if let Ok(mut warnings) = LIBBPF_WARNINGS.lock() {
-            warnings.push(warning);
-        }
+        lock(&LIBBPF_WARNINGS).push(warning);
     })));
 
     let (sender, events) = mpsc::channel();
     reload_on_sigusr1(sender.clone())?;
+    let messages = Output::new("messages", io::stderr()).map_err(vm::Error::Thread)?;
+    *lock(&MESSAGES) = Some(messages);
     let report = Vm::new(args)?.run(sender, events)?;
     match &args.report {
         Some(path) => {
             let json = serde_json::to_string_pretty(&report)?;
             fs::write(path, json + "\n").map_err(|error| format!("{}: {error}", path.display()))?;
         }
-        None => eprintln!("{report}"),
+        None => say(&report.to_string()),
     }
     Ok(())
 }
@@ -98,12 +108,23 @@ fn reload_on_sigusr1(sender: Sender<Event>) -> Result<(), vm::Error> {
     Ok(())
 }
 
+/// Locks, also after a thread panicked: what is behind these locks is usable at any time.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Prints a line on standard error, if someone takes it.
+fn say(line: &str) {
+    match &mut *lock(&MESSAGES) {
+        // It never fails.
+        Some(messages) => drop(writeln!(messages, "{line}")),
+        None => eprintln!("{line}"),
+    }
+}
+
 /// Has errors from here on named by later warnings only.
 fn forget_warnings() {
-    LIBBPF_WARNINGS
-        .lock()
-        .unwrap_or_else(|e| e.into_inner())
-        .clear();
+    lock(&LIBBPF_WARNINGS).clear();
 }
 
 /// Prints an error and its causes in one line; below it, the verifier's log if there is one.
@@ -112,15 +133,15 @@ fn print_error(what: &str, error: &(dyn Error + 'static)) {
     let mut parts: Vec<String> = chain().map(|error| error.to_string()).collect();
     parts.dedup();
     let log = chain().find_map(verifier_log);
-    let warnings = mem::take(&mut *LIBBPF_WARNINGS.lock().unwrap_or_else(|e| e.into_inner()));
+    let warnings = mem::take(&mut *lock(&LIBBPF_WARNINGS));
     if log.is_none()
         && let Some(warning) = warnings.first()
     {
         parts.push(warning.trim_end().to_string());
     }
-    eprintln!("kvm-bpf-vmm: {what}: {}", parts.join(": "));
+    say(&format!("kvm-bpf-vmm: {what}: {}", parts.join(": ")));
     if let Some(log) = log {
-        eprintln!("{}", log.trim_end());
+        say(log.trim_end());
     }
 }
 

@@ -129,6 +129,8 @@ pub struct Report {
     pub reloads: u64,
     /// Exits for addresses that no device has.
     pub unclaimed_exits: u64,
+    /// Bytes of the guest's console that nobody took.
+    pub console_bytes_lost: u64,
     /// The devices, by address.
     pub devices: Vec<Device>,
     /// The vCPUs.
@@ -155,6 +157,9 @@ impl fmt::Display for Report {
                 self.unclaimed_exits
             )?;
         }
+        if self.console_bytes_lost > 0 {
+            write!(f, "\nconsole: {} bytes lost", self.console_bytes_lost)?;
+        }
         for vcpu in self.vcpus.iter().filter(|vcpu| !vcpu.is_unclamped()) {
             write!(
                 f,
@@ -180,6 +185,7 @@ mod tests {
             end: "reset",
             reloads: 0,
             unclaimed_exits: 0,
+            console_bytes_lost: 0,
             devices: vec![Device::new("bank", Server::Userspace, 0x1000, 16, &exits)],
             vcpus: [(0, 1024), (512, 512), (0, 0)]
                 .into_iter()

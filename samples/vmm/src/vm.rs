@@ -307,10 +307,12 @@ impl Vm {
         // Also those that run while another one could not be started.
         shared.stop.store(true, Ordering::SeqCst);
         let vcpus = stop_vcpus(threads);
+        let console_bytes_lost = shared.platform.finish();
         end.map(|end| Report {
             end: end.describe(),
             reloads,
             unclaimed_exits: shared.bus.unclaimed(),
+            console_bytes_lost,
             devices: shared.bus.report(),
             vcpus,
         })
@@ -383,7 +385,7 @@ fn create_memory(vm: &VmFd, size: u64) -> Result<GuestMemoryMmap, Error> {
     Ok(memory)
 }
 
-/// Gives a device its interrupt lines; answers an eventfd for each, which raises it.
+/// Gives a device its interrupt lines; returns an eventfd for each, which raises it.
 fn wire_interrupts(
     vm: &VmFd,
     device: &mut GuestDevice,
@@ -497,7 +499,7 @@ fn internal_error(vcpu: &mut VcpuFd) -> String {
     format!("KVM internal error {}, {data:x?}", internal.suberror)
 }
 
-/// Makes the threads leave `KVM_RUN` and waits for them; answers what they tell of themselves.
+/// Makes the threads leave `KVM_RUN` and waits for them; returns what they tell of themselves.
 fn stop_vcpus(threads: Vec<JoinHandle<Option<Vcpu>>>) -> Vec<Vcpu> {
     let stop = |thread: JoinHandle<Option<Vcpu>>| {
         // A signal that arrives just before KVM_RUN does not interrupt it, so

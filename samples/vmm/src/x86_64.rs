@@ -145,7 +145,7 @@ impl Platform {
             .map_err(kvm("wire the console's interrupt"))
     }
 
-    /// Answers a read of the platform's own devices, of which none is at an address here.
+    /// Handles a read of the platform's own devices, of which none is at an address here.
     pub fn mmio_read(&self, _addr: u64, _data: &mut [u8]) -> bool {
         false
     }
@@ -155,7 +155,7 @@ impl Platform {
         false
     }
 
-    /// Answers a read from a port.
+    /// Handles a read from a port.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
         match port {
             COM1_PORT..=COM1_LAST => self.console.read((port - COM1_PORT).into(), data),
@@ -163,6 +163,11 @@ impl Platform {
             RESET_PORT | SLEEP_STATUS_PORT => data.fill(0),
             _ => data.fill(0xff),
         }
+    }
+
+    /// Waits for the console's output to be taken; returns how many bytes are lost.
+    pub fn finish(&self) -> u64 {
+        self.console.finish()
     }
 
     /// Takes a write to a port, and says if it ends the guest.
