@@ -63,6 +63,7 @@ mod object;
 mod pl031;
 mod regbank;
 mod region;
+mod replace;
 mod rights;
 mod swap;
 mod vcpufreq;
@@ -87,6 +88,7 @@ pub fn all() -> Vec<Trial> {
         context::all(),
         swap::all(),
         object::all(),
+        replace::all(),
         lifetime::all(),
         irq::all(),
         kfunc::all(),

@@ -10,6 +10,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::image::{self, Image, OpenImage};
+use crate::maps::{MapChanges, OnLoss};
 use crate::note::Note;
 use crate::uapi::{
     KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_TYPE_BPF, kvm_bpf_user_irq,
@@ -36,7 +37,7 @@ pub enum Error {
         addr: u64,
         /// Length in bytes.
         size: u64,
-        /// The kernel's answer.
+        /// The kernel's error.
         #[source]
         source: errno::Error,
     },
@@ -45,7 +46,7 @@ pub enum Error {
     UnsetRegion {
         /// Index of the region.
         index: u64,
-        /// The kernel's answer.
+        /// The kernel's error.
         #[source]
         source: errno::Error,
     },
@@ -54,7 +55,7 @@ pub enum Error {
     SetIrq {
         /// Index of the interrupt.
         index: u64,
-        /// The kernel's answer.
+        /// The kernel's error.
         #[source]
         source: errno::Error,
     },
@@ -63,7 +64,7 @@ pub enum Error {
     UnsetIrq {
         /// Index of the interrupt.
         index: u64,
-        /// The kernel's answer.
+        /// The kernel's error.
         #[source]
         source: errno::Error,
     },
@@ -214,19 +215,21 @@ impl MmioDevice {
 
     /// Goes over to the programs of a new file while the guest runs.
     ///
-    /// Maps that are defined as before keep their content. On an error the
-    /// device goes on as it was.
-    pub fn replace(&mut self, image: OpenImage) -> Result<()> {
-        let image = self.load(image)?;
-        self.swap(image)
+    /// On an error the device goes on as it was.
+    pub fn replace(&mut self, image: OpenImage, on_loss: OnLoss) -> Result<MapChanges> {
+        let replacement = self.load(image, on_loss)?;
+        self.swap(replacement)
     }
 
     /// Loads a new file for [`Self::swap`], with the maps that it has in common with the running
-    /// one. The first half of [`Self::replace`], for who fills the other maps in between.
-    pub fn load(&self, mut image: OpenImage) -> Result<Image> {
+    /// one. The first half of [`Self::replace`], for callers that fill the other maps in between.
+    pub fn load(&self, mut image: OpenImage, on_loss: OnLoss) -> Result<Replacement> {
         self.check(image.note())?;
-        image.reuse_maps(&self.image)?;
-        Ok(image.load()?)
+        let changes = image.reuse_maps(&self.image, on_loss)?;
+        Ok(Replacement {
+            image: image.load()?,
+            changes,
+        })
     }
 
     fn check(&self, new: &Note) -> Result<()> {
@@ -239,12 +242,13 @@ impl MmioDevice {
         })
     }
 
-    /// Goes over to the programs of an image while the guest runs.
-    pub fn swap(&mut self, image: Image) -> Result<()> {
-        self.check(image.note())?;
-        set_image(&self.device, self.addr, &image)?;
-        self.image = image;
-        Ok(())
+    /// Goes over to the programs of what [`Self::load`] returned while the guest runs.
+    pub fn swap(&mut self, replacement: Replacement) -> Result<MapChanges> {
+        // It may be another device's.
+        self.check(replacement.image.note())?;
+        set_image(&self.device, self.addr, &replacement.image)?;
+        self.image = replacement.image;
+        Ok(replacement.changes)
     }
 
     /// First guest-physical address.
@@ -260,6 +264,20 @@ impl MmioDevice {
     /// The KVM device, for its interrupts and for regions beyond the first.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+}
+
+/// A loaded file that is to replace the programs of a device.
+#[derive(Debug)]
+pub struct Replacement {
+    image: Image,
+    changes: MapChanges,
+}
+
+impl Replacement {
+    /// The programs and maps.
+    pub fn image(&self) -> &Image {
+        &self.image
     }
 }
 

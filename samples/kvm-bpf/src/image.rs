@@ -13,6 +13,7 @@ use libbpf_rs::{
     libbpf_sys,
 };
 
+use crate::maps::{Layout, MapChanges, OnLoss, short_name};
 use crate::note::{self, Note};
 use crate::uapi::{BPF_PROG_TYPE_KVM_IO_READ, BPF_PROG_TYPE_KVM_IO_WRITE};
 
@@ -61,16 +62,33 @@ pub enum Error {
     SetUp {
         /// The program.
         program: String,
-        /// libbpf's answer.
+        /// libbpf's error.
         #[source]
         source: io::Error,
     },
-    /// A map cannot continue that of the running device.
+    /// The types of a map cannot be compared with others.
+    #[error("the types of map {0} are nested too deeply, or hold too much")]
+    MapTypes(String),
+    /// Two maps cannot be told apart.
+    #[error("two maps are named {0}; libbpf cuts the names of sections to 15 characters")]
+    SameName(String),
+    /// The running device has a map that would start anew, or not be there any more.
+    #[error("map {map} of the running device would be lost: {why}")]
+    LostMap {
+        /// The map.
+        map: String,
+        /// What is different.
+        why: String,
+    },
+    /// The running device handles accesses that would exit to the VMM.
+    #[error("the running device has a program for {0}, the new file none")]
+    LostDirection(&'static str),
+    /// A map cannot go on with the content of that of the running device.
     #[error("map {map} cannot be carried over")]
     ReuseMap {
         /// The map.
         map: String,
-        /// libbpf's answer.
+        /// libbpf's error.
         #[source]
         source: libbpf_rs::Error,
     },
@@ -81,7 +99,7 @@ pub enum Error {
         program: String,
         /// What the verifier wrote, many lines.
         log: String,
-        /// The kernel's answer.
+        /// The kernel's error.
         #[source]
         source: libbpf_rs::Error,
     },
@@ -144,6 +162,8 @@ type Handlers<T> = [Option<T>; 2];
 pub struct OpenImage {
     note: Note,
     object: OpenObject,
+    /// What the maps were like before some were carried over.
+    layouts: Option<Vec<Layout>>,
 }
 
 impl OpenImage {
@@ -160,8 +180,7 @@ impl OpenImage {
 
     /// Opens the bytes of an object file, at most [`MAX_FILE_SIZE`].
     ///
-    /// `name` shows up in the names of global data's maps, so give the same
-    /// name to each version of a device: its file name without suffixes.
+    /// `name` shows up in the names that tools see of the maps of global data.
     pub fn open(name: &str, file: &[u8]) -> Result<Self, Error> {
         if file.len() as u64 > MAX_FILE_SIZE {
             return Err(Error::FileSize);
@@ -171,7 +190,11 @@ impl OpenImage {
             .name(name)
             .and_then(|builder| builder.open_memory(file))
             .map_err(Error::Open)?;
-        Ok(OpenImage { note, object })
+        Ok(OpenImage {
+            note,
+            object,
+            layouts: None,
+        })
     }
 
     /// What the file says about the device.
@@ -179,38 +202,75 @@ impl OpenImage {
         &self.note
     }
 
-    /// The map of that name; set a tunable through the initial value of `.rodata`.
+    /// The map of that name, to set a tunable through the initial value of `.rodata`, say.
     ///
     /// Maps of global data are found by the name of their section.
     pub fn map_mut(&mut self, name: &str) -> Option<OpenMapMut<'_>> {
         self.object
             .maps_mut()
-            .find(|map| map.name().to_str().is_some_and(|full| is_named(full, name)))
+            .find(|map| is_named(&map.name().to_string_lossy(), name))
     }
 
-    /// Goes on with the maps of a loaded image, so that state survives a change of programs.
+    /// Prepares to replace a loaded image: goes on with its maps, so that state survives a change
+    /// of programs.
     ///
-    /// A map is taken over when its name, type and sizes are the same; the others
-    /// start anew.  So do read-only data, which belong to the programs.
-    pub fn reuse_maps(&mut self, from: &Image) -> Result<(), Error> {
-        for mut map in self.object.maps_mut() {
-            let name = map.name().to_string_lossy().into_owned();
-            if belongs_to_programs(&name) {
-                continue;
+    /// A map is carried over where type, sizes, flags and the types of key and value are the same,
+    /// with the names, places and kinds of all fields. What belongs to the programs, such as
+    /// read-only data, is not.
+    pub fn reuse_maps(&mut self, from: &Image, on_loss: OnLoss) -> Result<MapChanges, Error> {
+        if on_loss == OnLoss::Refuse {
+            let [read, write] = self.handlers()?;
+            if from.read.is_some() && read.is_none() {
+                return Err(Error::LostDirection("reads"));
             }
-            let same = from.object.maps().find(|old| {
-                old.name() == map.name()
-                    && old.map_type() == map.map_type()
-                    && old.key_size() == map.key_size()
-                    && old.value_size() == map.value_size()
-                    && old.max_entries() == map.max_entries()
-            });
-            if let Some(old) = same {
+            if from.write.is_some() && write.is_none() {
+                return Err(Error::LostDirection("writes"));
+            }
+        }
+
+        let layouts = Layout::of_object(&self.object)?;
+        let mut changes = MapChanges::default();
+        for old in &from.layouts {
+            let new = layouts.iter().find(|new| new.name == old.name);
+            let why = match new {
+                Some(new) => new.difference(old),
+                None => Some("the new file has none of that name".to_string()),
+            };
+            let name = old.name.clone();
+            match why {
+                None => changes.carried.push(name),
+                Some(why) if on_loss == OnLoss::Refuse => {
+                    return Err(Error::LostMap { map: name, why });
+                }
+                Some(_) if new.is_none() => changes.dropped.push(name),
+                // It starts anew.
+                Some(_) => {}
+            }
+        }
+        let names = layouts.iter().map(|new| new.name.clone());
+        changes.fresh = names
+            .filter(|name| !changes.carried.contains(name))
+            .collect();
+        for names in [
+            &mut changes.carried,
+            &mut changes.fresh,
+            &mut changes.dropped,
+        ] {
+            names.sort();
+        }
+
+        for mut map in self.object.maps_mut() {
+            let full = map.name().to_string_lossy().into_owned();
+            let name = short_name(&full).to_string();
+            if let Some(old) = from.map(&name)
+                && changes.carried.contains(&name)
+            {
                 map.reuse_fd(old.as_fd())
                     .map_err(|source| Error::ReuseMap { map: name, source })?;
             }
         }
-        Ok(())
+        self.layouts = Some(layouts);
+        Ok(changes)
     }
 
     /// The names of the programs that handle reads and writes.
@@ -242,6 +302,10 @@ impl OpenImage {
         if self.handlers()?.iter().all(Option::is_none) {
             return Err(Error::NoProgram);
         }
+        let layouts = match self.layouts.take() {
+            Some(layouts) => layouts,
+            None => Layout::of_object(&self.object)?,
+        };
         let mut logs = Vec::new();
         for mut program in self.object.progs_mut() {
             let section = program.section().to_string_lossy().into_owned();
@@ -277,20 +341,14 @@ impl OpenImage {
             object,
             read,
             write,
+            layouts,
         })
     }
 }
 
-/// Whether a map holds constants, of which libbpf makes one per section (`.rodata.str1.1`).
-fn belongs_to_programs(map: &str) -> bool {
-    map.contains(".rodata") || map.ends_with(".kconfig")
-}
-
 /// Whether a map's full name is `name`, or `name` is the section of its global data.
-///
-/// libbpf puts the object's name before a section's, cut to what the kernel takes.
 fn is_named(full: &str, name: &str) -> bool {
-    full == name || (name.starts_with('.') && full.ends_with(name))
+    full == name || short_name(full) == name
 }
 
 /// Sets what libbpf would know by itself, had it heard of our program types.
@@ -314,7 +372,7 @@ fn set_up(
     // that is not loaded yet, and libbpf checks the rest. libbpf keeps the
     // pointer to `log` and writes through it only while it loads the object,
     // and the caller keeps `log` until then.
-    let answers = unsafe {
+    let results = unsafe {
         [
             libbpf_sys::bpf_program__set_type(raw, prog_type),
             libbpf_sys::bpf_program__set_flags(raw, flags),
@@ -325,7 +383,7 @@ fn set_up(
             ),
         ]
     };
-    match answers.into_iter().find(|&answer| answer != 0) {
+    match results.into_iter().find(|&result| result != 0) {
         Some(errno) => Err(io::Error::from_raw_os_error(-errno)),
         None => Ok(()),
     }
@@ -353,6 +411,8 @@ pub struct Image {
     object: Object,
     read: Option<OwnedFd>,
     write: Option<OwnedFd>,
+    /// What the maps with state are like.
+    layouts: Vec<Layout>,
 }
 
 impl Image {
@@ -377,7 +437,7 @@ impl Image {
     pub fn map(&self, name: &str) -> Option<Map<'_>> {
         self.object
             .maps()
-            .find(|map| map.name().to_str().is_some_and(|full| is_named(full, name)))
+            .find(|map| is_named(&map.name().to_string_lossy(), name))
     }
 }
 
@@ -402,16 +462,10 @@ mod tests {
         assert!(is_named("accesses", "accesses"));
         assert!(!is_named("accesses", "ses"));
         assert!(!is_named("regbank.bss", ".rodata"));
-    }
-
-    #[test]
-    fn constants_belong_to_the_programs() {
-        for name in ["regbank.rodata", ".rodata.str1.1", "regbank.kconfig"] {
-            assert!(belongs_to_programs(name), "{name}");
-        }
-        for name in ["accesses", "regbank.bss", "regbank.data"] {
-            assert!(!belongs_to_programs(name), "{name}");
-        }
+        assert!(!is_named("regbank.bss", "bss"));
+        // A section of its own name is no other.
+        assert!(is_named(".data.bss", ".data.bss"));
+        assert!(!is_named(".data.bss", ".bss"));
     }
 
     #[test]

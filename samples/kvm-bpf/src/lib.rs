@@ -10,7 +10,7 @@
 //! programs in another way, or is handed them by a process with more rights.
 //!
 //! ```no_run
-//! use kvm_bpf::{Device, MmioDevice, OpenImage};
+//! use kvm_bpf::{Device, MmioDevice, OnLoss, OpenImage};
 //! use vmm_sys_util::eventfd::EventFd;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -30,7 +30,8 @@
 //! let mut device = MmioDevice::new(device, 0xd000_0000, image)?;
 //!
 //! // Later, while vCPUs run: new programs, same state.
-//! device.replace(OpenImage::open_file(file)?)?;
+//! let changes = device.replace(OpenImage::open_file(file)?, OnLoss::Refuse)?;
+//! println!("{changes}");
 //! # Ok(())
 //! # }
 //! ```
@@ -45,9 +46,11 @@
 
 pub mod device;
 pub mod image;
+mod maps;
 pub mod note;
 pub mod uapi;
 
-pub use device::{Device, MmioDevice};
+pub use device::{Device, MmioDevice, Replacement};
 pub use image::{Image, OpenImage};
+pub use maps::{MapChanges, OnLoss};
 pub use note::Note;

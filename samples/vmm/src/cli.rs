@@ -45,6 +45,13 @@ pub struct Args {
     #[arg(long, value_name = "DEVICE.o@ADDR")]
     pub bpf: Vec<At>,
 
+    /// On SIGUSR1 take a file also if state is lost by that.
+    ///
+    /// Maps that cannot be carried over then start anew, and accesses of a direction without
+    /// program go where those do that no program handles.
+    #[arg(long)]
+    pub reload_fresh: bool,
+
     // Its help lists the names.
     #[arg(long, value_name = "NAME@ADDR",
           help = format!("A device that this program serves: {} (repeatable)",

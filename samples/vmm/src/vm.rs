@@ -16,7 +16,7 @@ use kvm_bindings::{
     KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_userspace_memory_region,
 };
 use kvm_bpf::image::open_regular;
-use kvm_bpf::{Device, Image, MmioDevice, OpenImage};
+use kvm_bpf::{Device, Image, MapChanges, MmioDevice, OnLoss, OpenImage};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
@@ -141,6 +141,7 @@ pub struct Vm {
     vcpus: Vec<VcpuFd>,
     bpf_devices: Vec<BpfDevice>,
     perf_table: Vec<u32>,
+    on_loss: OnLoss,
     bus: Bus,
     platform: arch::Platform,
     // The last ones: nothing above may outlive them.
@@ -255,6 +256,10 @@ impl Vm {
             vcpus,
             bpf_devices,
             perf_table,
+            on_loss: match args.reload_fresh {
+                true => OnLoss::Accept,
+                false => OnLoss::Refuse,
+            },
             bus,
             platform,
             _vm: vm,
@@ -290,8 +295,12 @@ impl Vm {
                 match events.recv() {
                     Ok(Event::Reload) => {
                         for device in &mut self.bpf_devices {
-                            match device.reload(&self.perf_table) {
-                                Ok(()) => reloads += 1,
+                            match device.reload(&self.perf_table, self.on_loss) {
+                                Ok(changes) => {
+                                    reloads += 1;
+                                    let path = device.path.display();
+                                    crate::say(&format!("kvm-bpf-vmm: reload: {path}: {changes}"));
+                                }
                                 Err(error) => crate::print_error("reload", &error),
                             }
                         }
@@ -320,14 +329,14 @@ impl Vm {
 }
 
 impl BpfDevice {
-    fn reload(&mut self, perf_table: &[u32]) -> Result<(), Error> {
+    fn reload(&mut self, perf_table: &[u32], on_loss: OnLoss) -> Result<MapChanges, Error> {
         crate::forget_warnings();
         let image = open_image(&self.path)?;
         let name = self.path.display().to_string();
         let device_error = |source| Error::Device(name.clone(), source);
-        let image = self.device.load(image).map_err(device_error)?;
-        provide_to(&name, &image, perf_table)?;
-        self.device.swap(image).map_err(device_error)
+        let replacement = self.device.load(image, on_loss).map_err(device_error)?;
+        provide_to(&name, replacement.image(), perf_table)?;
+        self.device.swap(replacement).map_err(device_error)
     }
 }
 

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use kvm_bpf::{Device, Image, MmioDevice};
+use kvm_bpf::{Device, Image, MmioDevice, OnLoss};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env};
@@ -150,6 +150,13 @@ impl Clock {
         write(&mut self.vcpu, register, value);
     }
 
+    /// The same programs again, with the state.
+    fn replace(&mut self) {
+        let changes = self.device.replace(sample("pl031"), OnLoss::Refuse);
+        let changes = changes.expect("replacing");
+        assert_got!(changes.carried, ["clock", "pl031"], "maps that go on");
+    }
+
     /// RIS and MIS.
     fn status(&mut self) -> (u32, u32) {
         (self.read(RIS), self.read(MIS))
@@ -280,7 +287,7 @@ fn time_of_day() {
         sleep(Duration::from_millis(30));
     }
     // The time stays when the programs are replaced.
-    clock.device.replace(sample("pl031")).expect("replacing");
+    clock.replace();
     let (before, got, after) = read_between(&mut clock);
     assert!(
         (before..=after).contains(&got.into()),
@@ -565,7 +572,7 @@ fn swapped_with_alarm() {
     clock.alarm_in(3);
     let match_at = clock.read(MR);
     for _ in 0..3 {
-        clock.device.replace(sample("pl031")).expect("replacing");
+        clock.replace();
     }
     assert_got!(clock.read(MR), match_at, "MR after replacing");
     // The timer keeps the program that has started it.

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 use Reg::{R0, R1, R6, R7};
-use kvm_bpf::OpenImage;
 use kvm_bpf::device::Error;
+use kvm_bpf::{OnLoss, OpenImage};
 use kvm_bpf_selftests::bpf::{
     Census, Index, Load, Map, Prog, ProgType, Reg, atomic_add, jump_if_ge, load, lookup, mov,
     mov_imm, store_imm,
@@ -265,25 +265,28 @@ fn another_device_is_refused() {
                 .unwrap_or_else(|error| panic!("{what}: wanted a valid file, got {error:#?}"))
         };
         let note = open().note().clone();
-        let loaded = open().load();
+        // Loaded for a device that it is.
+        let it = plug(guest.vm(), ADDR - note.mmio_size, open());
+        let loaded = it.load(open(), OnLoss::Refuse);
         let loaded = loaded.unwrap_or_else(|error| panic!("{what}: {error:#?}"));
-        for (how, answer) in [
-            ("replace", device.replace(open())),
+        for (how, result) in [
+            ("replace", device.replace(open(), OnLoss::Refuse)),
             ("swap", device.swap(loaded)),
         ] {
-            match answer {
+            match result {
                 Err(Error::OtherDevice { running: old, new })
                     if *old == running && *new == note => {}
-                answer => panic!("{how}, another {what}: wanted OtherDevice, got {answer:?}"),
+                result => panic!("{how}, another {what}: wanted OtherDevice, got {result:?}"),
             }
         }
+        drop(it);
         assert_got!(device.image().note(), &running, "the note, another {what}");
         assert_got!(state(), (1, PATTERN), "version and scratch, another {what}");
         census.wait_for_newer(0, 0);
     }
 
     device
-        .replace(test_image("regbank_v2"))
+        .replace(test_image("regbank_v2"), OnLoss::Refuse)
         .unwrap_or_else(|error| panic!("wanted the next version to do, got {error:#?}"));
     assert_got!(state(), (2, PATTERN), "version and scratch");
 }

@@ -5,7 +5,7 @@
 
 use std::{fs, mem};
 
-use kvm_bpf::MmioDevice;
+use kvm_bpf::{MmioDevice, OnLoss};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{Random, in_a_thread, number_from_env};
@@ -386,7 +386,9 @@ fn table_and_requests_stay_when_replaced() {
         let mut setup = Setup::new(&[1000, 4000]);
         setup.write(0, SET_PERF, 1000);
         setup.write(0, PERFTBL_SEL, 1);
-        setup.device.replace(sample("vcpufreq")).expect("replacing");
+        let changes = setup.device.replace(sample("vcpufreq"), OnLoss::Refuse);
+        let changes = changes.expect("replacing");
+        assert_got!(changes.carried, ["perf_table", "vcpus"], "maps that go on");
         assert_got!(setup.state(0), [1000, 1, 256, 0]);
         assert_got!(setup.read(0, PERFTBL_LEN), 2);
         assert_got!(setup.read(0, PERFTBL_RD), 4000);

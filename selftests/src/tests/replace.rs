@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What a new file keeps of the device that it replaces: all of it, or the file is refused.
+
+use std::fs;
+
+use kvm_bpf::device::Error;
+use kvm_bpf::{Image, MapChanges, MmioDevice, OnLoss, OpenImage, image};
+use kvm_bpf_selftests::bpf::Census;
+use kvm_bpf_selftests::guest::{Exit, Guest, Vcpu};
+use kvm_bpf_selftests::programs::{plug, test_image, test_path};
+
+use super::ADDR;
+
+tests!(
+    the_same_state_goes_on,
+    another_name_of_the_object,
+    swapped_fields,
+    a_field_of_another_kind,
+    one_field_more,
+    other_flags,
+    a_map_less,
+    a_map_more,
+    another_global_variable,
+    a_direction_less,
+    again_and_again,
+);
+
+const FIRST: u64 = 0x00;
+const SECOND: u64 = 0x08;
+const OTHER: u64 = 0x10;
+const ZEROED: u64 = 0x18;
+const PRESET: u64 = 0x20;
+const VERSION: u64 = 0x28;
+
+/// Every register with state, what the test writes to it, and what a new device has there.
+const REGISTERS: [(u64, u64, u64); 5] = [
+    (FIRST, 11, 0),
+    (SECOND, 22, 0),
+    (OTHER, 33, 0),
+    (ZEROED, 44, 0),
+    (PRESET, 55, 7),
+];
+
+/// All maps with state.
+const MAPS: [&str; 4] = [".bss", ".data", "other", "state"];
+
+/// The device of `progs/carry.bpf.c`, with state.
+struct Setup {
+    device: MmioDevice,
+    vcpu: Vcpu,
+    _guest: Guest,
+}
+
+impl Setup {
+    fn new() -> Self {
+        let guest = Guest::new();
+        let mut setup = Setup {
+            device: plug(guest.vm(), ADDR, test_image("carry")),
+            vcpu: guest.vcpu(0),
+            _guest: guest,
+        };
+        for (register, value, first) in REGISTERS {
+            setup.assert_has(register, first);
+            assert_got!(setup.vcpu.write(ADDR + register, 8, value), []);
+        }
+        setup.assert_state(1, &[]);
+        setup
+    }
+
+    #[track_caller]
+    fn assert_has(&mut self, register: u64, wanted: u64) {
+        let read = self.vcpu.read(ADDR + register, 8);
+        let got = (read.value, read.exits);
+        assert_got!(got, (wanted, vec![]), "register {register:#x}");
+    }
+
+    /// Fails unless all registers have what was written, but for those that are as new.
+    #[track_caller]
+    fn assert_state(&mut self, version: u64, fresh: &[u64]) {
+        self.assert_has(VERSION, version);
+        for (register, value, first) in REGISTERS {
+            let is_fresh = fresh.contains(&register);
+            self.assert_has(register, if is_fresh { first } else { value });
+        }
+    }
+
+    #[track_caller]
+    fn replace(&mut self, image: OpenImage, on_loss: OnLoss) -> MapChanges {
+        match self.device.replace(image, on_loss) {
+            Ok(changes) => changes,
+            Err(error) => panic!("wanted the device to be replaced, got {error:#?}"),
+        }
+    }
+
+    /// Fails unless the file is refused because that map would be lost, for that reason, and the
+    /// device goes on.
+    #[track_caller]
+    fn assert_refused(&mut self, file: &str, wanted_map: &str, reason: &str) {
+        let census = Census::now();
+        match self.device.replace(test_image(file), OnLoss::default()) {
+            Err(Error::Image(image::Error::LostMap { map, why }))
+                if map == wanted_map && why.contains(reason) => {}
+            result => panic!("{file}: wanted {wanted_map} and {reason:?}, got {result:#?}"),
+        }
+        self.assert_state(1, &[]);
+        census.wait_for_newer(0, 0);
+    }
+
+    /// Replaces the device though something is lost: those maps start anew.
+    #[track_caller]
+    fn assert_accepted(&mut self, file: &str, fresh: &[&str], dropped: &[&str]) {
+        let changes = self.replace(test_image(file), OnLoss::Accept);
+        let kept = |map: &&str| !fresh.contains(map) && !dropped.contains(map);
+        let carried: Vec<_> = MAPS.into_iter().filter(kept).collect();
+        assert_got!(changes.carried, carried, "{file}: carried");
+        assert_got!(changes.fresh, fresh, "{file}: fresh");
+        assert_got!(changes.dropped, dropped, "{file}: dropped");
+    }
+}
+
+/// With another version of the programs and what is theirs, and other names for types.
+fn the_same_state_goes_on() {
+    let mut setup = Setup::new();
+    let changes = setup.replace(test_image("carry_v2"), OnLoss::Refuse);
+    assert_got!(changes.carried, MAPS, "carried");
+    assert_got!((changes.fresh, changes.dropped), (vec![], vec![]));
+    setup.assert_state(2, &[]);
+}
+
+/// Global data are found by their sections.
+fn another_name_of_the_object() {
+    let file = fs::read(test_path("carry_v2")).expect("the next version");
+    let mut setup = Setup::new();
+    for name in ["x", "a.name.with.dots", "one_that_is_cut_by_libbpf"] {
+        let image = OpenImage::open(name, &file).expect("an object");
+        let changes = setup.replace(image, OnLoss::Refuse);
+        assert_got!(changes.carried, MAPS, "carried");
+        setup.assert_state(2, &[]);
+    }
+}
+
+/// The size is the same, and what a field means is not.
+fn swapped_fields() {
+    let mut setup = Setup::new();
+    let reason = "value.first at bit 0: 32 bits, unsigned, the new one value.second at bit 0";
+    setup.assert_refused("carry_swapped", "state", reason);
+    setup.assert_accepted("carry_swapped", &["state"], &[]);
+    setup.assert_state(1, &[FIRST, SECOND]);
+}
+
+fn a_field_of_another_kind() {
+    let mut setup = Setup::new();
+    let reason = "value.second at bit 32: 32 bits, unsigned, the new one value.second at bit 32: \
+                  32 bits, signed";
+    setup.assert_refused("carry_retyped", "state", reason);
+    setup.assert_accepted("carry_retyped", &["state"], &[]);
+    setup.assert_state(1, &[FIRST, SECOND]);
+}
+
+fn one_field_more() {
+    let mut setup = Setup::new();
+    setup.assert_refused("carry_grown", "state", "value of 8 bytes");
+    setup.assert_accepted("carry_grown", &["state"], &[]);
+    setup.assert_state(1, &[FIRST, SECOND]);
+}
+
+/// A map whose flags are others cannot do what the new programs' VMM may want of it.
+fn other_flags() {
+    let mut setup = Setup::new();
+    setup.assert_refused("carry_flags", "state", "flags 0x0, the new one flags 0x400");
+    setup.assert_accepted("carry_flags", &["state"], &[]);
+    setup.assert_state(1, &[FIRST, SECOND]);
+}
+
+fn a_map_less() {
+    let mut setup = Setup::new();
+    setup.assert_refused("carry_removed", "other", "none of that name");
+    setup.assert_accepted("carry_removed", &[], &["other"]);
+    setup.assert_state(1, &[OTHER]);
+}
+
+/// Nothing is lost by that.
+fn a_map_more() {
+    let mut setup = Setup::new();
+    setup.assert_accepted("carry_removed", &[], &["other"]);
+    let changes = setup.replace(test_image("carry"), OnLoss::Refuse);
+    assert_got!(changes.carried, [".bss", ".data", "state"], "carried");
+    assert_got!(changes.fresh, ["other"], "fresh");
+    setup.assert_state(1, &[OTHER]);
+}
+
+fn another_global_variable() {
+    let mut setup = Setup::new();
+    setup.assert_refused("carry_variables", ".bss", "variable zeroed at byte 0");
+    setup.assert_accepted("carry_variables", &[".bss"], &[]);
+    setup.assert_state(1, &[ZEROED]);
+}
+
+/// Without a program for writes they would exit to the VMM.
+fn a_direction_less() {
+    let census = Census::now();
+    let mut setup = Setup::new();
+    let result = setup
+        .device
+        .replace(test_image("carry_read_only"), OnLoss::Refuse);
+    match result {
+        Err(Error::Image(image::Error::LostDirection("writes"))) => {}
+        result => panic!("wanted LostDirection, got {result:#?}"),
+    }
+    assert_got!(setup.vcpu.write(ADDR + FIRST, 8, 11), []);
+    setup.assert_state(1, &[]);
+
+    setup.assert_accepted("carry_read_only", &[], &[]);
+    let exits = setup.vcpu.write(ADDR + FIRST, 8, 12);
+    assert_got!(exits, [Exit::Write(ADDR + FIRST, 8, 12)]);
+    setup.assert_state(1, &[]);
+    // One more is no loss.
+    setup.replace(test_image("carry"), OnLoss::Refuse);
+    assert_got!(setup.vcpu.write(ADDR + FIRST, 8, 11), []);
+    setup.assert_state(1, &[]);
+    drop(setup);
+    census.wait_for_newer(0, 0);
+}
+
+/// A map that was carried over once is compared as what it was at first.
+fn again_and_again() {
+    let mut setup = Setup::new();
+    for (file, version) in [("carry_v2", 2), ("carry", 1), ("carry", 1), ("carry_v2", 2)] {
+        let changes = setup.replace(test_image(file), OnLoss::Refuse);
+        assert_got!(changes.carried, MAPS, "{file}: carried");
+        setup.assert_state(version, &[]);
+    }
+    setup.replace(test_image("carry"), OnLoss::Refuse);
+    let reason = "value.first at bit 0";
+    setup.assert_refused("carry_swapped", "state", reason);
+    // What user space finds by name is what the programs use.
+    let image: &Image = setup.device.image();
+    for (section, value) in [(".bss", 44), (".data", 55)] {
+        let bytes = super::element(image, section);
+        assert_got!(bytes[..8], u64::to_ne_bytes(value), "{section}");
+    }
+}
