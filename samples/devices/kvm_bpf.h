@@ -26,6 +26,15 @@
 #ifndef KVM_BPF_H
 #define KVM_BPF_H
 
+/*
+ * The attribute has each access of the context keep the constant offset that it
+ * has in the source, as the verifier wants it; without it clang may compute in
+ * two branches where to load from, and then load once.  Clang takes it only
+ * ahead of the definition.
+ */
+#if __has_attribute(preserve_static_offset)
+struct __attribute__((preserve_static_offset)) bpf_kvm_io_ctx;
+#endif
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>
 
@@ -86,8 +95,8 @@
 
 /*
  * Kernel functions.  Each is weak, so a device that calls one still loads on a
- * kernel without it: ask bpf_ksym_exists() first.  A bad argument is answered
- * with a negative errno.
+ * kernel without it: ask bpf_ksym_exists() first.  For a bad argument they return
+ * a negative errno.
  */
 
 /* Signal interrupt @irq of the device that @ctx belongs to. */

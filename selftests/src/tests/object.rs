@@ -5,11 +5,46 @@
 use kvm_bpf::image::Error;
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Exit, Guest};
+use kvm_bpf_selftests::harness::skip;
 use kvm_bpf_selftests::programs::{plug, test_image};
 
-use super::ADDR;
+use super::{ADDR, element};
 
-tests!(programs_that_are_not_loaded, no_program_that_is_loaded);
+tests!(
+    static_offsets,
+    programs_that_are_not_loaded,
+    no_program_that_is_loaded,
+);
+
+/// `kvm_bpf.h` has clang keep constant offsets into the context, where branches would share one
+/// that is computed.
+fn static_offsets() {
+    const DATA: u64 = 0x8877_6655_1122_3344;
+    const UPPER: u64 = 0x08;
+    const VCPU: u64 = 0x10;
+
+    let image = test_image("static_offsets");
+    if image.note().compatible == ["kvm-bpf,old-clang"] {
+        skip("compiled by a clang without preserve_static_offset");
+    }
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(5);
+    let device = plug(guest.vm(), ADDR, image);
+    for (offset, wanted) in [
+        (0, 0x1122_3344),
+        (UPPER, 0x8877_6655),
+        (VCPU, 0x1122_3344),
+        (VCPU | UPPER, 5),
+    ] {
+        assert_got!(vcpu.write(ADDR + offset, 8, DATA), []);
+        let seen = element(device.image(), "seen");
+        assert_got!(seen, u64::to_ne_bytes(wanted), "write at {offset:#x}");
+    }
+    for (offset, wanted) in [(0, 0x1122_3344), (UPPER, 0x1122_3344 << 32)] {
+        let read = vcpu.read(ADDR + offset, 8);
+        assert_got!((read.value, read.exits), (wanted, vec![]));
+    }
+}
 
 /// What libbpf does not load by itself is as if not there, whatever it is.
 fn programs_that_are_not_loaded() {
