@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * What a virtual device made of eBPF programs includes, and all it includes.
+ * What a virtual device made of eBPF programs includes, and all it includes, but
+ * for a vmlinux.h before it where it wants one.
  *
  * A device is one object file: at most one program per direction, maps that
  * hold its state, and a note that tells the VMM how large the device is:
@@ -27,15 +28,19 @@
 #define KVM_BPF_H
 
 /*
+ * A vmlinux.h before this has all the types.
+ *
  * The attribute has each access of the context keep the constant offset that it
  * has in the source, as the verifier wants it; without it clang may compute in
  * two branches where to load from, and then load once.  Clang takes it only
- * ahead of the definition.
+ * ahead of the definition, so also write that line before a vmlinux.h.
  */
+#ifndef __VMLINUX_H__
 #if __has_attribute(preserve_static_offset)
 struct __attribute__((preserve_static_offset)) bpf_kvm_io_ctx;
 #endif
 #include <linux/bpf.h>
+#endif
 #include <bpf/bpf_helpers.h>
 
 /* Handlers of guest reads and writes, and those that may sleep. */
@@ -114,8 +119,10 @@ extern int bpf_kvm_irq_signal(struct bpf_kvm_io_ctx *ctx,
  * it, and use it if it is not NULL.  Opaque, but not just declared: the type of
  * a kptr has to be in BTF.
  */
+#ifndef __VMLINUX_H__
 struct bpf_kvm_irq {
 } __attribute__((preserve_access_index));
+#endif
 
 /*
  * A reference to interrupt @irq of the device that @ctx belongs to, NULL if
@@ -129,11 +136,11 @@ extern void bpf_kvm_irq_release(struct bpf_kvm_irq *irq) __ksym __weak;
 extern int bpf_kvm_irq_raise(struct bpf_kvm_irq *irq) __ksym __weak;
 
 /* Current and highest frequency of a host CPU, in kHz. */
-extern long bpf_get_cpu_freq(__u32 cpu) __ksym __weak;
-extern long bpf_get_cpu_max_hw_freq(__u32 cpu) __ksym __weak;
+extern __s64 bpf_get_cpu_freq(__u32 cpu) __ksym __weak;
+extern __s64 bpf_get_cpu_max_hw_freq(__u32 cpu) __ksym __weak;
 
 /* Capacity of a host CPU relative to the largest one, 0 to 1024. */
-extern long bpf_get_cpu_scale(__u32 cpu) __ksym __weak;
+extern __s64 bpf_get_cpu_scale(__u32 cpu) __ksym __weak;
 
 /*
  * Clamp the utilisation that the scheduler assumes for the calling vCPU's

@@ -110,7 +110,7 @@ static __always_inline __u32 table_max(void)
 static __always_inline __u32 host_perf(__u32 max)
 {
 	__u32 cpu = bpf_get_smp_processor_id();
-	long now, highest, scale;
+	__s64 now, highest, scale;
 
 	if (!bpf_ksym_exists(bpf_get_cpu_freq) ||
 	    !bpf_ksym_exists(bpf_get_cpu_max_hw_freq) ||

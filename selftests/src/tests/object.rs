@@ -2,16 +2,21 @@
 
 //! Object files as clang makes them of what a device's author may write.
 
+use std::os::fd::AsRawFd;
+
 use kvm_bpf::image::Error;
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Exit, Guest};
 use kvm_bpf_selftests::harness::skip;
-use kvm_bpf_selftests::programs::{plug, test_image};
+use kvm_bpf_selftests::programs::{plug, test_image, test_path};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ADDR, element};
+use super::{ADDR, element, taken};
 
 tests!(
     static_offsets,
+    after_a_minimal_vmlinux_h,
+    after_a_full_vmlinux_h,
     programs_that_are_not_loaded,
     no_program_that_is_loaded,
 );
@@ -43,6 +48,45 @@ fn static_offsets() {
     for (offset, wanted) in [(0, 0x1122_3344), (UPPER, 0x1122_3344 << 32)] {
         let read = vcpu.read(ADDR + offset, 8);
         assert_got!((read.value, read.exits), (wanted, vec![]));
+    }
+}
+
+fn after_a_minimal_vmlinux_h() {
+    after_vmlinux_h("after_minimal_vmlinux");
+}
+
+fn after_a_full_vmlinux_h() {
+    if !test_path("after_vmlinux").exists() {
+        skip("where this was built there was no bpftool to run");
+    }
+    after_vmlinux_h("after_vmlinux");
+}
+
+/// `kvm_bpf.h` takes the types from there, and the device can use those of the kernel.
+fn after_vmlinux_h(name: &str) {
+    const TASK_SIZE: u64 = 0x0;
+    const WRITES: u64 = 0x4;
+    const HAS_SCALE: u64 = 0x8;
+
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let device = plug(guest.vm(), ADDR, test_image(name));
+    let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    device.device().set_irq(0, &irq).expect("interrupt 0");
+    let mut read = |register| {
+        let read = vcpu.read(ADDR + register, 4);
+        assert_got!(read.exits, [], "exits of a read at {register:#x}");
+        read.value
+    };
+    let size = read(TASK_SIZE);
+    assert!(size > 1000, "sizeof(struct task_struct): {size}");
+    assert_got!(read(WRITES), 0);
+    assert_got!(read(HAS_SCALE), 1, "a capacity of the host's first CPU");
+    for writes in 1..=2 {
+        assert_got!(vcpu.write(ADDR, 4, 0), []);
+        assert_got!(taken(&irq), 1, "signals of fd {}", irq.as_raw_fd());
+        let read = vcpu.read(ADDR + WRITES, 4);
+        assert_got!((read.value, read.exits), (writes, vec![]));
     }
 }
 
