@@ -17,8 +17,8 @@ use std::ptr;
 use kvm_bindings::{
     KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_DEV_ARM_VGIC_CTRL_INIT,
     KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS,
-    KVM_REG_ARM_CORE, KVM_REG_ARM64, KVM_REG_SIZE_U64, KVM_VGIC_V3_ADDR_TYPE_DIST,
-    KVM_VGIC_V3_ADDR_TYPE_REDIST, kvm_create_device, kvm_device_attr,
+    KVM_REG_ARM_CORE, KVM_REG_ARM64, KVM_REG_ARM64_SYSREG, KVM_REG_SIZE_U64,
+    KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST, kvm_create_device, kvm_device_attr,
     kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_vcpu_init, user_pt_regs,
 };
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
@@ -58,6 +58,10 @@ const FDT_MAX_SIZE: u64 = 2 << 20;
 const CMDLINE_MAX: usize = 2048;
 /// Where an Image's header has its size in memory, BSS included; the file is shorter.
 const IMAGE_SIZE: u64 = 16;
+
+/// KVM's name of a system register of 64 bits: op0 3, CRm 7, the rest 0.
+const ID_AA64MMFR0_EL1: u64 =
+    KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM64_SYSREG as u64 | 3 << 14 | 7 << 3;
 
 /// The interrupt controller and the console.
 pub struct Platform {
@@ -196,6 +200,43 @@ pub fn load(
     Ok(Entry { pc, fdt })
 }
 
+/// How many bits the guest's addresses have: the fewer of what KVM maps and what the CPU has.
+pub fn address_bits(kvm_fd: &Kvm, vm: &VmFd, vcpu: &VcpuFd) -> Result<u8, Error> {
+    /// What KVM maps where it does not tell.
+    const DEFAULT: u8 = 40;
+
+    let mapped = match kvm_fd.check_extension_int(Cap::ArmVmIPASize) {
+        bits if bits > 0 => bits as u8,
+        _ => DEFAULT,
+    };
+    vcpu.vcpu_init(&vcpu_init(vm, 0)?)
+        .map_err(kvm("initialise a vCPU"))?;
+    let mut register = [0; 8];
+    vcpu.get_one_reg(ID_AA64MMFR0_EL1, &mut register)
+        .map_err(kvm("read ID_AA64MMFR0_EL1"))?;
+    Ok(mapped.min(pa_range(u64::from_le_bytes(register))))
+}
+
+/// Bits of a physical address, by the CPU's `ID_AA64MMFR0_EL1`.
+fn pa_range(mmfr0: u64) -> u8 {
+    // What comes after these has more.
+    *[32, 36, 40, 42, 44, 48, 52, 56]
+        .get((mmfr0 & 0xf) as usize)
+        .unwrap_or(&56)
+}
+
+/// What a vCPU is: all but the first wait for PSCI.
+fn vcpu_init(vm: &VmFd, id: u8) -> Result<kvm_vcpu_init, Error> {
+    let mut init = kvm_vcpu_init::default();
+    vm.get_preferred_target(&mut init)
+        .map_err(kvm("ask for the kind of CPU"))?;
+    init.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
+    if id != 0 {
+        init.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
+    }
+    Ok(init)
+}
+
 /// Sets up a vCPU; the first one enters the kernel, the others wait for PSCI.
 pub fn setup_vcpu(
     _kvm: &Kvm,
@@ -205,14 +246,8 @@ pub fn setup_vcpu(
     _cpus: u8,
     entry: Entry,
 ) -> Result<(), Error> {
-    let mut init = kvm_vcpu_init::default();
-    vm.get_preferred_target(&mut init)
-        .map_err(kvm("ask for the kind of CPU"))?;
-    init.features[0] |= 1 << KVM_ARM_VCPU_PSCI_0_2;
-    if id != 0 {
-        init.features[0] |= 1 << KVM_ARM_VCPU_POWER_OFF;
-    }
-    vcpu.vcpu_init(&init).map_err(kvm("initialise it"))?;
+    vcpu.vcpu_init(&vcpu_init(vm, id)?)
+        .map_err(kvm("initialise it"))?;
     if id != 0 {
         return Ok(());
     }
@@ -247,6 +282,14 @@ mod tests {
             core_register(offset_of!(user_pt_regs, pc)),
             0x6030_0000_0010_0040
         );
+        assert_eq!(ID_AA64MMFR0_EL1, 0x6030_0000_0013_c038);
+    }
+
+    #[test]
+    fn addresses_have_as_many_bits_as_the_cpu_says() {
+        assert_eq!(pa_range(0xff00_0002), 40);
+        assert_eq!(pa_range(6), 52);
+        assert_eq!(pa_range(0xf), 56);
     }
 
     #[test]

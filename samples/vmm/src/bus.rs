@@ -59,6 +59,26 @@ pub enum Conflict {
     /// The range has addresses of another.
     #[error("{0} overlaps {1}")]
     Overlap(Range, Range),
+    /// The range goes past the last address that the guest's CPUs have.
+    #[error("{0} goes past the guest's last address, {last:#x} ({1} bits)", last = last_address(*.1))]
+    OutOfReach(Range, u8),
+}
+
+/// The last of the addresses that have so many bits.
+fn last_address(bits: u8) -> u64 {
+    u64::MAX.checked_shr(64 - u32::from(bits)).unwrap_or(0)
+}
+
+/// Checks that CPUs whose addresses have so many bits reach each of the ranges.
+pub fn check_reach<'a>(
+    ranges: impl IntoIterator<Item = &'a Range>,
+    bits: u8,
+) -> Result<(), Conflict> {
+    let reached = |range: &Range| range.last().is_some_and(|last| last <= last_address(bits));
+    match ranges.into_iter().find(|range| !reached(range)) {
+        Some(range) => Err(Conflict::OutOfReach(range.clone(), bits)),
+        None => Ok(()),
+    }
 }
 
 /// Checks that `devices` overlap neither each other nor what is `taken`.
@@ -193,6 +213,25 @@ mod tests {
             conflict.to_string(),
             "b.o (0x1fff to 0x1fff) overlaps a.o (0x1000 to 0x1fff)"
         );
+    }
+
+    #[test]
+    fn addresses_end_where_the_cpus_do() {
+        let last = Range::new("a", 0xff_ffff_f000, 0x1000);
+        assert_eq!(check_reach([&last], 40), Ok(()));
+        assert_eq!(check_reach([&last], 64), Ok(()));
+        for (addr, size) in [(0xff_ffff_f000, 0x1001), (1 << 40, 1), (1 << 63, 1 << 63)] {
+            let device = Range::new("a", addr, size);
+            let conflict = check_reach([&last, &device], 40);
+            assert_eq!(conflict, Err(Conflict::OutOfReach(device, 40)));
+        }
+        assert_eq!(
+            check_reach([&last], 39).unwrap_err().to_string(),
+            "a (0xfffffff000 to 0xffffffffff) goes past the guest's last address, 0x7fffffffff \
+             (39 bits)"
+        );
+        let end = Range::new("a", u64::MAX, 1);
+        assert_eq!(check_reach([&end], 64), Ok(()));
     }
 
     #[test]

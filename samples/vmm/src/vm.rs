@@ -25,7 +25,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::arch;
 use crate::boot;
-use crate::bus::{Bus, Conflict, Range, check_ranges};
+use crate::bus::{Bus, Conflict, Range, check_ranges, check_reach};
 use crate::cli::{Args, At};
 use crate::provide;
 use crate::report::{Report, Vcpu};
@@ -71,6 +71,8 @@ pub enum Error {
     Memory(u64, #[source] vm_memory::mmap::FromRangesError),
     #[error("cannot give the VM its memory")]
     SetMemory(#[source] errno::Error),
+    #[error("cannot tell how many bits the guest's addresses have")]
+    AddressBits(#[source] boot::Error),
     #[error("cannot prepare the guest's hardware")]
     Platform(#[source] boot::Error),
     #[error("{}: cannot boot it", .0.display())]
@@ -193,12 +195,14 @@ impl Vm {
             }
         }
         let vm = kvm.create_vm().map_err(Error::CreateVm)?;
-        let memory = create_memory(&vm, memory_size)?;
         let platform = arch::Platform::new(&vm).map_err(Error::Platform)?;
         let vcpus = (0..args.cpus)
             .map(|id| vm.create_vcpu(id.into()))
             .collect::<Result<Vec<_>, _>>()
             .map_err(Error::CreateVcpu)?;
+        let bits = arch::address_bits(&kvm, &vm, &vcpus[0]).map_err(Error::AddressBits)?;
+        check_reach(taken.iter().chain(&ranges), bits)?;
+        let memory = create_memory(&vm, memory_size)?;
         platform.wire(&vm).map_err(Error::Platform)?;
 
         let perf_table = match &args.perf_table {

@@ -279,6 +279,31 @@ fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), Error> {
     Ok(())
 }
 
+/// How many bits the guest's addresses have, by the CPUID that its CPUs get.
+pub fn address_bits(kvm_fd: &Kvm, _vm: &VmFd, _vcpu: &VcpuFd) -> Result<u8, Error> {
+    Ok(cpuid_address_bits(supported_cpuid(kvm_fd)?.as_slice()))
+}
+
+fn cpuid_address_bits(entries: &[kvm_cpuid_entry2]) -> u8 {
+    /// What CPUs without the leaf have.
+    const DEFAULT: u32 = 36;
+
+    let leaf = entries.iter().find(|entry| entry.function == 0x8000_0008);
+    let eax = leaf.map_or(DEFAULT, |entry| entry.eax);
+    // The third byte: what nested paging can map, if that is less.
+    let [physical, _, guest_physical, _] = eax.to_le_bytes();
+    match guest_physical {
+        0 => physical,
+        _ => physical.min(guest_physical),
+    }
+}
+
+fn supported_cpuid(kvm_fd: &Kvm) -> Result<CpuId, Error> {
+    kvm_fd
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm("ask for the supported CPUID"))
+}
+
 /// Sets up a vCPU; the first one enters the kernel, the others wait for it.
 pub fn setup_vcpu(
     kvm_fd: &Kvm,
@@ -288,10 +313,7 @@ pub fn setup_vcpu(
     cpus: u8,
     entry: Entry,
 ) -> Result<(), Error> {
-    let supported = kvm_fd
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(kvm("ask for the supported CPUID"))?;
-    let entries = cpuid(supported.as_slice(), id, cpus);
+    let entries = cpuid(supported_cpuid(kvm_fd)?.as_slice(), id, cpus);
     let cpuid = CpuId::from_entries(&entries)
         .map_err(|_| Error::Kvm("build the CPUID", errno::Error::new(libc::E2BIG)))?;
     vcpu.set_cpuid2(&cpuid).map_err(kvm("set the CPUID"))?;
@@ -442,6 +464,21 @@ mod tests {
         assert_eq!(data, [0x60], "transmitter empty");
         platform.port_read(0x80, &mut data);
         assert_eq!(data, [0xff]);
+    }
+
+    #[test]
+    fn address_bits_are_the_fewer() {
+        let bits = |eax| {
+            cpuid_address_bits(&[kvm_cpuid_entry2 {
+                function: 0x8000_0008,
+                eax,
+                ..Default::default()
+            }])
+        };
+        assert_eq!(bits(0x3028), 40);
+        assert_eq!(bits(0x0030_3934), 48);
+        assert_eq!(bits(0x0034_3930), 48);
+        assert_eq!(cpuid_address_bits(&[]), 36);
     }
 
     #[test]
