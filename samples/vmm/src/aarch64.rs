@@ -15,11 +15,12 @@ use std::ops::RangeInclusive;
 use std::ptr;
 
 use kvm_bindings::{
-    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_DEV_ARM_VGIC_CTRL_INIT,
-    KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_NR_IRQS,
-    KVM_REG_ARM_CORE, KVM_REG_ARM64, KVM_REG_ARM64_SYSREG, KVM_REG_SIZE_U64,
-    KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST, kvm_create_device, kvm_device_attr,
-    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_vcpu_init, user_pt_regs,
+    KVM_ARM_VCPU_POWER_OFF, KVM_ARM_VCPU_PSCI_0_2, KVM_CAP_ARM_NISV_TO_USER,
+    KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
+    KVM_DEV_ARM_VGIC_GRP_NR_IRQS, KVM_REG_ARM_CORE, KVM_REG_ARM64, KVM_REG_ARM64_SYSREG,
+    KVM_REG_SIZE_U64, KVM_VGIC_V3_ADDR_TYPE_DIST, KVM_VGIC_V3_ADDR_TYPE_REDIST, kvm_create_device,
+    kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3, kvm_enable_cap, kvm_vcpu_init,
+    user_pt_regs,
 };
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VcpuFd, VmFd};
 use linux_loader::loader::KernelLoader;
@@ -72,6 +73,14 @@ pub struct Platform {
 impl Platform {
     /// Creates the interrupt controller, which starts when the vCPUs are there, and the console.
     pub fn new(vm: &VmFd) -> Result<Self, Error> {
+        // Accesses that the CPU does not describe would otherwise make KVM_RUN fail.
+        if vm.check_extension_raw(KVM_CAP_ARM_NISV_TO_USER.into()) > 0 {
+            vm.enable_cap(&kvm_enable_cap {
+                cap: KVM_CAP_ARM_NISV_TO_USER,
+                ..Default::default()
+            })
+            .map_err(kvm("ask for accesses without syndrome"))?;
+        }
         let mut create = kvm_create_device {
             type_: kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
             fd: 0,
@@ -198,6 +207,16 @@ pub fn load(
     }
     memory.write_slice(&tree, GuestAddress(fdt))?;
     Ok(Entry { pc, fdt })
+}
+
+/// Has an access fail that KVM cannot emulate, with an external abort.
+///
+/// KVM knows address and width of an access only where the CPU's syndrome tells: loads and stores
+/// of one register without write-back.
+pub fn abort_access(vcpu: &VcpuFd) -> Result<(), errno::Error> {
+    let mut events = vcpu.get_vcpu_events()?;
+    events.exception.ext_dabt_pending = 1;
+    vcpu.set_vcpu_events(&events)
 }
 
 /// How many bits the guest's addresses have: the fewer of what KVM maps and what the CPU has.

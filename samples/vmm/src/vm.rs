@@ -493,6 +493,11 @@ fn run_vcpu(id: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<Option<End>
             Ok(VcpuExit::InternalError) => {
                 return Err(Error::UnexpectedExit(id, internal_error(vcpu)));
             }
+            #[cfg(target_arch = "aarch64")]
+            Ok(VcpuExit::Unsupported(kvm_bindings::KVM_EXIT_ARM_NISV)) => {
+                arch::abort_access(vcpu).map_err(|source| Error::RunVcpu(id, source))?;
+                None
+            }
             Ok(exit) => return Err(Error::UnexpectedExit(id, format!("{exit:?}"))),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
             Err(error) => return Err(Error::RunVcpu(id, error)),
