@@ -98,7 +98,9 @@ pub fn check_ranges(taken: &[Range], devices: &[Range]) -> Result<(), Conflict> 
 /// A device as the bus sees it.
 struct Slot {
     range: Range,
-    /// None: programs in the kernel serve it, and what they pass on has no answer here.
+    server: Server,
+    /// Takes the accesses that come here: all, or what programs in the kernel pass on. None: they
+    /// are for nobody.
     model: Option<Mutex<Box<dyn MmioDevice>>>,
     exits: Mutex<Exits>,
 }
@@ -112,16 +114,17 @@ pub struct Bus {
 
 impl Bus {
     /// Adds a device; its range overlaps no other one.
-    pub fn add(&mut self, range: Range, model: Option<Box<dyn MmioDevice>>) {
+    pub fn add(&mut self, range: Range, server: Server, model: Option<Box<dyn MmioDevice>>) {
         self.slots.push(Slot {
             range,
+            server,
             model: model.map(Mutex::new),
             exits: Mutex::default(),
         });
         self.slots.sort_by_key(|slot| slot.range.addr);
     }
 
-    /// Answers a read; with all ones, as a bus does, where nobody else answers.
+    /// Has a read handled; it gives all ones, as on a bus, where nobody takes it.
     pub fn read(&self, vcpu: usize, addr: u64, data: &mut [u8]) {
         match self.find(addr, Direction::Read) {
             Some((model, offset)) => lock(model).read(vcpu, offset, data),
@@ -161,12 +164,8 @@ impl Bus {
     /// The devices' exits so far.
     pub fn report(&self) -> Vec<report::Device> {
         let device = |slot: &Slot| {
-            let server = match slot.model {
-                Some(_) => Server::Userspace,
-                None => Server::Bpf,
-            };
             let Range { name, addr, size } = &slot.range;
-            report::Device::new(name, server, *addr, *size, &lock(&slot.exits))
+            report::Device::new(name, slot.server, *addr, *size, &lock(&slot.exits))
         };
         self.slots.iter().map(device).collect()
     }
@@ -243,7 +242,7 @@ mod tests {
         );
     }
 
-    /// Answers with the offset and remembers the last write.
+    /// Reads give the offset; the last write is remembered.
     struct Echo(std::sync::mpsc::Sender<(usize, u64, Vec<u8>)>);
 
     impl MmioDevice for Echo {
@@ -259,11 +258,14 @@ mod tests {
     fn accesses_find_their_device() {
         let (sender, writes) = std::sync::mpsc::channel();
         let mut bus = Bus::default();
-        bus.add(Range::new("bpf", 0x2000, 0x1000), None);
-        bus.add(
-            Range::new("echo", 0x1000, 0x100),
-            Some(Box::new(Echo(sender))),
-        );
+        let echo = || Box::new(Echo(sender.clone()));
+        let range = Range::new("bpf", 0x2000, 0x1000);
+        bus.add(range, Server::Bpf, None);
+        let range = Range::new("echo", 0x1000, 0x100);
+        bus.add(range, Server::Userspace, Some(echo()));
+        // Programs serve it, and what they pass on is echoed.
+        let range = Range::new("both", 0x4000, 0x1000);
+        bus.add(range, Server::Bpf, Some(echo()));
 
         let mut data = [0; 2];
         bus.read(0, 0x10ff, &mut data);
@@ -276,6 +278,10 @@ mod tests {
 
         bus.read(0, 0x2004, &mut data);
         assert_eq!(data, [0xff; 2]);
+        bus.read(0, 0x4008, &mut data);
+        assert_eq!(data, [8; 2]);
+        bus.write(1, 0x4ffe, &[1, 2]);
+        assert_eq!(writes.recv().unwrap(), (1, 0xffe, vec![1, 2]));
         for hole in [0, 0xfff, 0x1100, 0x3000] {
             bus.read(0, hole, &mut data);
             assert_eq!(data, [0xff; 2]);
@@ -287,5 +293,7 @@ mod tests {
         assert_eq!(report[0]["exits"], 3);
         assert_eq!(report[1]["server"], "bpf");
         assert_eq!(report[1]["registers"][0]["offset"], 4);
+        assert_eq!(report[2]["server"], "bpf");
+        assert_eq!(report[2]["exits"], 2);
     }
 }

@@ -42,8 +42,11 @@ pub struct Args {
     pub cpus: u8,
 
     /// A device that the kernel serves from an object file (repeatable).
-    #[arg(long, value_name = "DEVICE.o@ADDR")]
-    pub bpf: Vec<At>,
+    ///
+    /// What its programs do not handle is for the device NAME of --userspace; without one, reads
+    /// give all ones and writes are dropped.
+    #[arg(long, value_name = "DEVICE.o@ADDR[,fallback=NAME]")]
+    pub bpf: Vec<Bpf>,
 
     /// On SIGUSR1 take a file also if state is lost by that.
     ///
@@ -99,6 +102,40 @@ impl FromStr for At {
     }
 }
 
+/// A device of eBPF programs: `FILE@ADDR[,fallback=NAME]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bpf {
+    /// File and address.
+    pub at: At,
+    /// The user-space device that takes what no program handles.
+    pub fallback: Option<String>,
+}
+
+impl FromStr for Bpf {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // The options are behind the address; a file's name may have commas.
+        let options = text
+            .rfind('@')
+            .and_then(|at| text[at..].find(',')?.checked_add(at));
+        let (at, option) = match options {
+            Some(comma) => (&text[..comma], Some(&text[comma + 1..])),
+            None => (text, None),
+        };
+        let fallback = option
+            .map(|option| match option.strip_prefix("fallback=") {
+                Some(name) if !name.is_empty() => Ok(name.to_string()),
+                _ => Err(format!("{option:?} is not fallback=NAME")),
+            })
+            .transpose()?;
+        Ok(Bpf {
+            at: at.parse()?,
+            fallback,
+        })
+    }
+}
+
 /// A table of frequencies: `KHZ[,KHZ...]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PerfTable(pub Vec<u32>);
@@ -146,6 +183,25 @@ mod tests {
             "a.o@0x10000000000000000",
         ] {
             assert!(bad.parse::<At>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn devices_have_options() {
+        let bpf: Bpf = "a,b@c.o@0x1000,fallback=regbank".parse().unwrap();
+        assert_eq!((bpf.at.what.as_str(), bpf.at.addr), ("a,b@c.o", 0x1000));
+        assert_eq!(bpf.fallback.as_deref(), Some("regbank"));
+        let bpf: Bpf = "a,fallback=x@7".parse().unwrap();
+        assert_eq!((bpf.at.what.as_str(), bpf.at.addr), ("a,fallback=x", 7));
+        assert_eq!(bpf.fallback, None);
+        for bad in [
+            "a.o@1,",
+            "a.o@1,fallback",
+            "a.o@1,fallback=",
+            "a.o@1,x=y",
+            "a.o,x@",
+        ] {
+            assert!(bad.parse::<Bpf>().is_err(), "{bad}");
         }
     }
 

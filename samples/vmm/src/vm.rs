@@ -26,9 +26,9 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::arch;
 use crate::boot;
 use crate::bus::{Bus, Conflict, Range, check_ranges, check_reach};
-use crate::cli::{Args, At};
+use crate::cli::{Args, At, Bpf};
 use crate::provide;
-use crate::report::{Report, Vcpu};
+use crate::report::{Report, Server, Vcpu};
 use crate::userspace::{self, uclamp};
 
 /// Why the VM could not be made, or stopped before the guest ended it.
@@ -50,6 +50,13 @@ pub enum Error {
     Device(String, #[source] kvm_bpf::device::Error),
     #[error("{0}: no such user-space device, only {names}", names = userspace::NAMES.join(", "))]
     NoSuchDevice(String),
+    #[error("{device}: has {has} interrupts, and its fallback {fallback} {needed}")]
+    FallbackInterrupts {
+        device: String,
+        fallback: String,
+        has: u32,
+        needed: u32,
+    },
     #[error("{device}: cannot fill its map {map}")]
     Provide {
         device: String,
@@ -159,17 +166,21 @@ impl Vm {
         let images = args
             .bpf
             .iter()
-            .map(|at| open_image(Path::new(&at.what)))
+            .map(|bpf| open_image(Path::new(&bpf.at.what)))
             .collect::<Result<Vec<_>, _>>()?;
         let mut devices = Vec::new();
-        for (at, image) in args.bpf.iter().zip(&images) {
+        for (bpf, image) in args.bpf.iter().zip(&images) {
             let note = image.note();
-            devices.push(guest_device(at, note.mmio_size, note.compatible.clone()));
+            check_fallback(bpf, note.nr_irqs)?;
+            devices.push(guest_device(
+                &bpf.at,
+                note.mmio_size,
+                note.compatible.clone(),
+            ));
         }
         let mut userspace_irqs = Vec::new();
         for at in &args.userspace {
-            let info = userspace::describe(&at.what)
-                .ok_or_else(|| Error::NoSuchDevice(at.what.clone()))?;
+            let info = describe(&at.what)?;
             let compatible = info.compatible.iter().map(|name| name.to_string());
             devices.push(guest_device(at, info.size, compatible.collect()));
             userspace_irqs.push(info.nr_irqs);
@@ -213,7 +224,7 @@ impl Vm {
         let mut bpf_devices = Vec::new();
         let mut free_gsis = arch::DEVICE_GSIS;
         let (bpf, userspace) = devices.split_at_mut(images.len());
-        for (info, image) in bpf.iter_mut().zip(images) {
+        for ((info, image), args) in bpf.iter_mut().zip(images).zip(&args.bpf) {
             let name = info.range.name.clone();
             let device_error = |source| Error::Device(name.clone(), source);
             let device = Device::new(&vm).map_err(device_error)?;
@@ -223,7 +234,18 @@ impl Vm {
             for (index, irq) in (0..).zip(&irqs) {
                 device.set_irq(index, irq).map_err(device_error)?;
             }
-            bus.add(info.range.clone(), None);
+            let fallback = args.fallback.as_deref();
+            let fallback = fallback
+                .map(|fallback| {
+                    let irqs = irqs
+                        .iter()
+                        .map(EventFd::try_clone)
+                        .collect::<Result<_, _>>();
+                    let irqs = irqs.map_err(|error| Error::WireInterrupt(name.clone(), error))?;
+                    create_model(fallback, irqs, &perf_table)
+                })
+                .transpose()?;
+            bus.add(info.range.clone(), Server::Bpf, fallback);
             // From here on the guest's accesses run programs.
             let device = MmioDevice::new(device, info.range.addr, image).map_err(device_error)?;
             bpf_devices.push(BpfDevice {
@@ -234,10 +256,8 @@ impl Vm {
         }
         for (info, nr_irqs) in userspace.iter_mut().zip(userspace_irqs) {
             let irqs = wire_interrupts(&vm, info, nr_irqs, &mut free_gsis)?;
-            let name = &info.range.name;
-            let model = userspace::create(name, irqs, &perf_table)
-                .ok_or_else(|| Error::NoSuchDevice(name.clone()))?;
-            bus.add(info.range.clone(), Some(model));
+            let model = create_model(&info.range.name, irqs, &perf_table)?;
+            bus.add(info.range.clone(), Server::Userspace, Some(model));
         }
 
         let cmdline = format!("{} {}", arch::CMDLINE, args.append);
@@ -362,6 +382,36 @@ fn open_at_most(path: &Path, memory: u64) -> Result<File, Error> {
 fn open_image(path: &Path) -> Result<OpenImage, Error> {
     OpenImage::open_file(path)
         .map_err(|source| Error::Device(path.display().to_string(), source.into()))
+}
+
+fn describe(device: &str) -> Result<userspace::Description, Error> {
+    userspace::describe(device).ok_or_else(|| Error::NoSuchDevice(device.to_string()))
+}
+
+/// Checks that a device with so many interrupts can share them with its fallback.
+fn check_fallback(bpf: &Bpf, has: u32) -> Result<(), Error> {
+    let Some(fallback) = &bpf.fallback else {
+        return Ok(());
+    };
+    let needed = describe(fallback)?.nr_irqs;
+    if needed > has {
+        return Err(Error::FallbackInterrupts {
+            device: bpf.at.what.clone(),
+            fallback: fallback.clone(),
+            has,
+            needed,
+        });
+    }
+    Ok(())
+}
+
+fn create_model(
+    device: &str,
+    irqs: Vec<EventFd>,
+    perf_table: &[u32],
+) -> Result<Box<dyn userspace::MmioDevice>, Error> {
+    userspace::create(device, irqs, perf_table)
+        .ok_or_else(|| Error::NoSuchDevice(device.to_string()))
 }
 
 fn provide_to(device: &str, image: &Image, perf_table: &[u32]) -> Result<(), Error> {
