@@ -122,6 +122,23 @@ pub fn in_a_thread(body: impl FnOnce() + Send + 'static) {
     }
 }
 
+/// Runs in a child process that ends: for what a process with a single thread may do alone.
+#[track_caller]
+pub fn in_a_process(body: impl FnOnce()) {
+    // SAFETY: the other threads of this process hold no locks that the child needs: they wait.
+    let child = unsafe { libc::fork() };
+    assert!(child >= 0, "fork: {:?}", Errno::last());
+    if child == 0 {
+        let result = catch_unwind(AssertUnwindSafe(body));
+        // SAFETY: ends the process, and nothing of its parent's.
+        unsafe { libc::_exit(result.is_err().into()) };
+    }
+    let mut status = 0;
+    // SAFETY: the child is ours, and the status a local.
+    let waited = unsafe { libc::waitpid(child, &mut status, 0) };
+    assert_eq!((waited, status), (child, 0), "a child process failed");
+}
+
 /// Repeats each of the workers on a thread of its own until `action` ends, well or not.
 pub fn meanwhile<W: FnMut() + Send, R>(
     workers: impl IntoIterator<Item = W>,

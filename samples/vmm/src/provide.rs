@@ -12,7 +12,7 @@
 use std::fs;
 
 use kvm_bpf::Image;
-use kvm_bpf_vmm::userspace::host_clock;
+use kvm_bpf_vmm::userspace::time_of_day_offset_ns;
 use libbpf_rs::{Map, MapCore, MapFlags, MapType};
 
 /// Entries of a table of frequencies.
@@ -34,65 +34,67 @@ pub fn max_cpus(compatible: &[String], size: u64) -> Option<u64> {
         .then_some(size / PAGE)
 }
 
-/// Fills the maps that want it; those that have been filled before stay as they are.
-///
-/// The latter are carried over from programs that these replace. On an error, the map's name
-/// comes with it.
-pub fn fill(image: &Image, perf_table: &[u32]) -> Result<(), (&'static str, libbpf_rs::Error)> {
-    let compatible = &image.note().compatible;
-    let map = |device, name, value_size, entries| {
-        compatible
-            .iter()
-            .any(|own| own == device)
-            .then(|| image.map(name))
-            .flatten()
-            .filter(|map| {
-                map.map_type() == MapType::Array
-                    && map.value_size() == value_size
-                    && map.max_entries() == entries
-            })
-    };
-    if let Some(map) = map("arm,pl031", "clock", 8, 1) {
-        let offset = clock_offset_ns().to_ne_bytes();
-        fill_map(&map, &[offset]).map_err(|error| ("clock", error))?;
-    }
-    if let Some(map) = map(
-        "qemu,virtual-cpufreq",
-        "perf_table",
-        4,
-        PERF_TABLE_MAX as u32,
-    ) {
-        let table: Vec<_> = perf_table.iter().map(|khz| khz.to_ne_bytes()).collect();
-        fill_map(&map, &table).map_err(|error| ("perf_table", error))?;
-    }
-    Ok(())
+/// What goes into the maps, the same as long as the VM lives.
+pub struct Provided {
+    /// Frequencies in kHz, ascending.
+    pub perf_table: Vec<u32>,
+    /// Nanoseconds from the host's boot to the time of day's epoch, the other way round.
+    clock_offset_ns: u64,
 }
 
-/// Puts values into the first entries of an array, the first of which is 0 before.
-fn fill_map<const N: usize>(map: &Map<'_>, values: &[[u8; N]]) -> Result<(), libbpf_rs::Error> {
-    let first = map.lookup(&0u32.to_ne_bytes(), MapFlags::ANY)?;
-    if first.is_some_and(|first| first.iter().any(|&byte| byte != 0)) {
-        return Ok(());
+impl Provided {
+    /// With that table, or the host's.
+    pub fn new(perf_table: Option<&[u32]>) -> Self {
+        Provided {
+            perf_table: perf_table.map_or_else(default_perf_table, Vec::from),
+            clock_offset_ns: time_of_day_offset_ns(),
+        }
     }
-    for (index, value) in (0u32..).zip(values) {
-        map.update(&index.to_ne_bytes(), value, MapFlags::ANY)?;
+
+    /// Fills the maps that want it. On an error, the map's name comes with it.
+    pub fn fill(&self, image: &Image) -> Result<(), (&'static str, libbpf_rs::Error)> {
+        let compatible = &image.note().compatible;
+        let map = |device, name, value_size, entries| {
+            compatible
+                .iter()
+                .any(|own| own == device)
+                .then(|| image.map(name))
+                .flatten()
+                .filter(|map| {
+                    map.map_type() == MapType::Array
+                        && map.value_size() == value_size
+                        && map.max_entries() == entries
+                })
+        };
+        if let Some(map) = map("arm,pl031", "clock", 8, 1) {
+            let offset = self.clock_offset_ns.to_ne_bytes();
+            fill_map(&map, [offset]).map_err(|error| ("clock", error))?;
+        }
+        if let Some(map) = map(
+            "qemu,virtual-cpufreq",
+            "perf_table",
+            4,
+            PERF_TABLE_MAX as u32,
+        ) {
+            let table = self.perf_table.iter().map(|khz| khz.to_ne_bytes());
+            fill_map(&map, table).map_err(|error| ("perf_table", error))?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
-/// Nanoseconds from the host's boot to the time of day's epoch, the other way round.
-///
-/// As this process sees them: a time namespace of its own would make the clock wrong.
-fn clock_offset_ns() -> u64 {
-    clock_ns(libc::CLOCK_REALTIME).wrapping_sub(clock_ns(libc::CLOCK_BOOTTIME))
-}
-
-fn clock_ns(clock: libc::clockid_t) -> u64 {
-    host_clock(clock).as_nanos() as u64
+/// Puts values into the first entries of an array.
+fn fill_map<const N: usize>(
+    map: &Map<'_>,
+    values: impl IntoIterator<Item = [u8; N]>,
+) -> Result<(), libbpf_rs::Error> {
+    (0u32..)
+        .zip(values)
+        .try_for_each(|(index, value)| map.update(&index.to_ne_bytes(), &value, MapFlags::ANY))
 }
 
 /// The table of a host that is not asked for another: the highest frequency of any CPU.
-pub fn default_perf_table() -> Vec<u32> {
+fn default_perf_table() -> Vec<u32> {
     let cpus = fs::read_dir("/sys/devices/system/cpu")
         .into_iter()
         .flatten();
@@ -108,13 +110,6 @@ pub fn default_perf_table() -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_offset_leads_to_the_time_of_day() {
-        let sum = clock_ns(libc::CLOCK_BOOTTIME).wrapping_add(clock_offset_ns());
-        let off = clock_ns(libc::CLOCK_REALTIME).abs_diff(sum);
-        assert!(off < 1_000_000_000, "{off} ns off");
-    }
 
     #[test]
     fn a_page_per_cpu() {

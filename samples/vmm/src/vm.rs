@@ -27,7 +27,7 @@ use crate::arch;
 use crate::boot;
 use crate::bus::{Bus, Conflict, Range, check_ranges, check_reach};
 use crate::cli::{Args, At, Bpf};
-use crate::provide;
+use crate::provide::{self, Provided};
 use crate::report::{Report, Server, Vcpu};
 use crate::userspace::{self, uclamp};
 
@@ -149,7 +149,7 @@ pub enum Event {
 pub struct Vm {
     vcpus: Vec<VcpuFd>,
     bpf_devices: Vec<BpfDevice>,
-    perf_table: Vec<u32>,
+    provided: Provided,
     on_loss: OnLoss,
     bus: Bus,
     platform: arch::Platform,
@@ -216,10 +216,8 @@ impl Vm {
         let memory = create_memory(&vm, memory_size)?;
         platform.wire(&vm).map_err(Error::Platform)?;
 
-        let perf_table = match &args.perf_table {
-            Some(table) => table.0.clone(),
-            None => provide::default_perf_table(),
-        };
+        let table = args.perf_table.as_ref().map(|table| table.0.as_slice());
+        let provided = Provided::new(table);
         let mut bus = Bus::default();
         let mut bpf_devices = Vec::new();
         let mut free_gsis = arch::DEVICE_GSIS;
@@ -229,7 +227,7 @@ impl Vm {
             let device_error = |source| Error::Device(name.clone(), source);
             let device = Device::new(&vm).map_err(device_error)?;
             let image = image.load().map_err(|error| device_error(error.into()))?;
-            provide_to(&name, &image, &perf_table)?;
+            provide_to(&name, &image, &provided)?;
             let irqs = wire_interrupts(&vm, info, image.note().nr_irqs, &mut free_gsis)?;
             for (index, irq) in (0..).zip(&irqs) {
                 device.set_irq(index, irq).map_err(device_error)?;
@@ -242,7 +240,7 @@ impl Vm {
                         .map(EventFd::try_clone)
                         .collect::<Result<_, _>>();
                     let irqs = irqs.map_err(|error| Error::WireInterrupt(name.clone(), error))?;
-                    create_model(fallback, irqs, &perf_table)
+                    create_model(fallback, irqs, &provided)
                 })
                 .transpose()?;
             bus.add(info.range.clone(), Server::Bpf, fallback);
@@ -256,7 +254,7 @@ impl Vm {
         }
         for (info, nr_irqs) in userspace.iter_mut().zip(userspace_irqs) {
             let irqs = wire_interrupts(&vm, info, nr_irqs, &mut free_gsis)?;
-            let model = create_model(&info.range.name, irqs, &perf_table)?;
+            let model = create_model(&info.range.name, irqs, &provided)?;
             bus.add(info.range.clone(), Server::Userspace, Some(model));
         }
 
@@ -279,7 +277,7 @@ impl Vm {
         Ok(Vm {
             vcpus,
             bpf_devices,
-            perf_table,
+            provided,
             on_loss: match args.reload_fresh {
                 true => OnLoss::Accept,
                 false => OnLoss::Refuse,
@@ -319,7 +317,7 @@ impl Vm {
                 match events.recv() {
                     Ok(Event::Reload) => {
                         for device in &mut self.bpf_devices {
-                            match device.reload(&self.perf_table, self.on_loss) {
+                            match device.reload(&self.provided, self.on_loss) {
                                 Ok(changes) => {
                                     reloads += 1;
                                     let path = device.path.display();
@@ -353,13 +351,13 @@ impl Vm {
 }
 
 impl BpfDevice {
-    fn reload(&mut self, perf_table: &[u32], on_loss: OnLoss) -> Result<MapChanges, Error> {
+    fn reload(&mut self, provided: &Provided, on_loss: OnLoss) -> Result<MapChanges, Error> {
         crate::forget_warnings();
         let image = open_image(&self.path)?;
         let name = self.path.display().to_string();
         let device_error = |source| Error::Device(name.clone(), source);
         let replacement = self.device.load(image, on_loss).map_err(device_error)?;
-        provide_to(&name, replacement.image(), perf_table)?;
+        provide_to(&name, replacement.image(), provided)?;
         self.device.swap(replacement).map_err(device_error)
     }
 }
@@ -408,18 +406,20 @@ fn check_fallback(bpf: &Bpf, has: u32) -> Result<(), Error> {
 fn create_model(
     device: &str,
     irqs: Vec<EventFd>,
-    perf_table: &[u32],
+    provided: &Provided,
 ) -> Result<Box<dyn userspace::MmioDevice>, Error> {
-    userspace::create(device, irqs, perf_table)
+    userspace::create(device, irqs, &provided.perf_table)
         .ok_or_else(|| Error::NoSuchDevice(device.to_string()))
 }
 
-fn provide_to(device: &str, image: &Image, perf_table: &[u32]) -> Result<(), Error> {
-    provide::fill(image, perf_table).map_err(|(map, source)| Error::Provide {
-        device: device.to_string(),
-        map,
-        source,
-    })
+fn provide_to(device: &str, image: &Image, provided: &Provided) -> Result<(), Error> {
+    provided
+        .fill(image)
+        .map_err(|(map, source)| Error::Provide {
+            device: device.to_string(),
+            map,
+            source,
+        })
 }
 
 fn guest_device(at: &At, size: u64, compatible: Vec<String>) -> GuestDevice {

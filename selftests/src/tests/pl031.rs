@@ -3,17 +3,17 @@
 //! The real-time clock of `samples/devices`: its registers, its time, its alarm, and
 //! thousands of accesses compared with the clock of the crate `vm-superio`.
 
-use std::io;
 use std::os::fd::AsRawFd;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use kvm_bpf::{Device, Image, MmioDevice, OnLoss};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
-use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env};
+use kvm_bpf_selftests::harness::{Errno, Random, in_a_process, meanwhile, number_from_env};
 use kvm_bpf_selftests::programs::{loaded, sample};
-use kvm_bpf_vmm::userspace::host_clock;
+use kvm_bpf_vmm::userspace::{HostClock, time_of_day_offset_ns};
 use kvm_ioctls::VmFd;
 use libbpf_rs::{MapCore, MapFlags};
 use vm_superio::Rtc;
@@ -28,6 +28,7 @@ tests!(
     other_accesses,
     time_of_day,
     plugged_in_while_a_vcpu_looks,
+    in_a_time_namespace,
     load_and_count_on,
     wraps_around,
     alarm_while_no_vcpu_runs,
@@ -62,20 +63,7 @@ const SECOND: Duration = Duration::from_secs(1);
 
 /// The time of day.
 fn host_time() -> Duration {
-    host_clock(libc::CLOCK_REALTIME)
-}
-
-/// The device's "clock": time of day less time since boot, in nanoseconds.
-fn clock_offset() -> u64 {
-    // The clocks cannot be read at one moment, so take the best of some tries.
-    let look = || {
-        let before = host_time();
-        let boot = host_clock(libc::CLOCK_BOOTTIME);
-        let after = host_time();
-        (after.saturating_sub(before), before, boot)
-    };
-    let (_, time, boot) = (0..100).map(|_| look()).min().expect("some tries");
-    (time.as_nanos() as u64).wrapping_sub(boot.as_nanos() as u64)
+    HostClock::new(libc::CLOCK_REALTIME).now()
 }
 
 /// Sets what the VMM tells the device: how far the time of day is from the time since boot.
@@ -92,7 +80,7 @@ fn plug(vm: &VmFd, image: Image, irq: &EventFd, pause: impl Fn()) -> MmioDevice 
     pause();
     device.set_irq(0, irq).expect("interrupt 0");
     pause();
-    set_clock(&image, clock_offset());
+    set_clock(&image, time_of_day_offset_ns());
     pause();
     MmioDevice::new(device, ADDR, image).expect("the region")
 }
@@ -323,6 +311,44 @@ fn plugged_in_while_a_vcpu_looks() {
         }
     });
     assert!(seen > 0, "the vCPU has seen no device");
+}
+
+/// A VMM in a time namespace sees other clocks than programs do, but gives them the right one.
+fn in_a_time_namespace() {
+    const SHIFT: Duration = Duration::from_secs(1_000_000);
+
+    let own = HostClock::new(libc::CLOCK_BOOTTIME).now();
+    in_a_process(move || {
+        // SAFETY: the children of this process are in a namespace of their own, nothing else.
+        let result = unsafe { libc::unshare(libc::CLONE_NEWTIME) };
+        assert!(
+            result == 0,
+            "unshare of the time: {:?}; has this kernel no CONFIG_TIME_NS?",
+            Errno::last()
+        );
+        let offsets = format!("boottime {} 0\nmonotonic 5000 0\n", SHIFT.as_secs());
+        fs::write("/proc/self/timens_offsets", offsets).expect("setting the offsets");
+        in_a_process(move || {
+            let mut shifted = libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            // SAFETY: the kernel only writes to `shifted`, a whole timespec.
+            unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &mut shifted) };
+            let shifted = Duration::from_secs(shifted.tv_sec as u64);
+            assert!(shifted >= SHIFT, "this process is up for {shifted:?}");
+            let clock = HostClock::new(libc::CLOCK_BOOTTIME).now();
+            assert!(
+                (own..own + 10 * LATE).contains(&clock),
+                "wanted {own:?} or a bit more since the host's boot, got {clock:?}"
+            );
+            let (before, got, after) = read_between(&mut Clock::new());
+            assert!(
+                (before..=after).contains(&got.into()),
+                "wanted {before} to {after}, got {got}"
+            );
+        });
+    });
 }
 
 fn load_and_count_on() {

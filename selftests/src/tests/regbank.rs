@@ -5,7 +5,7 @@
 use kvm_bpf_selftests::guest::{Guest, mask};
 use kvm_bpf_selftests::harness::{Random, number_from_env};
 use kvm_bpf_selftests::programs::{plug, sample};
-use kvm_bpf_vmm::userspace::{MmioDevice, RegisterBank, host_clock};
+use kvm_bpf_vmm::userspace::{HostClock, MmioDevice, RegisterBank};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{ADDR, assert_described, element, taken};
@@ -19,11 +19,6 @@ const REGISTERS_END: u64 = 0x24;
 
 /// How far the clock of programs may be from that of user space while the kernel updates both.
 const SLACK_NS: u64 = 1_000_000;
-
-/// The clock of the register TIME.
-fn now_ns() -> u64 {
-    host_clock(libc::CLOCK_MONOTONIC).as_nanos() as u64
-}
 
 /// `KVM_BPF_SEED` and `KVM_BPF_ACCESSES` set the accesses.
 fn as_the_model_in_user_space() {
@@ -40,6 +35,9 @@ fn as_the_model_in_user_space() {
     let mut model = RegisterBank::new(model_irq.try_clone().expect("dup"));
     let mut vcpus = [guest.vcpu(0), guest.vcpu(1)];
 
+    // The clock of the register TIME.
+    let clock = HostClock::new(libc::CLOCK_MONOTONIC);
+    let now_ns = || clock.now().as_nanos() as u64;
     let size = device.image().note().mmio_size;
     let mut signals = 0;
     for number in 0..accesses {

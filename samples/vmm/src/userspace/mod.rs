@@ -2,25 +2,25 @@
 
 //! Devices served from user space, to compare with those made of eBPF programs.
 //!
-//! Each answers as the device of the same name in `samples/devices` does, or says where it
-//! does not.
+//! Each does what the device of the same name in `samples/devices` does, or says where it does
+//! not.
 
+mod clock;
 mod pl031;
 mod regbank;
 pub mod uclamp;
 mod vcpufreq;
 
-use std::time::Duration;
-
 use vmm_sys_util::eventfd::EventFd;
 
+pub use clock::{HostClock, time_of_day_offset_ns};
 pub use pl031::Pl031;
 pub use regbank::RegisterBank;
 pub use vcpufreq::VcpuFreq;
 
 /// A device model: told of each access, with its offset from the device's start.
 pub trait MmioDevice: Send {
-    /// Answers a guest read of 1 to 8 bytes.
+    /// Handles a guest read of 1 to 8 bytes.
     fn read(&mut self, vcpu: usize, offset: u64, data: &mut [u8]);
     /// Takes a guest write of 1 to 8 bytes.  Called on the vCPU's own thread.
     fn write(&mut self, vcpu: usize, offset: u64, data: &[u8]);
@@ -61,17 +61,6 @@ pub fn create(name: &str, irqs: Vec<EventFd>, perf_table: &[u32]) -> Option<Box<
         "vcpufreq" => Some(Box::new(VcpuFreq::new(perf_table))),
         _ => None,
     }
-}
-
-/// The time of a clock, such as `CLOCK_MONOTONIC`, that the kernel has.
-pub fn host_clock(clock: libc::clockid_t) -> Duration {
-    let mut now = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    // SAFETY: the kernel only writes to `now`, which is a whole timespec.
-    unsafe { libc::clock_gettime(clock, &mut now) };
-    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
 #[cfg(test)]

@@ -2,11 +2,11 @@
 
 //! The register bank of `samples/devices/regbank.bpf.c`, served from user space.
 //!
-//! It answers every access as the programs do, so that the two can be compared.
+//! It does with every access what the programs do, so that the two can be compared.
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Description, MmioDevice, host_clock};
+use super::{Description, HostClock, MmioDevice};
 
 const ID: u64 = 0x4b42_5042;
 const VERSION: u64 = 1;
@@ -24,6 +24,8 @@ const SLOT_MASK: u64 = 0x07;
 #[derive(Debug)]
 pub struct RegisterBank {
     irq: EventFd,
+    /// The one that `bpf_ktime_get_ns()` reads.
+    clock: HostClock,
     scratch: [u8; 8],
     accesses: [u64; MAX_VCPUS],
     unknown_reads: u64,
@@ -42,6 +44,7 @@ impl RegisterBank {
     pub fn new(irq: EventFd) -> Self {
         RegisterBank {
             irq,
+            clock: HostClock::new(libc::CLOCK_MONOTONIC),
             scratch: [0; 8],
             accesses: [0; MAX_VCPUS],
             unknown_reads: 0,
@@ -74,8 +77,7 @@ impl MmioDevice for RegisterBank {
             SLOT_ID => Some(VERSION << 32 | ID),
             SLOT_SCRATCH => Some(u64::from_le_bytes(self.scratch)),
             SLOT_COUNT => Some(count),
-            // The clock that bpf_ktime_get_ns() reads.
-            SLOT_TIME => Some(host_clock(libc::CLOCK_MONOTONIC).as_nanos() as u64),
+            SLOT_TIME => Some(self.clock.now().as_nanos() as u64),
             _ => None,
         };
         match slot {
