@@ -19,9 +19,13 @@
  *
  * The clock runs from the start, as if firmware had set it: DR is the time of
  * day, CR reads 1, and writes of CR change nothing (the manual says so of a
- * clock that runs).  A counter of seconds, which nothing loads, is behind DR;
+ * clock that runs).  A counter, the seconds of the time of day, is behind DR;
  * LR sets the difference to it.  So DR has the new value at once, and its next
  * step is that of the counter: up to a second later.
+ *
+ * All state is in the map "pl031", and nothing in it depends on when this host
+ * has booted: that is in "clock" alone, which the VMM sets.  So a VMM may put
+ * the state of another host there.  Time has passed since, as for any clock.
  *
  * RIS is an event: it is set when DR becomes equal to MR, by the passing of
  * time or by a write of either, and stays until ICR clears it.  A match that
@@ -65,7 +69,7 @@
 KVM_BPF_MMIO_DEVICE(PL031_SIZE, PL031_IRQS, "arm,pl031\0arm,primecell");
 
 /* What the VMM adds to bpf_ktime_get_boot_ns() to get the time of day, in
- * nanoseconds.  A map of its own: it stays when the programs are replaced. */
+ * nanoseconds.  A map of its own: it is the host's, and no state. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -74,7 +78,6 @@ struct {
 } clock SEC(".maps");
 
 struct pl031 {
-	/* Of all but "timer" and "irq". */
 	struct bpf_spin_lock lock;
 	__u32 mr;
 	__u32 lr;
@@ -82,14 +85,25 @@ struct pl031 {
 	__u32 offset;
 	__u32 imsc;
 	__u32 ris;
-	/* The latest look at the host's clock. */
-	__u64 boot_ns;
-	/* The counter at that moment.  RIS knows of all matches up to it. */
+	/* The counter at the last look.  RIS knows of all matches up to it. */
 	__u64 counter;
-	/* Fires at the next alarm; too early or without need does no harm. */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct pl031);
+} pl031 SEC(".maps");
+
+/*
+ * What rings.  Each first in a map of its own: without CAP_PERFMON the verifier
+ * takes no address that is computed of a timer or of a pointer in a map.
+ */
+
+/* Fires at the next alarm; too early or without need does no harm. */
+struct alarm {
 	struct bpf_timer timer;
-	/* For the timer, which has no context. */
-	struct bpf_kvm_irq __kptr *irq;
 };
 
 /* The VMM has to keep this map open: else the kernel cancels the timer. */
@@ -97,8 +111,41 @@ struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, struct pl031);
-} pl031 SEC(".maps");
+	__type(value, struct alarm);
+} alarms SEC(".maps");
+
+/* For the timer, which has no context. */
+struct alarm_irq {
+	struct bpf_kvm_irq __kptr *irq;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct alarm_irq);
+} alarm_irqs SEC(".maps");
+
+static __always_inline struct pl031 *rtc_state(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&pl031, &zero);
+}
+
+static __always_inline struct alarm *rtc_timer(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&alarms, &zero);
+}
+
+static __always_inline struct alarm_irq *rtc_irq(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&alarm_irqs, &zero);
+}
 
 static __always_inline __u64 clock_offset(void)
 {
@@ -129,22 +176,13 @@ static __always_inline __u64 rtc_until_match(const struct pl031 *rtc)
 }
 
 /*
- * Let time pass up to @boot_ns; true if that raises the interrupt.
- *
- * The clock is read before the lock is taken, under which helpers may not be
- * called, so another may have come in between with a later time: go on from
- * there.  The counter still goes back if
- * the VMM sets the clock back; matches then happen again.
+ * Let time pass up to @counter; true if that raises the interrupt.  If that is
+ * in the past, as the VMM has set the clock back, matches happen again.
  */
-static __always_inline _Bool rtc_advance(struct pl031 *rtc, __u64 boot_ns,
-					 __u64 clock_ns)
+static __always_inline _Bool rtc_advance(struct pl031 *rtc, __u64 counter)
 {
 	__u32 before = rtc_mis(rtc);
-	__u64 counter;
 
-	if (boot_ns > rtc->boot_ns)
-		rtc->boot_ns = boot_ns;
-	counter = (rtc->boot_ns + clock_ns) / NSEC_PER_SEC;
 	if (counter > rtc->counter &&
 	    counter - rtc->counter >= rtc_until_match(rtc))
 		rtc->ris = INTERRUPT;
@@ -209,6 +247,37 @@ static __always_inline _Bool rtc_write(struct pl031 *rtc, __u64 offset,
 
 /* Without the lock from here. */
 
+/* The seconds of the time of day. */
+static __always_inline __u64 look_at_clock(void)
+{
+	return (bpf_ktime_get_boot_ns() + clock_offset()) / NSEC_PER_SEC;
+}
+
+/*
+ * Take the lock and let time pass; true if that raises the interrupt.
+ *
+ * Helpers may not be called under the lock, so the look at the clock is before
+ * that, and who comes in between may have looked later: a look that is behind
+ * the counter is no reason to go back, so look again.  If that is behind too,
+ * somebody has moved the counter once more, or the clock has been set back.
+ */
+static __always_inline _Bool lock_and_advance(struct pl031 *rtc)
+{
+	__u64 counter = look_at_clock();
+	__u64 seen;
+
+	bpf_spin_lock(&rtc->lock);
+	if (counter < rtc->counter) {
+		seen = rtc->counter;
+		bpf_spin_unlock(&rtc->lock);
+		counter = look_at_clock();
+		bpf_spin_lock(&rtc->lock);
+		if (counter < rtc->counter && rtc->counter != seen)
+			counter = rtc->counter;
+	}
+	return rtc_advance(rtc, counter);
+}
+
 static __always_inline void signal_irq(struct bpf_kvm_io_ctx *ctx)
 {
 	if (bpf_ksym_exists(bpf_kvm_irq_signal))
@@ -220,13 +289,16 @@ static __always_inline void signal_irq(struct bpf_kvm_io_ctx *ctx)
  * alarm: two vCPUs may start it in the other order than they changed the
  * registers.  Who starts it last finds it right.
  */
-static __always_inline void start_timer(struct pl031 *rtc, __u64 clock_ns,
-					__u64 alarm_ns)
+static __always_inline void start_timer(struct pl031 *rtc, struct alarm *alarm,
+					__u64 clock_ns, __u64 alarm_ns)
 {
-	for (int try = 0; alarm_ns && try < START_TRIES; try++) {
+#pragma unroll
+	for (int try = 0; try < START_TRIES; try++) {
 		__u64 started = alarm_ns;
 
-		bpf_timer_start(&rtc->timer, alarm_ns, BPF_F_TIMER_ABS);
+		if (!alarm_ns)
+			break;
+		bpf_timer_start(&alarm->timer, alarm_ns, BPF_F_TIMER_ABS);
 		bpf_spin_lock(&rtc->lock);
 		alarm_ns = rtc_alarm(rtc, clock_ns);
 		bpf_spin_unlock(&rtc->lock);
@@ -235,23 +307,25 @@ static __always_inline void start_timer(struct pl031 *rtc, __u64 clock_ns,
 	}
 }
 
-static int on_timer(void *map, __u32 *key, struct pl031 *rtc)
+static int on_timer(void *map, __u32 *key, struct alarm *alarm)
 {
+	struct alarm_irq *kept = rtc_irq();
 	__u64 clock_ns = clock_offset();
-	__u64 boot_ns = bpf_ktime_get_boot_ns();
+	struct pl031 *rtc = rtc_state();
 	struct bpf_kvm_irq *irq;
 	__u64 alarm_ns;
 	_Bool raised;
 
-	bpf_spin_lock(&rtc->lock);
-	raised = rtc_advance(rtc, boot_ns, clock_ns);
+	if (!rtc || !kept)
+		return 0;
+	raised = lock_and_advance(rtc);
 	alarm_ns = rtc_alarm(rtc, clock_ns);
 	bpf_spin_unlock(&rtc->lock);
 
-	irq = rtc->irq;
+	irq = kept->irq;
 	if (raised && irq && bpf_ksym_exists(bpf_kvm_irq_raise))
 		bpf_kvm_irq_raise(irq);
-	start_timer(rtc, clock_ns, alarm_ns);
+	start_timer(rtc, alarm, clock_ns, alarm_ns);
 	return 0;
 }
 
@@ -263,36 +337,28 @@ static int on_timer(void *map, __u32 *key, struct pl031 *rtc)
  * one.
  */
 static __always_inline void prepare_timer(struct bpf_kvm_io_ctx *ctx,
-					  struct pl031 *rtc)
+					  struct alarm *alarm)
 {
+	struct alarm_irq *kept = rtc_irq();
 	struct bpf_kvm_irq *irq;
 
-	if (!bpf_ksym_exists(bpf_kvm_irq_acquire))
+	if (!kept || !bpf_ksym_exists(bpf_kvm_irq_acquire))
 		return;
 	irq = bpf_kvm_irq_acquire(ctx, PL031_IRQ);
 	if (!irq)
 		return;
-	irq = bpf_kptr_xchg(&rtc->irq, irq);
+	irq = bpf_kptr_xchg(&kept->irq, irq);
 	if (irq)
 		bpf_kvm_irq_release(irq);
 
 	/* It may exist already. */
-	bpf_timer_init(&rtc->timer, &pl031, CLOCK_BOOTTIME);
-	bpf_timer_set_callback(&rtc->timer, on_timer);
-}
-
-static __always_inline struct pl031 *rtc_state(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&pl031, &zero);
+	bpf_timer_init(&alarm->timer, &alarms, CLOCK_BOOTTIME);
+	bpf_timer_set_callback(&alarm->timer, on_timer);
 }
 
 KVM_IO_READ
 int pl031_read(struct bpf_kvm_io_ctx *ctx)
 {
-	__u64 clock_ns = clock_offset();
-	__u64 boot_ns = bpf_ktime_get_boot_ns();
 	struct pl031 *rtc = rtc_state();
 	__u64 offset = ctx->offset;
 	_Bool raised;
@@ -305,8 +371,7 @@ int pl031_read(struct bpf_kvm_io_ctx *ctx)
 		return 0;
 	}
 
-	bpf_spin_lock(&rtc->lock);
-	raised = rtc_advance(rtc, boot_ns, clock_ns);
+	raised = lock_and_advance(rtc);
 	value = rtc_read(rtc, offset);
 	bpf_spin_unlock(&rtc->lock);
 
@@ -320,20 +385,19 @@ KVM_IO_WRITE
 int pl031_write(struct bpf_kvm_io_ctx *ctx)
 {
 	__u64 clock_ns = clock_offset();
-	__u64 boot_ns = bpf_ktime_get_boot_ns();
 	struct pl031 *rtc = rtc_state();
+	struct alarm *alarm = rtc_timer();
 	__u64 data = *(__u64 *)ctx->buf;
 	__u64 offset = ctx->offset;
 	__u64 alarm_ns;
 	_Bool raised;
 
-	if (!rtc || ctx->len != 4)
+	if (!rtc || !alarm || ctx->len != 4)
 		return 0;
 
 	/* If time raises the interrupt, the write can only lower it again: the
 	 * edge has been, and is signalled. */
-	bpf_spin_lock(&rtc->lock);
-	raised = rtc_advance(rtc, boot_ns, clock_ns);
+	raised = lock_and_advance(rtc);
 	raised |= rtc_write(rtc, offset, data);
 	alarm_ns = rtc_alarm(rtc, clock_ns);
 	bpf_spin_unlock(&rtc->lock);
@@ -341,8 +405,8 @@ int pl031_write(struct bpf_kvm_io_ctx *ctx)
 	if (raised)
 		signal_irq(ctx);
 	if (alarm_ns) {
-		prepare_timer(ctx, rtc);
-		start_timer(rtc, clock_ns, alarm_ns);
+		prepare_timer(ctx, alarm);
+		start_timer(rtc, alarm, clock_ns, alarm_ns);
 	}
 	return 0;
 }

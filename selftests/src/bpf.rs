@@ -465,7 +465,14 @@ pub struct Map {
 /// Name of every [`Map`], to count them by.
 const MAP_NAME: &CStr = c"kvm_bpf_test";
 /// The maps of those of `samples/devices` that tests load.
-const SAMPLE_MAP_NAMES: [&CStr; 4] = [c"clock", c"pl031", c"perf_table", c"vcpus"];
+const SAMPLE_MAP_NAMES: [&CStr; 6] = [
+    c"clock",
+    c"pl031",
+    c"alarms",
+    c"alarm_irqs",
+    c"perf_table",
+    c"vcpus",
+];
 
 impl Map {
     /// An array of `elements` elements of `words` words, all 0.

@@ -21,13 +21,14 @@ use vm_superio::rtc_pl031::{NoEvents, RtcState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::kfunc::required;
-use super::{ADDR, SIZE, other_accesses_of, taken};
+use super::{ADDR, SIZE, element, other_accesses_of, taken};
 
 tests!(
     registers,
     other_accesses,
     time_of_day,
     plugged_in_while_a_vcpu_looks,
+    clock_set_back,
     in_a_time_namespace,
     load_and_count_on,
     wraps_around,
@@ -40,6 +41,7 @@ tests!(
     two_vcpus_set_alarms,
     closed_with_alarm,
     swapped_with_alarm,
+    restored_elsewhere,
     as_vm_superio,
 );
 
@@ -106,9 +108,14 @@ fn write(vcpu: &mut Vcpu, register: u64, value: u32) {
 
 impl Clock {
     fn new() -> Self {
+        Self::of(loaded(sample("pl031")))
+    }
+
+    /// One of that image, whose "pl031" may have a state.
+    fn of(image: Image) -> Self {
         let guest = Guest::new();
         let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
-        let device = plug(guest.vm(), loaded(sample("pl031")), &irq, || {});
+        let device = plug(guest.vm(), image, &irq, || {});
         Clock {
             vcpu: guest.vcpu(0),
             guest,
@@ -142,7 +149,8 @@ impl Clock {
     fn replace(&mut self) {
         let changes = self.device.replace(sample("pl031"), OnLoss::Refuse);
         let changes = changes.expect("replacing");
-        assert_got!(changes.carried, ["clock", "pl031"], "maps that go on");
+        let all = ["alarm_irqs", "alarms", "clock", "pl031"];
+        assert_got!(changes.carried, all, "maps that go on");
     }
 
     /// RIS and MIS.
@@ -311,6 +319,36 @@ fn plugged_in_while_a_vcpu_looks() {
         }
     });
     assert!(seen > 0, "the vCPU has seen no device");
+}
+
+/// The VMM sets the clock: an earlier time is taken too, and matches happen again.
+fn clock_set_back() {
+    let mut clock = Clock::new();
+    let offset = time_of_day_offset_ns();
+    let nanoseconds = |seconds: u64| seconds * 1_000_000_000;
+    for (back, ahead) in [(1000, 0), (0, 0), (0, 500), (3, 0)] {
+        set_clock(
+            clock.device.image(),
+            offset - nanoseconds(back) + nanoseconds(ahead),
+        );
+        let (before, got, after) = read_between(&mut clock);
+        let wanted = before - back + ahead..=after - back + ahead;
+        assert!(
+            wanted.contains(&got.into()),
+            "{back} s back, {ahead} s ahead: wanted {wanted:?}, got {got}"
+        );
+    }
+    // 3 seconds back: what has been a second ago will be again.
+    let now = host_time().as_secs() as u32;
+    clock.write(MR, now - 1);
+    assert_got!(clock.status(), (0, 0));
+    let start = Instant::now();
+    while clock.status() == (0, 0) {
+        assert!(start.elapsed() < LATE, "no match within {LATE:?}");
+        sleep(SECOND / 10);
+    }
+    let got = clock.read(DR);
+    assert!(got >= now - 1, "a match at {got}, not at {}", now - 1);
 }
 
 /// A VMM in a time namespace sees other clocks than programs do, but gives them the right one.
@@ -593,7 +631,7 @@ fn closed_with_alarm() {
 fn swapped_with_alarm() {
     let census = Census::now();
     let mut clock = Clock::with_alarm();
-    census.wait_for_newer(2, 2);
+    census.wait_for_newer(2, 4);
 
     clock.alarm_in(3);
     let match_at = clock.read(MR);
@@ -602,16 +640,66 @@ fn swapped_with_alarm() {
     }
     assert_got!(clock.read(MR), match_at, "MR after replacing");
     // The timer keeps the program that has started it.
-    census.wait_for_newer(3, 2);
+    census.wait_for_newer(3, 4);
     assert!(clock.signalled_within(LATE), "no alarm within {LATE:?}");
-    census.wait_for_newer(3, 2);
+    census.wait_for_newer(3, 4);
     // The next write has the callback from the new program; the old one goes.
     clock.expect_alarm();
-    census.wait_for_newer(2, 2);
+    census.wait_for_newer(2, 4);
     clock.alarm_in(1);
     clock.expect_alarm();
     drop(clock);
     census.wait_for_newer(0, 0);
+}
+
+/// The state that another host leaves, which has been up a day longer: there is no such host, so
+/// what tells when this one has booted is made a day more.
+fn restored_elsewhere() {
+    const DAY: u64 = 24 * 3600 * 1_000_000_000;
+
+    let boot = HostClock::new(libc::CLOCK_BOOTTIME);
+    let boot_ns = || boot.now().as_nanos() as u64;
+    let mut clock = Clock::with_alarm();
+    clock.write(LR, 5000);
+    clock.alarm_in(2);
+    let (offset, before) = (time_of_day_offset_ns(), boot_ns());
+    let saved_at = (host_time().as_secs(), clock.read(DR));
+    let since_boot = before..=boot_ns();
+    let mut state = element(clock.device.image(), "pl031");
+    let match_at = clock.read(MR);
+    drop(clock);
+    for word in state.chunks_exact_mut(8) {
+        let value = u64::from_ne_bytes(word.try_into().expect("8 bytes"));
+        let ms = 1_000_000;
+        assert!(value.abs_diff(offset) > ms, "the clock's offset is state");
+        if since_boot.contains(&value) {
+            word.copy_from_slice(&(value + DAY).to_ne_bytes());
+        }
+    }
+
+    let image = loaded(sample("pl031"));
+    let map = image.map("pl031").expect("the state");
+    map.update(&[0; 4], &state, MapFlags::ANY)
+        .expect("BPF_MAP_UPDATE_ELEM");
+    let mut clock = Clock::of(image);
+    for pause in [Duration::ZERO, 3 * SECOND] {
+        sleep(pause);
+        let (before, got, after) = read_between(&mut clock);
+        let passed = before - saved_at.0..=after - saved_at.0;
+        assert!(
+            passed.contains(&u64::from(got - saved_at.1)),
+            "{got} is not {passed:?} s after {}",
+            saved_at.1
+        );
+    }
+    // The time of the alarm has passed, which an access has found: no timer has been started.
+    assert_got!(clock.read(MR), match_at, "MR");
+    assert_got!(clock.read(LR), 5000, "LR");
+    assert_got!(clock.status(), (1, 1));
+    assert_got!(clock.signals(), 1, "signals of the alarm");
+    clock.write(ICR, 1);
+    clock.alarm_in(1);
+    clock.expect_alarm();
 }
 
 /// The clock of vm-superio, with what it lacks added here.
