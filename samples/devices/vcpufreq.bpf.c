@@ -27,11 +27,18 @@
  * and what a request means does not depend on the host CPU that the vCPU is on
  * at that moment.  Every CPU is a domain of its own.
  *
- * A vCPU's program can clamp no thread but its own.  A request on another CPU's
- * page is recorded, and takes effect when that CPU next reads its cur_perf, as
- * it does in every tick.  For another CPU, and where the host does not know its
- * frequency, cur_perf is the last request, or max before any.  CPUs are numbered
- * by KVM's vCPU ids.  A guest has at most 8: the driver reads a page for each.
+ * A page is for the vCPU that last read its cur_perf, as Linux does in every tick
+ * of a CPU, on its own page; before anyone has, for the vCPU with the page's
+ * number.  The two numbers differ in a kernel that begins on another CPU than
+ * the first, as kdump's may.
+ *
+ * A vCPU's program can clamp no thread but its own.  So a request takes effect at
+ * once if it comes from the vCPU that the page is for, else when that one next
+ * reads cur_perf.  The clamp stays when a page goes to another vCPU, and threads
+ * that the vCPU's thread starts inherit it, as with sched_setattr(2).
+ *
+ * Where the host does not know the frequency, cur_perf is the last request, or max
+ * before any.  A guest has at most 8 CPUs: the driver reads a page for each.
  */
 #include "kvm_bpf.h"
 
@@ -65,13 +72,16 @@ struct vcpufreq {
 	__u32 request;
 	/* perftbl_sel */
 	__u32 sel;
-	/* What the vCPU's thread was clamped to last, 0 to 1024. */
-	__u32 clamp;
-	/* The errno of the last attempt, negative, or 0. */
+	/* The vCPU that last read cur_perf, plus 1; 0: none so far. */
+	__u32 reader;
+	/* The errno of the last attempt to clamp, negative, or 0. */
 	__s32 error;
+	/* That attempt: the vCPU, plus 1, and below it 32 bits for the clamp, 0 to
+	 * 1024.  One word, since vCPUs may take the page from each other. */
+	__u64 clamped;
 };
 
-/* By the guest's CPU number. */
+/* By page. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, MAX_CPUS);
@@ -137,50 +147,49 @@ static __always_inline __u32 to_clamp(__u32 khz, __u32 max)
 	return max ? ((__u64)khz * CAPACITY_SCALE + max - 1) / max : 0;
 }
 
-static __always_inline void clamp_thread(struct vcpufreq *vcpu, __u32 clamp)
+/*
+ * Clamp the thread of the calling vCPU as the page asks for, but not again: it is
+ * called in every tick, and what has failed fails again.
+ */
+static __always_inline void comply(struct vcpufreq *page, __u32 vcpu_id,
+				   __u32 max)
 {
-	if (!bpf_ksym_exists(bpf_set_current_uclamp))
+	__u32 clamp = to_clamp(page->request, max);
+	__u64 wanted = ((__u64)vcpu_id + 1) << 32 | clamp;
+
+	if (!clamp || page->clamped == wanted ||
+	    !bpf_ksym_exists(bpf_set_current_uclamp))
 		return;
-	vcpu->error = bpf_set_current_uclamp(clamp, clamp);
-	if (!vcpu->error)
-		vcpu->clamp = clamp;
+	page->clamped = wanted;
+	page->error = bpf_set_current_uclamp(clamp, clamp);
 }
 
-static __always_inline void set_perf(struct vcpufreq *vcpu, __u32 khz,
-				     _Bool own)
+static __always_inline void set_perf(struct vcpufreq *page, __u32 number,
+				     __u32 vcpu_id, __u32 khz)
 {
+	__u32 reader = page->reader;
 	__u32 max = table_max();
 
 	if (!khz || !max)
 		return;
-	if (khz > max)
-		khz = max;
-	vcpu->request = khz;
-	if (own)
-		clamp_thread(vcpu, to_clamp(khz, max));
+	page->request = khz < max ? khz : max;
+	if (vcpu_id == (reader ? reader - 1 : number)) {
+		/* Also if others have changed the clamp since. */
+		page->clamped = 0;
+		comply(page, vcpu_id, max);
+	}
 }
 
-/* Comply with what another CPU has asked of this one; but do not try in every
- * tick what has failed. */
-static __always_inline void catch_up(struct vcpufreq *vcpu, __u32 max)
-{
-	__u32 clamp = to_clamp(vcpu->request, max);
-
-	if (clamp && clamp != vcpu->clamp && !vcpu->error)
-		clamp_thread(vcpu, clamp);
-}
-
-static __always_inline __u32 cur_perf(struct vcpufreq *vcpu, _Bool own)
+static __always_inline __u32 cur_perf(struct vcpufreq *page, __u32 vcpu_id)
 {
 	__u32 max = table_max();
-	__u32 perf = 0;
+	__u32 perf;
 
-	if (own) {
-		catch_up(vcpu, max);
-		perf = host_perf(max);
-	}
+	page->reader = vcpu_id + 1;
+	comply(page, vcpu_id, max);
+	perf = host_perf(max);
 	if (!perf)
-		perf = vcpu->request ? vcpu->request : max;
+		perf = page->request ? page->request : max;
 	return perf;
 }
 
@@ -189,24 +198,24 @@ KVM_IO_READ_SLEEPABLE
 int vcpufreq_read(struct bpf_kvm_io_ctx *ctx)
 {
 	__u64 offset = ctx->offset;
-	__u32 cpu = offset >> CPU_SHIFT;
-	struct vcpufreq *vcpu = bpf_map_lookup_elem(&vcpus, &cpu);
+	__u32 number = offset >> CPU_SHIFT;
+	struct vcpufreq *page = bpf_map_lookup_elem(&vcpus, &number);
 	__u32 value = 0;
 
-	if (!vcpu || ctx->len != 4)
+	if (!page || ctx->len != 4)
 		return 0;
 	switch (offset & (CPU_SIZE - 1)) {
 	case CUR_PERF:
-		value = cur_perf(vcpu, cpu == ctx->vcpu_id);
+		value = cur_perf(page, ctx->vcpu_id);
 		break;
 	case PERFTBL_LEN:
 		value = table_len();
 		break;
 	case PERFTBL_RD:
-		value = table_entry(vcpu->sel);
+		value = table_entry(page->sel);
 		break;
 	case PERF_DOMAIN:
-		value = cpu;
+		value = number;
 		break;
 	}
 	*(__u64 *)ctx->buf = value;
@@ -218,17 +227,17 @@ int vcpufreq_write(struct bpf_kvm_io_ctx *ctx)
 {
 	__u64 data = *(__u64 *)ctx->buf;
 	__u64 offset = ctx->offset;
-	__u32 cpu = offset >> CPU_SHIFT;
-	struct vcpufreq *vcpu = bpf_map_lookup_elem(&vcpus, &cpu);
+	__u32 number = offset >> CPU_SHIFT;
+	struct vcpufreq *page = bpf_map_lookup_elem(&vcpus, &number);
 
-	if (!vcpu || ctx->len != 4)
+	if (!page || ctx->len != 4)
 		return 0;
 	switch (offset & (CPU_SIZE - 1)) {
 	case SET_PERF:
-		set_perf(vcpu, data, cpu == ctx->vcpu_id);
+		set_perf(page, number, ctx->vcpu_id, data);
 		break;
 	case PERFTBL_SEL:
-		vcpu->sel = data;
+		page->sel = data;
 		break;
 	}
 	return 0;

@@ -21,14 +21,16 @@ const PERF_DOMAIN: u64 = 0x14;
 const PERFTBL_MAX: usize = 64;
 const CAPACITY_SCALE: u64 = 1024;
 
-/// What is known of one of the guest's CPUs.
+/// The registers of one of the guest's CPUs.
 #[derive(Clone, Copy, Debug, Default)]
-struct VirtualCpu {
+struct Page {
     /// The last frequency asked for, in kHz; 0 if none yet.
     request: u32,
     sel: u32,
-    /// What the vCPU's thread was clamped to last.
-    clamp: u32,
+    /// The vCPU that last read `cur_perf`.
+    reader: Option<usize>,
+    /// Whose thread was clamped last, and to what.
+    clamped: Option<(usize, u32)>,
 }
 
 /// The device.
@@ -36,7 +38,7 @@ struct VirtualCpu {
 pub struct VcpuFreq {
     /// In kHz, ascending.
     table: Vec<u32>,
-    cpus: [VirtualCpu; MAX_CPUS],
+    pages: [Page; MAX_CPUS],
 }
 
 /// A number from a file of a host CPU, if there is one.
@@ -91,7 +93,7 @@ impl VcpuFreq {
                 .take_while(|&khz| khz != 0)
                 .take(PERFTBL_MAX)
                 .collect(),
-            cpus: Default::default(),
+            pages: Default::default(),
         }
     }
 
@@ -99,79 +101,76 @@ impl VcpuFreq {
         self.table.last().copied().unwrap_or(0)
     }
 
-    fn set_perf(&mut self, cpu: usize, khz: u32, own: bool) {
+    /// Takes a request on the page of that number from a vCPU, on its thread.
+    fn set_perf(&mut self, number: usize, vcpu: usize, khz: u32) {
         let max = self.max();
         if khz == 0 || max == 0 {
             return;
         }
-        let khz = khz.min(max);
-        self.cpus[cpu].request = khz;
-        if own {
-            self.clamp_thread(cpu, utilisation(khz, max));
+        let page = &mut self.pages[number];
+        page.request = khz.min(max);
+        if vcpu == page.reader.unwrap_or(number) {
+            page.clamped = None;
+            self.comply(number, vcpu);
         }
     }
 
-    fn clamp_thread(&mut self, cpu: usize, clamp: u32) {
-        // The guest has no use for the error: a host without clamps is a host like that.
-        let _ = uclamp::set_current(clamp, clamp);
-        self.cpus[cpu].clamp = clamp;
-    }
-
-    /// Complies with what another CPU has asked of the one whose thread this is.
-    fn catch_up(&mut self, cpu: usize) {
-        let VirtualCpu { request, clamp, .. } = self.cpus[cpu];
-        if request != 0 && self.max() != 0 {
-            let wanted = utilisation(request, self.max());
-            if wanted != clamp {
-                self.clamp_thread(cpu, wanted);
-            }
+    /// Clamps the vCPU's thread as the page asks for, but not again.
+    fn comply(&mut self, number: usize, vcpu: usize) {
+        let max = self.max();
+        let page = &mut self.pages[number];
+        if page.request == 0 || max == 0 {
+            return;
+        }
+        let clamp = utilisation(page.request, max);
+        if page.clamped != Some((vcpu, clamp)) {
+            page.clamped = Some((vcpu, clamp));
+            // The guest has no use for the error: a host without clamps is a host like that.
+            let _ = uclamp::set_current(clamp, clamp);
         }
     }
 }
 
-/// CPU and register of an access: all have 32 bits, and any other access is for none.
+/// Page and register of an access: all have 32 bits, and any other access is for none.
 fn register(offset: u64, len: usize) -> Option<(usize, u64)> {
-    let cpu = usize::try_from(offset / CPU_SIZE).ok()?;
-    (len == 4 && cpu < MAX_CPUS).then_some((cpu, offset % CPU_SIZE))
+    let number = usize::try_from(offset / CPU_SIZE).ok()?;
+    (len == 4 && number < MAX_CPUS).then_some((number, offset % CPU_SIZE))
 }
 
 impl MmioDevice for VcpuFreq {
     fn read(&mut self, vcpu: usize, offset: u64, data: &mut [u8]) {
         data.fill(0);
-        let Some((cpu, register)) = register(offset, data.len()) else {
+        let Some((number, register)) = register(offset, data.len()) else {
             return;
         };
-        let state = self.cpus[cpu];
         let value = match register {
             CUR_PERF => {
-                if cpu == vcpu {
-                    self.catch_up(cpu);
-                }
+                self.pages[number].reader = Some(vcpu);
+                self.comply(number, vcpu);
                 let max = self.max();
-                let host = if cpu == vcpu { host_perf(max) } else { None };
-                host.unwrap_or(if state.request != 0 {
-                    state.request
-                } else {
-                    max
-                })
+                let request = self.pages[number].request;
+                host_perf(max).unwrap_or(if request != 0 { request } else { max })
             }
             PERFTBL_LEN => self.table.len() as u32,
-            PERFTBL_RD => self.table.get(state.sel as usize).copied().unwrap_or(0),
-            PERF_DOMAIN => cpu as u32,
+            PERFTBL_RD => {
+                let sel = self.pages[number].sel as usize;
+                self.table.get(sel).copied().unwrap_or(0)
+            }
+            PERF_DOMAIN => number as u32,
             _ => 0,
         };
         data.copy_from_slice(&value.to_le_bytes());
     }
 
     fn write(&mut self, vcpu: usize, offset: u64, data: &[u8]) {
-        let (Some((cpu, register)), Ok(data)) = (register(offset, data.len()), data.try_into())
+        let (Some((number, register)), Ok(data)) = (register(offset, data.len()), data.try_into())
         else {
             return;
         };
         let value = u32::from_le_bytes(data);
         match register {
-            SET_PERF => self.set_perf(cpu, value, cpu == vcpu),
-            PERFTBL_SEL => self.cpus[cpu].sel = value,
+            SET_PERF => self.set_perf(number, vcpu, value),
+            PERFTBL_SEL => self.pages[number].sel = value,
             _ => {}
         }
     }
@@ -211,13 +210,29 @@ mod tests {
     #[test]
     fn requests_are_kept_within_the_table() {
         let mut device = VcpuFreq::new(&[1000]);
-        assert_eq!(read(&mut device, 0, 0x1000), 1000);
-        write(&mut device, 0, 0x1004, 600);
-        assert_eq!(read(&mut device, 0, 0x1000), 600);
-        write(&mut device, 0, 0x1004, 0);
-        assert_eq!(read(&mut device, 0, 0x1000), 600);
-        write(&mut device, 0, 0x1004, u32::MAX);
-        assert_eq!(read(&mut device, 0, 0x1000), 1000);
+        for (request, kept) in [(600, 600), (0, 600), (u32::MAX, 1000)] {
+            write(&mut device, 0, 0x1004, request);
+            assert_eq!(device.pages[1].request, kept);
+        }
+    }
+
+    #[test]
+    fn a_page_is_for_its_last_reader() {
+        let mut device = VcpuFreq::new(&[1000]);
+        // The clamps are those of this thread, where the machine has such.
+        let clamped = |device: &VcpuFreq| device.pages[0].clamped;
+        write(&mut device, 1, 0x0004, 500);
+        assert_eq!(clamped(&device), None, "another vCPU asks");
+        read(&mut device, 1, 0x0008);
+        assert_eq!(clamped(&device), None, "it reads another register");
+        read(&mut device, 1, 0x0000);
+        assert_eq!(clamped(&device), Some((1, 512)), "it reads cur_perf");
+        write(&mut device, 1, 0x0004, 250);
+        assert_eq!(clamped(&device), Some((1, 256)), "it asks again");
+        write(&mut device, 0, 0x0004, 1000);
+        assert_eq!(clamped(&device), Some((1, 256)), "the first vCPU asks");
+        read(&mut device, 0, 0x0000);
+        assert_eq!(clamped(&device), Some((0, 1024)), "the first vCPU reads");
     }
 
     #[test]
@@ -231,7 +246,7 @@ mod tests {
         assert_eq!(read(&mut device, 0, 0x0018), 0);
         assert_eq!(read(&mut device, 0, 0x8008), 0);
         device.write(0, 0x1004, &[1]);
-        assert_eq!(device.cpus[1].request, 0);
+        assert_eq!(device.pages[1].request, 0);
     }
 
     #[test]
