@@ -16,7 +16,9 @@ use kvm_bpf_selftests::bpf::{
 use kvm_bpf_selftests::device::{Device, region, test_create};
 use kvm_bpf_selftests::guest::{Exit, Guest, Vcpu, vms};
 use kvm_bpf_selftests::harness::{CAP_BPF, Errno, in_a_thread, set_capabilities, wait_for};
-use kvm_bpf_selftests::programs::{Recorder, answer, answer_insns, only_return, ret};
+use kvm_bpf_selftests::programs::{
+    Recorder, answer, answer_insns, loaded, only_return, ret, sample, test_image,
+};
 use kvm_ioctls::Kvm;
 
 use super::{ADDR, PATTERN, SIZE, assert_errno, beside_this_program};
@@ -31,6 +33,7 @@ tests!(
     close_in_any_order,
     unprivileged_vmm,
     loading_needs_cap_bpf_alone,
+    samples_load_with_cap_bpf_alone,
     loading_with_a_token,
     the_kernels_own_selftest,
 );
@@ -255,13 +258,39 @@ fn loading_needs_cap_bpf_alone() {
     });
 }
 
-/// A user namespace has no privileges, but what a token for its BPF file system gives.
-fn loading_with_a_token() {
-    load_with_a_token(c"kvm_io_read:kvm_io_write", Ok(()));
-    load_with_a_token(c"socket_filter", Err(Errno(libc::EPERM)));
+/// The sample devices too, whose programs have maps, locks, timers and kfuncs, and may sleep:
+/// without `CAP_PERFMON` the verifier is stricter.
+fn samples_load_with_cap_bpf_alone() {
+    in_a_thread(|| {
+        set_capabilities(&[CAP_BPF]);
+        for name in ["regbank", "pl031", "vcpufreq"] {
+            loaded(sample(name));
+        }
+        for name in ["regbank_sleepable", "pl031_sleepable"] {
+            loaded(test_image(name));
+        }
+        set_capabilities(&[]);
+        let error = sample("regbank").load().expect_err("no capability at all");
+        let error = format!("{error:#?}");
+        assert!(
+            error.contains("PermissionDenied"),
+            "wanted a refusal, got {error}"
+        );
+    });
 }
 
-fn load_with_a_token(types: &CStr, wanted: Result<(), Errno>) {
+/// A user namespace has no privileges, but what a token for its BPF file system gives: the types,
+/// and attach type 0, which all programs of these types have.
+fn loading_with_a_token() {
+    let types = c"kvm_io_read:kvm_io_write";
+    load_with_a_token(types, c"0x1", Ok(()));
+    load_with_a_token(types, c"any", Ok(()));
+    let refused = Err(Errno(libc::EPERM));
+    load_with_a_token(types, c"0xfffffffffffffffe", refused);
+    load_with_a_token(c"socket_filter", c"any", refused);
+}
+
+fn load_with_a_token(types: &CStr, attach_types: &CStr, wanted: Result<(), Errno>) {
     let (mut ours, theirs) = UnixStream::pair().expect("socketpair");
     // Only a process with a single thread gets a namespace.
     //
@@ -289,7 +318,7 @@ fn load_with_a_token(types: &CStr, wanted: Result<(), Errno>) {
     for (option, value) in [
         (c"delegate_cmds", c"prog_load"),
         (c"delegate_progs", types),
-        (c"delegate_attachs", c"any"),
+        (c"delegate_attachs", attach_types),
     ] {
         configure(
             &context,
@@ -342,7 +371,7 @@ fn configure(context: &OwnedFd, command: usize, key: *const c_char, value: *cons
     assert_got!(result, 0, "fsconfig {command}");
 }
 
-/// A system call that answers a file descriptor.
+/// A system call that returns a file descriptor.
 fn system_call(name: &str, number: libc::c_long, args: [usize; 5]) -> OwnedFd {
     let [a, b, c, d, e] = args;
     // SAFETY: those above take numbers and strings only.
