@@ -103,7 +103,7 @@ pub fn all() -> Vec<Trial> {
     .collect()
 }
 
-/// Fails unless an ioctl answered so.
+/// Fails unless an ioctl returned so.
 #[track_caller]
 fn assert_errno<T: std::fmt::Debug>(what: &str, got: Result<T, Errno>, wanted: i32) {
     let wanted = Errno(wanted);
@@ -161,7 +161,7 @@ fn taken(eventfd: &EventFd) -> u64 {
 }
 
 /// Accesses in and around a register of 4 bytes that are none to all of it, and to nothing
-/// else: reads answer 0, and none leaves the kernel. That writes are ignored is for the
+/// else: reads give 0, and none leaves the kernel. That writes are ignored is for the
 /// caller to look at.
 fn other_accesses_of(vcpu: &mut Vcpu, register: u64) {
     let mut other = vec![(0, 1), (1, 1), (3, 1), (0, 2), (2, 2)];
