@@ -96,10 +96,7 @@ struct {
 	__type(value, struct pl031);
 } pl031 SEC(".maps");
 
-/*
- * What rings.  Each first in a map of its own: without CAP_PERFMON the verifier
- * takes no address that is computed of a timer or of a pointer in a map.
- */
+/* What rings is this host's, and no state: apart from it. */
 
 /* Fires at the next alarm; too early or without need does no harm. */
 struct alarm {
@@ -292,7 +289,6 @@ static __always_inline void signal_irq(struct bpf_kvm_io_ctx *ctx)
 static __always_inline void start_timer(struct pl031 *rtc, struct alarm *alarm,
 					__u64 clock_ns, __u64 alarm_ns)
 {
-#pragma unroll
 	for (int try = 0; try < START_TRIES; try++) {
 		__u64 started = alarm_ns;
 
