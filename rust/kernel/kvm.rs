@@ -8,7 +8,7 @@
 //! - [`device`]: what user space creates with `KVM_CREATE_DEVICE`.
 //! - [`io`]: what handles a guest's accesses of a range of addresses.
 //! - [`prog`]: BPF programs as such handlers.
-//! - [`irq`]: interrupts that such programs raise.
+//! - [`irq`]: interrupts that such programs signal.
 //!
 //! Not covered: vCPU state, guest memory, irqchips, buses other than MMIO.
 //!

@@ -3,7 +3,7 @@
 //! Virtual devices made of BPF programs.
 //!
 //! A device of type `KVM_DEV_TYPE_BPF` is a set of regions of guest-physical addresses. Each has
-//! up to two programs, one that answers the guest's loads and one that takes its stores, on the
+//! up to two programs, one that handles the guest's loads and one that handles its stores, on the
 //! vCPU's thread inside `KVM_RUN`. Where there is no program, or it returns non-zero, the access
 //! goes on to user space.
 //!
@@ -31,7 +31,7 @@ use kernel::{
             Range,
             Verdict, //
         },
-        irq::Lines,
+        irq::Irqs,
         prog::{
             self,
             Context,
@@ -45,6 +45,7 @@ use kernel::{
     prelude::*,
     sync::{
         aref::ARef,
+        Arc,
         Mutex, //
     },
     uapi,
@@ -75,20 +76,28 @@ const NO_FD: i32 = -1;
 
 /// The programs of a region, and what they act on.
 struct Programs {
-    irqs: ARef<Lines>,
+    /// The region's, which they see.
+    index: u32,
+    irqs: ARef<Irqs>,
     read: Option<ARef<Prog<IoRead>>>,
     write: Option<ARef<Prog<IoWrite>>>,
 }
 
 impl Programs {
     /// Takes references to the programs that user space has named.
-    fn get(region: &uapi::kvm_bpf_user_region, irqs: ARef<Lines>) -> Result<Self> {
+    fn get(
+        index: usize,
+        region: &uapi::kvm_bpf_user_region,
+        irqs: ARef<Irqs>,
+    ) -> Result<Self> {
         if region.bpf_readfd == NO_FD && region.bpf_writefd == NO_FD {
             return Err(EINVAL);
         }
 
-        // CAST: Negative numbers but `NO_FD` become ones that are never open: `EBADF`.
+        // CAST: There are few regions. Negative numbers but `NO_FD` become ones that are never
+        // open: `EBADF`.
         Ok(Self {
+            index: index as u32,
             irqs,
             read: match region.bpf_readfd {
                 NO_FD => None,
@@ -113,7 +122,7 @@ impl Handler for Programs {
             return Verdict::PassOn;
         };
         // What the program does not store, the guest reads as 0.
-        let mut ctx = Context::new(access, &self.irqs, [0; 8]);
+        let mut ctx = Context::new(access, self.index, &self.irqs, [0; 8]);
 
         match prog.run(&mut ctx) {
             0 => Verdict::Handled(ctx.data()),
@@ -126,7 +135,7 @@ impl Handler for Programs {
             return Verdict::PassOn;
         };
 
-        match prog.run(&mut Context::new(access, &self.irqs, data)) {
+        match prog.run(&mut Context::new(access, self.index, &self.irqs, data)) {
             0 => Verdict::Handled(()),
             _ => Verdict::PassOn,
         }
@@ -141,10 +150,10 @@ struct BpfDevice {
     #[pin]
     changing: Mutex<()>,
     /// By index, and only as long as the largest index in use has needed. Held to look at it, and
-    /// never to wait for anything.
+    /// never to wait for anything, nor for memory.
     #[pin]
-    regions: Mutex<KVec<Option<Region>>>,
-    irqs: ARef<Lines>,
+    regions: Mutex<KVec<Option<Arc<Region>>>>,
+    irqs: ARef<Irqs>,
 }
 
 #[pinned_drop]
@@ -152,7 +161,7 @@ impl PinnedDrop for BpfDevice {
     fn drop(self: Pin<&mut Self>) {
         let regions = core::mem::take(&mut *self.regions.lock());
 
-        Region::unregister_all(regions.iter().flatten());
+        Region::unregister_all(regions.iter().flatten().map(|region| &**region));
         // After that, so that programs have their interrupts as long as they run. Those that a
         // program has put aside outlive us, but not their eventfds.
         self.irqs.close();
@@ -162,11 +171,19 @@ impl PinnedDrop for BpfDevice {
 impl BpfDevice {
     /// Calls `f` with the place of a region; [`None`] if there is none yet. User space has chosen
     /// the index.
-    fn with_slot<R>(&self, index: usize, f: impl FnOnce(&mut Option<Region>) -> R) -> Option<R> {
+    fn with_slot<R>(
+        &self,
+        index: usize,
+        f: impl FnOnce(&mut Option<Arc<Region>>) -> R,
+    ) -> Option<R> {
         let mut regions = self.regions.lock();
         let index = nospec::array_index(index, regions.len())?;
 
         regions.get_mut(index).map(f)
+    }
+
+    fn region(&self, index: usize) -> Option<Arc<Region>> {
+        self.with_slot(index, |slot| slot.clone()).flatten()
     }
 
     fn set_region(&self, vm: &Vm, index: usize, region: &uapi::kvm_bpf_user_region) -> Result {
@@ -174,7 +191,7 @@ impl BpfDevice {
             return self.remove_region(index, region);
         }
 
-        let programs = Programs::get(region, self.irqs.clone())?;
+        let programs = Programs::get(index, region, self.irqs.clone())?;
         let range = Range::new(region.addr, region.size)?;
 
         if programs.may_sleep() {
@@ -183,34 +200,47 @@ impl BpfDevice {
 
         let changing = self.changing.lock();
 
-        match self.with_slot(index, |slot| slot.as_ref().map(Region::range)) {
-            Some(Some(own)) if own == range => {
-                let replaced = self
-                    .with_slot(index, |slot| {
-                        slot.as_ref().ok_or(ENOENT)?.replace(programs)
-                    })
-                    .ok_or(ENOENT)?;
+        match self.region(index) {
+            Some(region) if region.range() == range => {
+                let replaced = region.replace(programs)?;
 
+                // So that the last reference is not ours.
+                drop(region);
                 drop(changing);
                 // This waits, for a program that sleeps as long as that does.
-                drop(replaced?);
+                drop(replaced);
                 Ok(())
             }
-            Some(Some(_)) => Err(EEXIST),
-            _ => self.add_region(vm, index, range, programs),
+            Some(_) => Err(EEXIST),
+            None => self.add_region(vm, index, range, programs),
         }
     }
 
+    /// The caller holds `changing`.
     fn add_region(&self, vm: &Vm, index: usize, range: Range, programs: Programs) -> Result {
-        {
-            let mut regions = self.regions.lock();
-            while regions.len() <= index {
-                regions.push(None, GFP_KERNEL_ACCOUNT)?;
-            }
-        }
-        let region = Region::new(vm, range, programs)?;
+        self.make_room(index)?;
+        let region = Arc::new(Region::new(vm, range, programs)?, GFP_KERNEL_ACCOUNT)?;
 
         self.with_slot(index, |slot| *slot = Some(region)).ok_or(ENOMEM)
+    }
+
+    /// Has a place for a region. The caller holds `changing`.
+    fn make_room(&self, index: usize) -> Result {
+        if index < self.regions.lock().len() {
+            return Ok(());
+        }
+        let mut longer = KVec::with_capacity(index + 1, GFP_KERNEL_ACCOUNT)?;
+        while longer.len() <= index {
+            longer.push_within_capacity(None)?;
+        }
+        let mut regions = self.regions.lock();
+
+        for (new, old) in longer.iter_mut().zip(regions.iter_mut()) {
+            core::mem::swap(new, old);
+        }
+        core::mem::swap(&mut *regions, &mut longer);
+        drop(regions);
+        Ok(())
     }
 
     fn remove_region(&self, index: usize, region: &uapi::kvm_bpf_user_region) -> Result {
@@ -242,8 +272,8 @@ impl BpfDevice {
         }
     }
 
-    fn region(&self, index: usize) -> Result<uapi::kvm_bpf_user_region> {
-        let range = self.with_slot(index, |slot| slot.as_ref().map(Region::range));
+    fn get_region(&self, index: usize) -> Result<uapi::kvm_bpf_user_region> {
+        let range = self.with_slot(index, |slot| slot.as_ref().map(|region| region.range()));
         let range = range.flatten().ok_or(ENOENT)?;
 
         // Programs have no file descriptor to return; `bpf(2)` lists them.
@@ -287,7 +317,7 @@ impl Device for BpfDevice {
         try_pin_init!(Self {
             changing <- new_mutex!(()),
             regions <- new_mutex!(KVec::new()),
-            irqs: Lines::new()?,
+            irqs: Irqs::new()?,
         })
     }
 
@@ -300,8 +330,8 @@ impl Device for BpfDevice {
 
     fn get_attr(&self, _vm: &Vm, attr: &Attr<'_>) -> Result {
         match Id::try_from(attr)? {
-            Id::Region(index) => attr.write(&self.region(index)?),
-            // An eventfd that another process may have set has no number to answer.
+            Id::Region(index) => attr.write(&self.get_region(index)?),
+            // An eventfd that another process may have set has no number to return.
             Id::Irq(_) => Err(ENXIO),
         }
     }

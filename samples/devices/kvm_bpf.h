@@ -104,9 +104,27 @@ struct __attribute__((preserve_static_offset)) bpf_kvm_io_ctx;
  * a negative errno.
  */
 
-/* Signal interrupt @irq of the device that @ctx belongs to. */
-extern int bpf_kvm_irq_signal(struct bpf_kvm_io_ctx *ctx,
+/*
+ * What the kernel has instead of a program's context, which the kernel functions
+ * take.  Opaque, but not just declared: libbpf compares types by their BTF.
+ */
+#ifndef __VMLINUX_H__
+struct bpf_kvm_io_ctx_kern {
+} __attribute__((preserve_access_index));
+#endif
+extern void *bpf_cast_to_kern_ctx(void *ctx) __ksym __weak;
+
+static __always_inline struct bpf_kvm_io_ctx_kern *
+kvm_bpf_kern_ctx(struct bpf_kvm_io_ctx *ctx)
+{
+	return bpf_cast_to_kern_ctx(ctx);
+}
+
+/* Signal interrupt @irq of the device that @ctx, the program's context, belongs to. */
+extern int bpf_kvm_irq_signal(struct bpf_kvm_io_ctx_kern *ctx,
 			      __u32 irq) __ksym __weak;
+#define bpf_kvm_irq_signal(ctx, irq) \
+	bpf_kvm_irq_signal(kvm_bpf_kern_ctx(ctx), irq)
 
 /*
  * An interrupt of a device, for what runs without a context: the callbacks of
@@ -128,12 +146,14 @@ struct bpf_kvm_irq {
  * A reference to interrupt @irq of the device that @ctx belongs to, NULL if
  * there is no such index.  Release it, or leave it to a map.
  */
-extern struct bpf_kvm_irq *bpf_kvm_irq_acquire(struct bpf_kvm_io_ctx *ctx,
+extern struct bpf_kvm_irq *bpf_kvm_irq_acquire(struct bpf_kvm_io_ctx_kern *ctx,
 					       __u32 irq) __ksym __weak;
+#define bpf_kvm_irq_acquire(ctx, irq) \
+	bpf_kvm_irq_acquire(kvm_bpf_kern_ctx(ctx), irq)
 extern void bpf_kvm_irq_release(struct bpf_kvm_irq *irq) __ksym __weak;
 
 /* Signal it; -ENOENT if it has no eventfd, or the device is gone. */
-extern int bpf_kvm_irq_raise(struct bpf_kvm_irq *irq) __ksym __weak;
+extern int bpf_kvm_irq_signal_kept(struct bpf_kvm_irq *irq) __ksym __weak;
 
 /* Current and highest frequency of a host CPU, in kHz. */
 extern __s64 bpf_get_cpu_freq(__u32 cpu) __ksym __weak;

@@ -319,8 +319,8 @@ static int on_timer(void *map, __u32 *key, struct alarm *alarm)
 	bpf_spin_unlock(&rtc->lock);
 
 	irq = kept->irq;
-	if (raised && irq && bpf_ksym_exists(bpf_kvm_irq_raise))
-		bpf_kvm_irq_raise(irq);
+	if (raised && irq && bpf_ksym_exists(bpf_kvm_irq_signal_kept))
+		bpf_kvm_irq_signal_kept(irq);
 	start_timer(rtc, alarm, clock_ns, alarm_ns);
 	return 0;
 }

@@ -32,10 +32,15 @@ struct bpf_kvm_io_ctx {
 	__u64 offset;
 	__u8 len;
 	__u32 vcpu_id;
+	__u32 region;
+};
+
+struct bpf_kvm_io_ctx_kern {
+	__u32 region;
 };
 
 struct bpf_kvm_irq {
-	void *lines;
+	__u32 index;
 };
 
 struct task_struct {
@@ -43,7 +48,9 @@ struct task_struct {
 };
 
 /* Newer ones have the kernel functions, too. */
-extern int bpf_kvm_irq_signal(struct bpf_kvm_io_ctx *ctx, __u32 irq)
+extern int bpf_kvm_irq_signal(struct bpf_kvm_io_ctx_kern *ctx, __u32 irq)
+	__attribute__((section(".ksyms"), weak));
+extern void *bpf_cast_to_kern_ctx(void *obj)
 	__attribute__((section(".ksyms"), weak));
 extern __s64 bpf_get_cpu_scale(__u32 cpu)
 	__attribute__((section(".ksyms"), weak));

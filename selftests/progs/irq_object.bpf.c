@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
- * An interrupt that is put aside, and raised without a context. A write to
+ * An interrupt that is kept, and signalled without a context. A write to
  *
  *	0x0	keeps the interrupt that was written, instead of an earlier one
- *	0x4	raises it from the program
- *	0x8	raises it from a timer, so many nanoseconds later
+ *	0x4	signals it from the program
+ *	0x8	signals it from a timer, so many nanoseconds later
  *	0xc	gives it up
  *
  * The answer of each is in the map.
@@ -41,16 +41,16 @@ static __always_inline __s64 keep(struct kept *kept, struct bpf_kvm_irq *irq)
 }
 
 /* The pointer is good here: RCU protects it, no reference is needed. */
-static __always_inline __s64 raise(struct kept *kept)
+static __always_inline __s64 fire(struct kept *kept)
 {
 	struct bpf_kvm_irq *irq = kept->irq;
 
-	return irq ? bpf_kvm_irq_raise(irq) : NO_IRQ;
+	return irq ? bpf_kvm_irq_signal_kept(irq) : NO_IRQ;
 }
 
 static int callback(void *map, __u32 *key, struct kept *kept)
 {
-	kept->answer = raise(kept);
+	kept->answer = fire(kept);
 	__sync_fetch_and_add(&kept->callbacks, 1);
 	return 0;
 }
@@ -78,7 +78,7 @@ int command(struct bpf_kvm_io_ctx *ctx)
 		state->answer = irq ? keep(state, irq) : NO_IRQ;
 		break;
 	case 0x4:
-		state->answer = raise(state);
+		state->answer = fire(state);
 		break;
 	case 0x8:
 		state->answer = start(state, &kept, value);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
- * irq_object in a program that may sleep: the verifier must refuse to raise an
+ * irq_object in a program that may sleep: the verifier must refuse to signal an
  * interrupt that only RCU would protect.
  */
 #include "kvm_bpf.h"

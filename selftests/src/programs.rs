@@ -22,8 +22,10 @@ pub const CTX_OFFSET: i16 = 8;
 pub const CTX_LEN: i16 = 16;
 /// `offsetof(struct bpf_kvm_io_ctx, vcpu_id)`.
 pub const CTX_VCPU_ID: i16 = 20;
+/// `offsetof(struct bpf_kvm_io_ctx, region)`.
+pub const CTX_REGION: i16 = 24;
 /// `sizeof(struct bpf_kvm_io_ctx)`.
-pub const CTX_SIZE: i16 = 24;
+pub const CTX_SIZE: i16 = 32;
 
 /// A device of `samples/devices`; `KVM_BPF_DEVICES` tells where, `/devices` if not set.
 #[track_caller]

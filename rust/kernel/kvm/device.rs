@@ -99,7 +99,7 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// Sets an attribute. No lock is held, so calls may overlap.
     fn set_attr(&self, vm: &Vm, attr: &Attr<'_>) -> Result;
 
-    /// Answers an attribute's value. No lock is held, so calls may overlap.
+    /// Returns an attribute's value. No lock is held, so calls may overlap.
     fn get_attr(&self, _vm: &Vm, _attr: &Attr<'_>) -> Result {
         build_error!(VTABLE_DEFAULT_ERROR)
     }

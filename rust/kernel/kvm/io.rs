@@ -4,7 +4,7 @@
 //!
 //! C header: [`include/kvm/iodev.h`](srctree/include/kvm/iodev.h).
 //!
-//! A [`Handler`] answers the accesses of a [`Range`] of guest-physical addresses as long as its
+//! A [`Handler`] takes the accesses of a [`Range`] of guest-physical addresses as long as its
 //! [`Registration`] lives. Another handler of the same type can take its place at any time, while
 //! vCPUs run: see [`Registration::replace()`].
 
@@ -99,7 +99,7 @@ pub enum Verdict<T = ()> {
 /// sleep, but holds up changes of the VM's memory slots and buses, and must not make any. Several
 /// vCPUs may call at a time.
 pub trait Handler: Send + Sync + 'static {
-    /// Answers a load. The guest sees the first [`Access::len`] bytes, in memory order.
+    /// Handles a load. The guest sees the first [`Access::len`] bytes, in memory order.
     fn read(&self, access: &Access<'_>) -> Verdict<[u8; 8]>;
 
     /// Takes a store. `data` is in memory order, 0 past [`Access::len`].
@@ -311,6 +311,25 @@ impl<T: Handler> Drop for Replaced<T> {
     }
 }
 
+/// Copies the bytes of an access, without a call for the usual lengths.
+///
+/// # Safety
+///
+/// `from` must be valid for reads of `len` bytes and `to` for writes, and they must not overlap.
+#[inline(always)]
+unsafe fn copy(from: *const u8, to: *mut u8, len: u8) {
+    // SAFETY: By the safety requirements; the arrays are no more aligned than bytes.
+    unsafe {
+        match len {
+            1 => to.write(from.read()),
+            2 => to.cast().write(from.cast::<[u8; 2]>().read()),
+            4 => to.cast().write(from.cast::<[u8; 4]>().read()),
+            8 => to.cast().write(from.cast::<[u8; 8]>().read()),
+            _ => ptr::copy_nonoverlapping(from, to, usize::from(len)),
+        }
+    }
+}
+
 struct IoVTable<T: Handler>(PhantomData<T>);
 
 impl<T: Handler> IoVTable<T> {
@@ -335,9 +354,7 @@ impl<T: Handler> IoVTable<T> {
             Verdict::Handled(bytes) => {
                 // SAFETY: By the safety requirements; `access.len` is `len`. `val` may be in a
                 // page that user space sees, so it is written, once, and never borrowed.
-                unsafe {
-                    ptr::copy_nonoverlapping(bytes.as_ptr(), val.cast(), usize::from(access.len))
-                };
+                unsafe { copy(bytes.as_ptr(), val.cast(), access.len) };
                 0
             }
             Verdict::PassOn => EOPNOTSUPP.to_errno(),
@@ -362,7 +379,7 @@ impl<T: Handler> IoVTable<T> {
         let mut data = [0; 8];
         // SAFETY: By the safety requirements; `access.len` is `len`. `val` may be in a page that
         // user space sees, so it is read once.
-        unsafe { ptr::copy_nonoverlapping(val.cast(), data.as_mut_ptr(), usize::from(access.len)) };
+        unsafe { copy(val.cast(), data.as_mut_ptr(), access.len) };
 
         match handler.write(&access, data) {
             Verdict::Handled(()) => 0,

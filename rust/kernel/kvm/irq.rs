@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Interrupts of devices that BPF programs raise.
+//! Interrupts of devices that BPF programs signal.
 //!
 //! C header: [`include/linux/kvm_bpf.h`](srctree/include/linux/kvm_bpf.h).
 //!
-//! A device has [`Lines`], numbered from 0. Each may have an eventfd, which user space wires to
-//! the VM's interrupt controller with `KVM_IRQFD`, or waits for itself. A program signals a line of
+//! A device has [`Irqs`], numbered from 0. Each may have an eventfd, which user space wires to
+//! the VM's interrupt controller with `KVM_IRQFD`, or waits for itself. A program signals one of
 //! its own device with the kfunc `bpf_kvm_irq_signal()`. Where it has no context, as in a timer's
-//! callback, it uses a line that it has put aside: `struct bpf_kvm_irq`, with the kfuncs
-//! `bpf_kvm_irq_acquire()`, `bpf_kvm_irq_raise()` and `bpf_kvm_irq_release()`.
+//! callback, it uses one that it has kept: `struct bpf_kvm_irq`, with the kfuncs
+//! `bpf_kvm_irq_acquire()`, `bpf_kvm_irq_signal_kept()` and `bpf_kvm_irq_release()`.
 
 use crate::{
     bindings,
@@ -45,46 +45,46 @@ use core::{
     },
 };
 
-/// How many lines a device has.
-pub const MAX_LINES: usize = uapi::KVM_DEV_BPF_MAX_IRQS as usize;
+/// How many interrupts a device has.
+pub const MAX_IRQS: usize = uapi::KVM_DEV_BPF_MAX_IRQS as usize;
 
-/// A line; what programs know as `struct bpf_kvm_irq`.
+/// An interrupt; what programs know as `struct bpf_kvm_irq`.
 ///
 /// # Invariants
 ///
 /// `eventfd` is null or came from [`EventFd::into_raw()`]; whoever takes it out drops the reference
 /// only when no RCU reader uses it: after a grace period that began when it was taken out, or when
-/// `closed` was set. The line is element `index` of a [`Lines`].
+/// `closed` was set. It is element `index` of an [`Irqs`].
 #[repr(C)]
-struct Line {
+struct Irq {
     eventfd: Atomic<*mut bindings::eventfd_ctx>,
     index: u32,
 }
 
-static_assert!(size_of::<Line>() == size_of::<bindings::bpf_kvm_irq>());
-static_assert!(offset_of!(Line, eventfd) == offset_of!(bindings::bpf_kvm_irq, eventfd));
-static_assert!(offset_of!(Line, index) == offset_of!(bindings::bpf_kvm_irq, index));
+static_assert!(size_of::<Irq>() == size_of::<bindings::bpf_kvm_irq>());
+static_assert!(offset_of!(Irq, eventfd) == offset_of!(bindings::bpf_kvm_irq, eventfd));
+static_assert!(offset_of!(Irq, index) == offset_of!(bindings::bpf_kvm_irq, index));
 
-/// The interrupt lines of a device.
+/// The interrupts of a device.
 ///
 /// References are counted, and the last one's memory is freed after an RCU grace period, because
-/// programs use lines that they find in a map under RCU alone.
-pub struct Lines {
+/// programs use interrupts that they find in a map under RCU alone.
+pub struct Irqs {
     refs: Refcount,
     rcu: Opaque<bindings::callback_head>,
     /// Nobody is signalled any more.
     closed: Atomic<bool>,
-    lines: [Line; MAX_LINES],
+    irqs: [Irq; MAX_IRQS],
 }
 
 // SAFETY: All fields but `rcu`, which is not used before the last reference has gone, may be used
 // on any thread.
-unsafe impl Send for Lines {}
+unsafe impl Send for Irqs {}
 // SAFETY: As above.
-unsafe impl Sync for Lines {}
+unsafe impl Sync for Irqs {}
 
-// SAFETY: `Lines` come into being in `Lines::new()` only, with one reference.
-unsafe impl AlwaysRefCounted for Lines {
+// SAFETY: `Irqs` come into being in `Irqs::new()` only, with one reference.
+unsafe impl AlwaysRefCounted for Irqs {
     fn inc_ref(&self) {
         self.refs.inc();
     }
@@ -92,41 +92,41 @@ unsafe impl AlwaysRefCounted for Lines {
     // Not inlined, as RCU would call a copy of `free()` in a module that may be gone by then.
     #[inline(never)]
     unsafe fn dec_ref(obj: NonNull<Self>) {
-        let lines = obj.as_ptr();
+        let irqs = obj.as_ptr();
 
         // SAFETY: The caller has a reference.
-        if unsafe { (*lines).refs.dec_and_test() } {
+        if unsafe { (*irqs).refs.dec_and_test() } {
             // SAFETY: It was the last one, so `rcu` is ours. No reader outlives the grace period.
-            unsafe { bindings::call_rcu(Opaque::cast_into(&raw const (*lines).rcu), Some(free)) };
+            unsafe { bindings::call_rcu(Opaque::cast_into(&raw const (*irqs).rcu), Some(free)) };
         }
     }
 }
 
-/// Frees [`Lines`].
+/// Frees [`Irqs`].
 ///
 /// # Safety
 ///
-/// `rcu` must be that of a [`Lines`] without references or readers.
+/// `rcu` must be that of an [`Irqs`] without references or readers.
 unsafe extern "C" fn free(rcu: *mut bindings::callback_head) {
     let rcu: *const Opaque<_> = Opaque::cast_from(rcu);
-    // SAFETY: By the safety requirements it is the `rcu` of a `Lines`.
-    let lines = unsafe { crate::container_of!(rcu, Lines, rcu) };
+    // SAFETY: By the safety requirements it is the `rcu` of an `Irqs`.
+    let irqs = unsafe { crate::container_of!(rcu, Irqs, rcu) };
 
-    // SAFETY: It is nobody else's any more, and `Lines::new()` has made it in a `KBox`.
-    drop(unsafe { KBox::from_raw(lines.cast_mut()) });
+    // SAFETY: It is nobody else's any more, and `Irqs::new()` has made it in a `KBox`.
+    drop(unsafe { KBox::from_raw(irqs.cast_mut()) });
 }
 
-impl Lines {
-    /// Creates lines without eventfds.
+impl Irqs {
+    /// Creates interrupts without eventfds.
     pub fn new() -> Result<ARef<Self>> {
-        let lines = KBox::init(
+        let irqs = KBox::init(
             // INVARIANT: All pointers are null.
             init!(Self {
                 refs: Refcount::new(1),
                 rcu: Opaque::uninit(),
                 closed: Atomic::new(false),
-                // CAST: There are few lines.
-                lines <- pin_init::init_array_from_fn(|index| Line {
+                // CAST: There are few.
+                irqs <- pin_init::init_array_from_fn(|index| Irq {
                     eventfd: Atomic::new(ptr::null_mut()),
                     index: index as u32,
                 }),
@@ -135,24 +135,24 @@ impl Lines {
         )?;
 
         // SAFETY: The one reference is this one.
-        Ok(unsafe { ARef::from_raw(NonNull::from(KBox::leak(lines))) })
+        Ok(unsafe { ARef::from_raw(NonNull::from(KBox::leak(irqs))) })
     }
 
     /// User space, or even the guest, has chosen the number.
-    fn slot(&self, line: usize) -> Option<&Atomic<*mut bindings::eventfd_ctx>> {
-        let line = self.lines.get(nospec::array_index(line, MAX_LINES)?)?;
+    fn slot(&self, index: usize) -> Option<&Atomic<*mut bindings::eventfd_ctx>> {
+        let irq = self.irqs.get(nospec::array_index(index, MAX_IRQS)?)?;
 
-        Some(&line.eventfd)
+        Some(&irq.eventfd)
     }
 
-    /// Sets or removes the eventfd of a line, and returns the one it had.
+    /// Sets or removes the eventfd of an interrupt, and returns the one it had.
     ///
-    /// Does nothing if there is no such line.
+    /// Does nothing if there is no such interrupt.
     ///
     /// When this returns, nobody signals the old one any more. Sleeps for an RCU grace period if
     /// there was one.
-    pub fn set(&self, line: usize, eventfd: Option<EventFd>) -> Option<EventFd> {
-        let slot = self.slot(line)?;
+    pub fn set(&self, index: usize, eventfd: Option<EventFd>) -> Option<EventFd> {
+        let slot = self.slot(index)?;
         let new = eventfd.map_or(ptr::null_mut(), EventFd::into_raw);
         let old = slot.xchg(new, Full);
 
@@ -170,23 +170,24 @@ impl Lines {
     pub fn close(&self) {
         self.closed.store(true, Relaxed);
         rcu::synchronize_rcu();
-        for line in &self.lines {
+        for irq in &self.irqs {
             // SAFETY: By the type invariants. Nobody else takes this pointer out; the readers that
             // might have loaded it are gone, and later ones see `closed` and load none.
-            drop(unsafe { EventFd::from_raw(line.eventfd.xchg(ptr::null_mut(), Full)) });
+            drop(unsafe { EventFd::from_raw(irq.eventfd.xchg(ptr::null_mut(), Full)) });
         }
     }
 
-    /// Signals a line's eventfd.
+    /// Signals an interrupt's eventfd.
     ///
     /// Context: as [`EventFd::signal()`].
     ///
     /// # Errors
     ///
-    /// - `ENOENT`: no eventfd is set for `line`, or there is no such line, or the lines are closed.
+    /// - `ENOENT`: no eventfd is set for `index`, or there is no such interrupt, or the device is
+    ///   closed.
     /// - Those of [`EventFd::signal()`].
-    pub fn signal(&self, line: usize) -> Result {
-        let slot = self.slot(line).ok_or(ENOENT)?;
+    pub fn signal(&self, index: usize) -> Result {
+        let slot = self.slot(index).ok_or(ENOENT)?;
         let _guard = rcu::read_lock();
 
         if self.closed.load(Relaxed) {
@@ -198,49 +199,49 @@ impl Lines {
         eventfd.ok_or(ENOENT)?.signal()
     }
 
-    /// Returns a line as programs keep it; null if there is no such line.
-    fn as_irq(&self, line: usize) -> *mut bindings::bpf_kvm_irq {
-        let Some(line) = nospec::array_index(line, MAX_LINES) else {
+    /// Returns an interrupt as programs keep it; null if there is no such one.
+    fn as_irq(&self, index: usize) -> *mut bindings::bpf_kvm_irq {
+        let Some(index) = nospec::array_index(index, MAX_IRQS) else {
             return ptr::null_mut();
         };
 
         // From `self`, not from the element, as `from_irq()` goes back.
         //
-        // SAFETY: `self` is valid, and `line` is in bounds.
+        // SAFETY: `self` is valid, and `index` is in bounds.
         unsafe {
-            (&raw const (*ptr::from_ref(self)).lines)
-                .cast::<Line>()
-                .add(line)
+            (&raw const (*ptr::from_ref(self)).irqs)
+                .cast::<Irq>()
+                .add(index)
                 .cast_mut()
                 .cast()
         }
     }
 
-    /// Returns the lines that [`Self::as_irq()`] was called on, and the index.
+    /// Returns what [`Self::as_irq()`] was called on, and the index.
     ///
     /// # Safety
     ///
-    /// `irq` must come from `as_irq()`, and the lines must be valid.
+    /// `irq` must come from `as_irq()`, and what that was called on must be valid.
     unsafe fn from_irq(irq: *mut bindings::bpf_kvm_irq) -> (NonNull<Self>, usize) {
-        let line = irq.cast::<Line>();
+        let irq = irq.cast::<Irq>();
         // SAFETY: By the safety requirements. CAST: `usize` has 64 bits where this is built.
-        let index = unsafe { (*line).index } as usize;
-        // SAFETY: By the type invariants it is element `index` of an array in a `Lines`.
-        let lines = unsafe {
-            let first = line.sub(index).cast::<[Line; MAX_LINES]>();
-            crate::container_of!(first, Self, lines)
+        let index = unsafe { (*irq).index } as usize;
+        // SAFETY: By the type invariants it is element `index` of an array in an `Irqs`.
+        let irqs = unsafe {
+            let first = irq.sub(index).cast::<[Irq; MAX_IRQS]>();
+            crate::container_of!(first, Self, irqs)
         };
 
         // SAFETY: Not null, as it points into memory.
-        (unsafe { NonNull::new_unchecked(lines) }, index)
+        (unsafe { NonNull::new_unchecked(irqs) }, index)
     }
 }
 
-impl Drop for Lines {
+impl Drop for Irqs {
     fn drop(&mut self) {
-        for line in &self.lines {
+        for irq in &self.irqs {
             // SAFETY: By the type invariants; with `&mut self` there is no reader.
-            drop(unsafe { EventFd::from_raw(line.eventfd.load(Acquire)) });
+            drop(unsafe { EventFd::from_raw(irq.eventfd.load(Acquire)) });
         }
     }
 }
@@ -253,13 +254,13 @@ impl Drop for Lines {
 #[export]
 pub unsafe extern "C" fn kvm_bpf_irq_signal(
     ctx: *const bindings::bpf_kvm_io_ctx_kern,
-    irq: u32,
+    index: u32,
 ) -> c_int {
     // SAFETY: By the safety requirements and the type invariants of `Context`.
-    let lines = unsafe { &*(*ctx).irqs.cast::<Lines>() };
+    let irqs = unsafe { &*(*ctx).irqs.cast::<Irqs>() };
 
     // CAST: `usize` has 64 bits where this is built.
-    from_result(|| lines.signal(irq as usize).map(|()| 0))
+    from_result(|| irqs.signal(index as usize).map(|()| 0))
 }
 
 /// What the kfunc `bpf_kvm_irq_acquire()` does.
@@ -270,15 +271,15 @@ pub unsafe extern "C" fn kvm_bpf_irq_signal(
 #[export]
 pub unsafe extern "C" fn kvm_bpf_irq_acquire(
     ctx: *const bindings::bpf_kvm_io_ctx_kern,
-    irq: u32,
+    index: u32,
 ) -> *mut bindings::bpf_kvm_irq {
     // SAFETY: By the safety requirements and the type invariants of `Context`.
-    let lines = unsafe { &*(*ctx).irqs.cast::<Lines>() };
+    let irqs = unsafe { &*(*ctx).irqs.cast::<Irqs>() };
     // CAST: `usize` has 64 bits where this is built.
-    let irq = lines.as_irq(irq as usize);
+    let irq = irqs.as_irq(index as usize);
 
     if !irq.is_null() {
-        lines.inc_ref();
+        irqs.inc_ref();
     }
     irq
 }
@@ -291,21 +292,21 @@ pub unsafe extern "C" fn kvm_bpf_irq_acquire(
 #[export]
 pub unsafe extern "C" fn kvm_bpf_irq_release(irq: *mut bindings::bpf_kvm_irq) {
     // SAFETY: By the safety requirements there is a reference, and this gives it up.
-    unsafe { Lines::dec_ref(Lines::from_irq(irq).0) };
+    unsafe { Irqs::dec_ref(Irqs::from_irq(irq).0) };
 }
 
-/// What the kfunc `bpf_kvm_irq_raise()` does.
+/// What the kfunc `bpf_kvm_irq_signal_kept()` does.
 ///
 /// # Safety
 ///
 /// `irq` must come from [`kvm_bpf_irq_acquire()`], and not be released before this returns, or be
 /// used in the RCU read-side section in which it was found.
 #[export]
-pub unsafe extern "C" fn kvm_bpf_irq_raise(irq: *mut bindings::bpf_kvm_irq) -> c_int {
+pub unsafe extern "C" fn kvm_bpf_irq_signal_kept(irq: *mut bindings::bpf_kvm_irq) -> c_int {
     // SAFETY: By the safety requirements.
-    let (lines, index) = unsafe { Lines::from_irq(irq) };
-    // SAFETY: As above, the lines are valid until we return.
-    let lines = unsafe { lines.as_ref() };
+    let (irqs, index) = unsafe { Irqs::from_irq(irq) };
+    // SAFETY: As above, they are valid until we return.
+    let irqs = unsafe { irqs.as_ref() };
 
-    from_result(|| lines.signal(index).map(|()| 0))
+    from_result(|| irqs.signal(index).map(|()| 0))
 }

@@ -5,11 +5,11 @@
 //! C header: [`include/linux/kvm_bpf.h`](srctree/include/linux/kvm_bpf.h).
 //!
 //! There is one program type per direction, so that the verifier knows which way the data goes:
-//! an [`IoRead`] program answers a load, an [`IoWrite`] program takes a store.
+//! an [`IoRead`] program handles a load, an [`IoWrite`] program a store.
 
 use super::{
     io::Access,
-    irq::Lines,
+    irq::Irqs,
     Vcpu, //
 };
 use crate::{
@@ -27,6 +27,7 @@ use crate::{
 };
 use core::{
     marker::PhantomData,
+    mem::offset_of,
     ptr, //
 };
 
@@ -34,7 +35,7 @@ use core::{
 ///
 /// # Invariants
 ///
-/// `vcpu` is valid for `'a`, and `irqs` is a [`Lines`] that is.
+/// `vcpu` is valid for `'a`, and `irqs` is an [`Irqs`] that is.
 #[repr(transparent)]
 pub struct Context<'a> {
     inner: bindings::bpf_kvm_io_ctx_kern,
@@ -42,17 +43,19 @@ pub struct Context<'a> {
 }
 
 impl<'a> Context<'a> {
-    /// The context for `access` of a device with the interrupts `irqs`.
+    /// The context for `access` of the region with that index, of a device with the interrupts
+    /// `irqs`.
     ///
     /// `data` is in the guest's memory order.
     #[inline]
-    pub fn new(access: &Access<'a>, irqs: &'a Lines, data: [u8; 8]) -> Self {
+    pub fn new(access: &Access<'a>, region: u32, irqs: &'a Irqs, data: [u8; 8]) -> Self {
         // INVARIANT: `access.vcpu` and `irqs` are borrowed for `'a`.
         Self {
             inner: bindings::bpf_kvm_io_ctx_kern {
                 buf: data,
                 offset: access.offset,
                 vcpu: access.vcpu.as_raw(),
+                region,
                 irqs: ptr::from_ref(irqs).cast(),
                 len: access.len,
             },
@@ -95,8 +98,9 @@ const OFFSET: Field = bpf_ctx_field!(Context<'static>, offset: Rights::Read, Ker
 const LEN: Field = bpf_ctx_field!(Context<'static>, len: Rights::Read, Kern.len);
 const VCPU_ID: Field =
     bpf_ctx_field!(Context<'static>, vcpu_id: Rights::Read, Kern.vcpu => KvmVcpu.vcpu_id);
+const REGION: Field = bpf_ctx_field!(Context<'static>, region: Rights::Read, Kern.region);
 
-/// Programs that answer loads.
+/// Programs that handle loads.
 pub struct IoRead;
 
 // SAFETY: The fields are those of `Context`. `include/linux/bpf_types.h` refers to
@@ -111,11 +115,12 @@ unsafe impl ProgType for IoRead {
         OFFSET,
         LEN,
         VCPU_ID,
+        REGION,
     ];
     const NO_PERFMON: bool = true;
 }
 
-/// Programs that take stores.
+/// Programs that handle stores.
 pub struct IoWrite;
 
 // SAFETY: The fields are those of `Context`. `include/linux/bpf_types.h` refers to
@@ -129,18 +134,24 @@ unsafe impl ProgType for IoWrite {
         OFFSET,
         LEN,
         VCPU_ID,
+        REGION,
     ];
     const NO_PERFMON: bool = true;
 }
 
-/// Returns where in `struct kvm_vcpu` programs find `vcpu_id`.
-// Not inlined: it is about the structure that the kernel image was built with.
+/// Returns where in KVM's structures programs and this crate find fields.
+// Not inlined: it is about the structures that the kernel image was built with.
 #[inline(never)]
-fn vcpu_id_offset() -> usize {
-    core::mem::offset_of!(KvmVcpu, vcpu_id)
+fn layout() -> [usize; bindings::KVM_BPF_LAYOUT_LEN as usize] {
+    [
+        offset_of!(KvmVcpu, vcpu_id),
+        offset_of!(bindings::kvm, slots_lock),
+        offset_of!(bindings::kvm, srcu),
+        offset_of!(bindings::kvm, buses),
+    ]
 }
 
-/// Checks that programs find the fields of their context in KVM's structures.
+/// Checks that programs and this crate find fields where KVM has them.
 ///
 /// The verifier's part is in the kernel image, and has compiled in where they are; KVM may be a
 /// module that was built on its own. To be called before any program is run.
@@ -151,10 +162,10 @@ fn vcpu_id_offset() -> usize {
 #[inline]
 pub fn check_layout() -> Result {
     // SAFETY: KVM's constant.
-    let kvms = unsafe { bindings::kvm_vcpu_id_offset };
+    let kvms = unsafe { bindings::kvm_bpf_layout };
 
     // CAST: `usize` has 64 bits where this is built.
-    if vcpu_id_offset() != kvms as usize {
+    if layout() != kvms.map(|offset| offset as usize) {
         pr_err!("KVM does not belong to this kernel: its structures differ\n");
         return Err(ENOEXEC);
     }

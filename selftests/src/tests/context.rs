@@ -10,7 +10,9 @@ use kvm_bpf_selftests::bpf::{
 };
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
-use kvm_bpf_selftests::programs::{CTX_BUF, CTX_LEN, CTX_OFFSET, CTX_SIZE, CTX_VCPU_ID, ret};
+use kvm_bpf_selftests::programs::{
+    CTX_BUF, CTX_LEN, CTX_OFFSET, CTX_REGION, CTX_SIZE, CTX_VCPU_ID, ret,
+};
 
 use super::PATTERN;
 
@@ -28,6 +30,8 @@ const SIZE: u64 = 0x7fff_fff8;
 const OFFSET: u64 = 0x71a2_c3d8;
 /// Two bytes, the low one with its sign bit set.
 const VCPU_ID: u32 = 0x1c3;
+/// The region's index, likewise with its sign bit set.
+const REGION: u32 = 0xa5;
 /// Sign-extended when it is stored as 8 bytes.
 const IMM: i32 = 0x8192_a3b4_u32 as i32;
 
@@ -70,6 +74,7 @@ fn model_accepts(kind: ProgType, op: Op, offset: i16, width: usize) -> bool {
         (CTX_OFFSET, CTX_OFFSET + 8, true, false),
         (CTX_LEN, CTX_LEN + 1, true, false),
         (CTX_VCPU_ID, CTX_VCPU_ID + 4, true, false),
+        (CTX_REGION, CTX_REGION + 4, true, false),
     ];
     let end = offset + width as i16;
     let Some((_, _, loads, stores)) = fields
@@ -96,6 +101,7 @@ fn model_context(kind: ProgType) -> [u8; CTX_SIZE as usize] {
     context[8..16].copy_from_slice(&OFFSET.to_le_bytes());
     context[16] = 8;
     context[20..24].copy_from_slice(&VCPU_ID.to_le_bytes());
+    context[24..28].copy_from_slice(&REGION.to_le_bytes());
     context
 }
 
@@ -172,13 +178,13 @@ impl Bench {
         self.map.set(0, &[0x5555_5555_5555_5555; 4]);
         if kind == ProgType::READ {
             let range = region(ADDR, SIZE, Some(prog), None);
-            self.device.set_region(0, &range);
+            self.device.set_region(REGION.into(), &range);
             let read = self.vcpu.read(ADDR + OFFSET, 8);
             assert_got!(read.exits, []);
             read.value
         } else {
             let range = region(ADDR, SIZE, None, Some(prog));
-            self.device.set_region(0, &range);
+            self.device.set_region(REGION.into(), &range);
             assert_got!(self.vcpu.write(ADDR + OFFSET, 8, PATTERN), []);
             0
         }
@@ -283,11 +289,11 @@ fn every_access_as_the_model_says() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    // Stores of either kind: 15 each.  Loads of offset, len, vcpu_id: 23, of which 22
+    // Stores of either kind: 15 each.  Loads of offset, len, vcpu_id, region: 30, of which 29
     // may extend the sign; of buf 15 and 14.  All by programs of either sort.
     assert_got!(
         accepted,
-        2 * ((15 + 15 + 23 + 22) + (15 + 14 + 23 + 22)),
+        2 * ((15 + 15 + 30 + 29) + (15 + 14 + 30 + 29)),
         "accesses accepted"
     );
 }
@@ -386,6 +392,7 @@ fn destination_is_the_context_register() {
         (8, CTX_OFFSET, OFFSET),
         (1, CTX_LEN, 8),
         (4, CTX_VCPU_ID, VCPU_ID.into()),
+        (4, CTX_REGION, REGION.into()),
     ] {
         for kind in KINDS {
             let mut insns = vec![load(width, R1, R1, offset), mov(R7, R1)];

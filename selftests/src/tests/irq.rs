@@ -27,7 +27,7 @@ use super::{ADDR, PATTERN, SIZE, assert_errno, assert_refused, element, taken};
 
 tests!(
     bad_arguments,
-    get_does_not_answer,
+    get_returns_no_eventfd,
     eventfd_polled_without_irqchip,
     every_irq_has_its_eventfd,
     irq_without_eventfd,
@@ -46,8 +46,8 @@ tests!(
     guest_takes_level,
     guest_takes_msi,
     each_irq_has_its_line,
-    kept_irq_is_raised,
-    kept_irq_is_raised_by_a_timer,
+    kept_irq_is_signalled,
+    kept_irq_is_signalled_by_a_timer,
     kept_irq_and_a_state_that_is_restored,
     kept_irq_that_there_is_not,
     kept_irq_outlives_the_device,
@@ -56,12 +56,12 @@ tests!(
     kept_irq_must_be_released,
     kept_irq_cannot_be_forged,
     kept_irq_is_not_for_sleepable_programs,
-    acquired_irq_is_raised,
+    acquired_irq_is_signalled,
 );
 
 const SIGNAL: &str = "bpf_kvm_irq_signal";
 const ACQUIRE: &str = "bpf_kvm_irq_acquire";
-const RAISE_KFUNC: &str = "bpf_kvm_irq_raise";
+const SIGNAL_KEPT: &str = "bpf_kvm_irq_signal_kept";
 const RELEASE: &str = "bpf_kvm_irq_release";
 
 fn eventfd() -> EventFd {
@@ -90,9 +90,21 @@ fn is_free(id: u32) -> bool {
     }
 }
 
+/// Calls a kfunc that takes the kernel's context and `r2`; `r1` is the program's context.
+fn call_with_context(kfunc: &str) -> [Insn; 5] {
+    [
+        mov(R7, R2),
+        call_kfunc(required("bpf_cast_to_kern_ctx")),
+        mov(R1, R0),
+        mov(R2, R7),
+        call_kfunc(required(kfunc)),
+    ]
+}
+
 /// Signals the irq in `r2` and keeps the kfunc's answer; `r1` is the context.
 fn signal_insns(results: &Map) -> Vec<Insn> {
-    let mut insns = vec![call_kfunc(required(SIGNAL)), mov_signed32(R7, R0)];
+    let mut insns = call_with_context(SIGNAL).to_vec();
+    insns.push(mov_signed32(R7, R0));
     insns.extend(lookup(results, Index::Imm(0)));
     insns.extend([
         store(8, R0, 0, R7),
@@ -201,7 +213,7 @@ fn bad_arguments() {
 }
 
 /// There is no number for an eventfd that another process may have set.
-fn get_does_not_answer() {
+fn get_returns_no_eventfd() {
     let guest = Guest::new();
     let device = Device::new(guest.vm());
     let eventfd = eventfd();
@@ -379,12 +391,9 @@ fn signalled_by_reads() {
         device.set_irq(9, eventfd.as_raw_fd());
 
         // The context must still be good for a store after the call.
-        let mut insns = vec![
-            mov(R6, R1),
-            mov_imm(R2, 9),
-            call_kfunc(required(SIGNAL)),
-            store_imm(4, R6, CTX_BUF, 0x77),
-        ];
+        let mut insns = vec![mov(R6, R1), mov_imm(R2, 9)];
+        insns.extend(call_with_context(SIGNAL));
+        insns.push(store_imm(4, R6, CTX_BUF, 0x77));
         insns.extend(ret(0));
         let read = load_prog(ProgType::READ, &insns);
         device.set_region(0, &region(ADDR, SIZE, Some(&read), None));
@@ -469,7 +478,7 @@ fn replace_while_signalled(setup: Setup) {
 }
 
 fn only_our_programs_may_signal() {
-    // One takes the context, the others nothing that a program of any type lacks.
+    // The one takes what only our programs have, the others nothing that a program of any type lacks.
     for kfunc in [SIGNAL, "bpf_get_cpu_scale", "bpf_set_current_uclamp"] {
         let id = required(kfunc);
         // Socket filter, tc, XDP, tracepoint, raw tracepoint, and a sleepable one: syscall.
@@ -491,7 +500,8 @@ fn only_our_programs_may_signal() {
     }
 }
 
-/// Neither memory of the program nor a part of the context is a context.
+/// Neither memory of the program, nor what it sees as its context, nor a part of the kernel's is the
+/// kernel's context.
 fn context_cannot_be_forged() {
     let map = Map::new(1, 4);
     let stack = (0..4)
@@ -500,22 +510,44 @@ fn context_cannot_be_forged() {
         .collect();
     let mut value = lookup(&map, Index::Imm(0));
     value.push(mov(R1, R0));
-    let cases: [(&str, Vec<Insn>, &str); 4] = [
-        ("the stack", stack, "expected pointer to ctx, but got fp"),
+    let kernels = || vec![call_kfunc(required("bpf_cast_to_kern_ctx")), mov(R1, R0)];
+    let mut part = kernels();
+    part.push(add_imm(R1, 8));
+    let mut pointer = kernels();
+    pointer.push(load(8, R1, R1, 16));
+    let mut cast_part = vec![add_imm(R1, 8)];
+    cast_part.extend(kernels());
+    let cases: [(&str, Vec<Insn>, &str); 7] = [
+        (
+            "the stack",
+            stack,
+            "is fp expected STRUCT bpf_kvm_io_ctx_kern",
+        ),
         (
             "a map's value",
             value,
-            "expected pointer to ctx, but got map_value",
+            "is map_value expected STRUCT bpf_kvm_io_ctx_kern",
         ),
         (
             "a number",
             vec![mov_imm(R1, 4096)],
-            "expected pointer to ctx, but got scalar",
+            "is scalar expected STRUCT bpf_kvm_io_ctx_kern",
         ),
         (
-            "the context + 8",
-            vec![add_imm(R1, 8)],
+            "the program's context",
+            Vec::new(),
+            "is ctx expected STRUCT bpf_kvm_io_ctx_kern",
+        ),
+        (
+            "the program's context + 8",
+            cast_part,
             "dereference of modified ctx ptr",
+        ),
+        ("the kernel's context + 8", part, "must have zero offset"),
+        (
+            "a pointer out of the kernel's context",
+            pointer,
+            "access is allowed only to CAP_PERFMON and CAP_SYS_ADMIN",
         ),
     ];
     for kind in [ProgType::READ, ProgType::WRITE] {
@@ -694,11 +726,11 @@ struct Kept {
 
 /// Commands: offsets of its registers.
 const KEEP: u64 = 0x0;
-const RAISE: u64 = 0x4;
-const RAISE_LATER: u64 = 0x8;
+const FIRE: u64 = 0x4;
+const FIRE_LATER: u64 = 0x8;
 const GIVE_UP: u64 = 0xc;
 
-/// Its answer where there is no interrupt to keep or to raise.
+/// Its answer where there is no interrupt to keep or to signal.
 const NO_IRQ: i64 = -1000;
 /// A timer's delay that leaves a test time to act first.
 const LONG: Duration = Duration::from_secs(2);
@@ -739,43 +771,43 @@ fn answer(image: &Image) -> (i64, u64) {
     (word(end - 16) as i64, word(end - 8))
 }
 
-fn kept_irq_is_raised() {
+fn kept_irq_is_signalled() {
     let kept = Kept::new();
     let mut vcpu = kept.guest.vcpu(0);
     let (first, second) = (eventfd(), eventfd());
     kept.device.set_irq(0, first.as_raw_fd());
     kept.device.set_irq(255, second.as_raw_fd());
     assert_got!(
-        kept.command(&mut vcpu, RAISE, 0),
+        kept.command(&mut vcpu, FIRE, 0),
         NO_IRQ,
         "before it is kept"
     );
     assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
-    assert_got!(kept.command(&mut vcpu, RAISE, 0), 0);
+    assert_got!(kept.command(&mut vcpu, FIRE, 0), 0);
     assert_got!((taken(&first), taken(&second)), (1, 0));
     assert_got!(kept.command(&mut vcpu, KEEP, 255), 0);
-    assert_got!(kept.command(&mut vcpu, RAISE, 0), 0);
+    assert_got!(kept.command(&mut vcpu, FIRE, 0), 0);
     assert_got!((taken(&first), taken(&second)), (0, 1));
     // It is the interrupt that is kept, not its eventfd of the time.
     kept.device.set_irq(255, first.as_raw_fd());
-    assert_got!(kept.command(&mut vcpu, RAISE, 0), 0);
+    assert_got!(kept.command(&mut vcpu, FIRE, 0), 0);
     assert_got!((taken(&first), taken(&second)), (1, 0));
     assert_got!(kept.command(&mut vcpu, GIVE_UP, 0), 0);
     assert_got!(
-        kept.command(&mut vcpu, RAISE, 0),
+        kept.command(&mut vcpu, FIRE, 0),
         NO_IRQ,
         "after it is given up"
     );
 }
 
-fn kept_irq_is_raised_by_a_timer() {
+fn kept_irq_is_signalled_by_a_timer() {
     let kept = Kept::new();
     let mut vcpu = kept.guest.vcpu(0);
     let eventfd = eventfd();
     kept.device.set_irq(0, eventfd.as_raw_fd());
     assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
     for round in 1..=5 {
-        assert_got!(kept.command(&mut vcpu, RAISE_LATER, 1_000_000), 0);
+        assert_got!(kept.command(&mut vcpu, FIRE_LATER, 1_000_000), 0);
         // No vCPU runs now.
         wait_for("the timer", round, || answer(&kept.image).1);
         assert_got!(answer(&kept.image).0, 0, "the callback's answer");
@@ -791,7 +823,7 @@ fn kept_irq_and_a_state_that_is_restored() {
     kept.device.set_irq(0, eventfd.as_raw_fd());
     assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
     let delay = LONG.as_nanos() as u64;
-    assert_got!(kept.command(&mut vcpu, RAISE_LATER, delay), 0);
+    assert_got!(kept.command(&mut vcpu, FIRE_LATER, delay), 0);
 
     let map = kept.image.map("kept").expect("the program's map");
     let state = element(&kept.image, "kept");
@@ -800,7 +832,7 @@ fn kept_irq_and_a_state_that_is_restored() {
     sleep(2 * LONG);
     assert_got!(answer(&kept.image).1, 0, "callbacks of the timer");
     assert_got!(taken(&eventfd), 0);
-    assert_got!(kept.command(&mut vcpu, RAISE, 0), 0, "what is kept still");
+    assert_got!(kept.command(&mut vcpu, FIRE, 0), 0, "what is kept still");
     assert_got!(taken(&eventfd), 1);
 }
 
@@ -813,14 +845,14 @@ fn kept_irq_that_there_is_not() {
     // One without an eventfd may be kept, and gets one later.
     let eventfd = eventfd();
     assert_got!(kept.command(&mut vcpu, KEEP, 7), 0);
-    let answer = kept.command(&mut vcpu, RAISE, 0);
+    let answer = kept.command(&mut vcpu, FIRE, 0);
     assert_got!(answer, -i64::from(libc::ENOENT), "without an eventfd");
     kept.device.set_irq(7, eventfd.as_raw_fd());
-    assert_got!(kept.command(&mut vcpu, RAISE, 0), 0);
+    assert_got!(kept.command(&mut vcpu, FIRE, 0), 0);
     assert_got!(taken(&eventfd), 1);
 }
 
-/// What a program has kept outlives the device, but raises nothing any more.
+/// What a program has kept outlives the device, but signals nothing any more.
 fn kept_irq_outlives_the_device() {
     let kept = Kept::new();
     let mut vcpu = kept.guest.vcpu(0);
@@ -828,7 +860,7 @@ fn kept_irq_outlives_the_device() {
     kept.device.set_irq(0, eventfd.as_raw_fd());
     assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
     let delay = LONG.as_nanos() as u64;
-    assert_got!(kept.command(&mut vcpu, RAISE_LATER, delay), 0);
+    assert_got!(kept.command(&mut vcpu, FIRE_LATER, delay), 0);
     let Kept {
         guest,
         device,
@@ -841,7 +873,7 @@ fn kept_irq_outlives_the_device() {
         "the timer ran too early for this test"
     );
     assert_got!(
-        vcpu.write(ADDR + RAISE, 4, 0).len(),
+        vcpu.write(ADDR + FIRE, 4, 0).len(),
         1,
         "exits without device"
     );
@@ -862,7 +894,7 @@ fn kept_irq_outlives_the_module() {
     drop(eventfd);
     assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
     let delay = 2 * LONG.as_nanos() as u64;
-    assert_got!(kept.command(&mut vcpu, RAISE_LATER, delay), 0);
+    assert_got!(kept.command(&mut vcpu, FIRE_LATER, delay), 0);
     let Kept {
         guest,
         device,
@@ -893,7 +925,7 @@ fn kept_irq_is_released() {
         kept.device.set_irq(0, eventfd.as_raw_fd());
         assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
         let delay = LONG.as_nanos() as u64;
-        assert_got!(kept.command(&mut vcpu, RAISE_LATER, delay), 0);
+        assert_got!(kept.command(&mut vcpu, FIRE_LATER, delay), 0);
         let armed = Instant::now();
         let Kept {
             guest: _guest,
@@ -918,7 +950,8 @@ fn kept_irq_is_released() {
 }
 
 fn kept_irq_must_be_released() {
-    let mut insns = vec![mov_imm(R2, 0), call_kfunc(required(ACQUIRE))];
+    let mut insns = vec![mov_imm(R2, 0)];
+    insns.extend(call_with_context(ACQUIRE));
     insns.extend(ret(0));
     let answer = Prog::try_load(ProgType::WRITE, &insns, LoadOptions::default());
     assert_refused("a leaked interrupt", answer, "Unreleased reference");
@@ -936,11 +969,9 @@ fn kept_irq_cannot_be_forged() {
         add_imm(R1, -16),
     ];
     let kernel = vec![call_kfunc(required("bpf_cast_to_kern_ctx")), mov(R1, R0)];
-    let mut acquired = vec![
-        mov_imm(R2, 0),
-        call_kfunc(required(ACQUIRE)),
-        jump_if_ne(R0, 0, 2),
-    ];
+    let mut acquired = vec![mov_imm(R2, 0)];
+    acquired.extend(call_with_context(ACQUIRE));
+    acquired.push(jump_if_ne(R0, 0, 2));
     acquired.extend(ret(0));
     acquired.extend([mov(R6, R0), mov(R1, R0)]);
     let mut part = acquired.clone();
@@ -993,8 +1024,8 @@ fn kept_irq_cannot_be_forged() {
             "R6 !read_ok",
         ),
     ];
-    for (what, start, no_raise, no_release) in cases {
-        for (kfunc, reason) in [(RAISE_KFUNC, no_raise), (RELEASE, no_release)] {
+    for (what, start, no_signal, no_release) in cases {
+        for (kfunc, reason) in [(SIGNAL_KEPT, no_signal), (RELEASE, no_release)] {
             let mut insns = start.clone();
             insns.push(call_kfunc(required(kfunc)));
             insns.extend(ret(0));
@@ -1014,19 +1045,17 @@ fn kept_irq_is_not_for_sleepable_programs() {
     assert!(error.contains(reason), "wanted {reason:?}, got {error}");
 }
 
-/// And with one, it may raise the interrupt.
-fn acquired_irq_is_raised() {
+/// And with one, it may signal the interrupt.
+fn acquired_irq_is_signalled() {
     let results = Map::new(1, 1);
-    let mut insns = vec![
-        load(4, R2, R1, CTX_BUF),
-        call_kfunc(required(ACQUIRE)),
-        jump_if_ne(R0, 0, 2),
-    ];
+    let mut insns = vec![load(4, R2, R1, CTX_BUF)];
+    insns.extend(call_with_context(ACQUIRE));
+    insns.push(jump_if_ne(R0, 0, 2));
     insns.extend(ret(1));
     insns.extend([
         mov(R6, R0),
         mov(R1, R0),
-        call_kfunc(required(RAISE_KFUNC)),
+        call_kfunc(required(SIGNAL_KEPT)),
         mov_signed32(R7, R0),
         mov(R1, R6),
         call_kfunc(required(RELEASE)),

@@ -7,15 +7,16 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::thread;
 
+use Reg::{R0, R1, R2, R6};
 use kvm_bpf::uapi::{
     KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_BPF_MAX_IRQS,
     KVM_DEV_BPF_MAX_REGIONS, kvm_bpf_user_region,
 };
-use kvm_bpf_selftests::bpf::{Census, Map, ProgType};
+use kvm_bpf_selftests::bpf::{Census, Index, LOADERS, Map, ProgType, Reg, load, lookup, store};
 use kvm_bpf_selftests::device::{Device, NO_REGION, region};
 use kvm_bpf_selftests::guest::{Exit, Guest, IRQCHIP_ADDR, mask};
 use kvm_bpf_selftests::harness::{Errno, meanwhile, wait_for};
-use kvm_bpf_selftests::programs::{Recorder, answer, only_return};
+use kvm_bpf_selftests::programs::{CTX_BUF, CTX_REGION, Recorder, answer, only_return, ret};
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -23,7 +24,7 @@ use super::{ADDR, PATTERN, SIZE, assert_errno, taken};
 
 tests!(
     set_and_unregister,
-    get_answers_the_range,
+    get_returns_the_range,
     has_attr_is_true_for_what_can_be_set,
     unknown_groups_and_indices,
     bad_flags,
@@ -32,6 +33,7 @@ tests!(
     bad_ranges,
     largest_range,
     index_in_use_keeps_its_range,
+    programs_see_the_index,
     overlap_with_other_regions,
     overlap_with_ioeventfd,
     overlap_with_coalesced_mmio,
@@ -76,7 +78,7 @@ fn set_and_unregister() {
     }
 }
 
-fn get_answers_the_range() {
+fn get_returns_the_range() {
     let guest = Guest::new();
     let device = Device::new(guest.vm());
     let prog = answer(0);
@@ -319,6 +321,48 @@ fn index_in_use_keeps_its_range() {
     assert_got!(vcpu.read(ADDR, 8).value, 1, "after EEXIST");
     device.set_region(0, &region(ADDR, SIZE, Some(&new), None));
     assert_got!(vcpu.read(ADDR, 8).value, 2, "after the swap");
+}
+
+/// One pair of programs serves regions of several devices, and is told which.
+fn programs_see_the_index() {
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let devices = [Device::new(guest.vm()), Device::new(guest.vm())];
+    let map = Map::new(1, 1);
+    let mut read = vec![load(4, R2, R1, CTX_REGION), store(8, R1, CTX_BUF, R2)];
+    read.extend(ret(0));
+    let mut write = vec![load(4, R6, R1, CTX_REGION)];
+    write.extend(lookup(&map, Index::Imm(0)));
+    write.push(store(8, R0, 0, R6));
+    write.extend(ret(0));
+    for load_prog in LOADERS {
+        let read = load_prog(ProgType::READ, &read);
+        let write = load_prog(ProgType::WRITE, &write);
+        // Not in the order of the addresses, and each a second time: as a swap, and anew.
+        for (round, indices) in [[3, 0, 255], [3, 0, 255], [254, 1, 0]].iter().enumerate() {
+            if round == 2 {
+                devices[0].set_region(255, &NO_REGION);
+                devices[0].set_region(3, &NO_REGION);
+                devices[0].set_region(0, &NO_REGION);
+                devices[1].set_region(0, &NO_REGION);
+            }
+            for (at, &index) in (0..).zip(indices) {
+                let range = region(ADDR + at * SIZE, SIZE, Some(&read), Some(&write));
+                devices[0].set_region(index, &range);
+            }
+            devices[1].set_region(0, &region(ADDR + 3 * SIZE, SIZE, Some(&read), Some(&write)));
+            for (at, &index) in (0..).zip(indices.iter().chain(&[0])) {
+                assert_got!(vcpu.read(ADDR + at * SIZE, 8).value, index, "region {at}");
+                map.set(0, &[PATTERN]);
+                assert_got!(vcpu.write(ADDR + at * SIZE, 1, 0), []);
+                assert_got!(map.get(0), [index], "region {at}");
+            }
+        }
+        for index in [254, 1, 0] {
+            devices[0].set_region(index, &NO_REGION);
+        }
+        devices[1].set_region(0, &NO_REGION);
+    }
 }
 
 /// Ranges of `SIZE` bytes or so that overlap `ADDR..ADDR + SIZE`, and two that do not.
