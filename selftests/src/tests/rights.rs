@@ -248,7 +248,11 @@ fn no_kfuncs_that_look_around() {
 }
 
 fn no_kfuncs_that_hold_up_the_host() {
-    for name in ["bpf_preempt_disable", "bpf_local_irq_save"] {
+    for name in [
+        "bpf_preempt_disable",
+        "bpf_local_irq_save",
+        "bpf_res_spin_lock_irqsave",
+    ] {
         kfunc_refused(
             name,
             &format!("calling kernel function {name} is not allowed"),
