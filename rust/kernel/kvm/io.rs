@@ -322,9 +322,9 @@ unsafe fn copy(from: *const u8, to: *mut u8, len: u8) {
     unsafe {
         match len {
             1 => to.write(from.read()),
-            2 => to.cast().write(from.cast::<[u8; 2]>().read()),
-            4 => to.cast().write(from.cast::<[u8; 4]>().read()),
-            8 => to.cast().write(from.cast::<[u8; 8]>().read()),
+            2 => to.cast::<[u8; 2]>().write(from.cast::<[u8; 2]>().read()),
+            4 => to.cast::<[u8; 4]>().write(from.cast::<[u8; 4]>().read()),
+            8 => to.cast::<[u8; 8]>().write(from.cast::<[u8; 8]>().read()),
             _ => ptr::copy_nonoverlapping(from, to, usize::from(len)),
         }
     }
