@@ -53,6 +53,7 @@ macro_rules! assert_got {
 
 mod access;
 mod bpftool;
+mod bus;
 mod context;
 mod device;
 mod fault;
@@ -83,6 +84,7 @@ pub fn all() -> Vec<Trial> {
         device::all(),
         bpftool::all(),
         region::all(),
+        bus::all(),
         rights::all(),
         access::all(),
         context::all(),
