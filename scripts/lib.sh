@@ -66,9 +66,10 @@ check_arch() {
 out_dir() { say "$CACHE/out/$1"; }
 kernel_dir() { say "$CACHE/out/$1-$2"; }
 
-# What a kernel's first build takes on two processors.
+# What takes long, in minutes on two processors: all that is fetched and installed
+# first, a kernel's first build, and that of the programs that run on it.
 # shellcheck disable=SC2034
-BUILD_MINUTES=12
+FETCH_MINUTES=3 BUILD_MINUTES=15 DEBUG_BUILD_MINUTES=30 USER_MINUTES=2
 
 elapsed() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
 

@@ -163,7 +163,7 @@ extern __s64 bpf_get_cpu_max_hw_freq(__u32 cpu) __ksym __weak;
 extern __s64 bpf_get_cpu_scale(__u32 cpu) __ksym __weak;
 
 /*
- * Clamp the utilisation that the scheduler assumes for the calling vCPU's
+ * Clamp the utilization that the scheduler assumes for the calling vCPU's
  * thread, 0 to 1024.  For sleepable programs.
  */
 extern int bpf_set_current_uclamp(__u32 min, __u32 max) __ksym __weak;

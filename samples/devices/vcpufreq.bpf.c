@@ -20,7 +20,7 @@
  * also what the scheduler counts as 1024.  So the two directions are
  *
  *	set_perf kHz:	clamp the vCPU's thread to 1024 * kHz / max, rounded up,
- *			as its lowest and highest utilisation
+ *			as its lowest and highest utilization
  *	cur_perf:	max * (host CPU's current / highest frequency)
  *			    * (host CPU's capacity / 1024)
  *
@@ -141,7 +141,7 @@ static __always_inline __u32 host_perf(__u32 max)
 	       (__u64)highest;
 }
 
-/* Utilisation for a frequency, 0 to 1024. */
+/* Utilization for a frequency, 0 to 1024. */
 static __always_inline __u32 to_clamp(__u32 khz, __u32 max)
 {
 	return max ? ((__u64)khz * CAPACITY_SCALE + max - 1) / max : 0;

@@ -4,7 +4,7 @@
 
 #include "kvm_bpf.h"
 
-/* What a kfunc answered in a callback; 1 until then. */
+/* What a kfunc returned in a callback; 1 until then. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);

@@ -7,7 +7,7 @@
  *	0x8	signals it from a timer, so many nanoseconds later
  *	0xc	gives it up
  *
- * The answer of each is in the map.
+ * The result of each is in the map.
  */
 #include "kvm_bpf.h"
 

@@ -35,7 +35,7 @@ pub const RAM_SIZE: u64 = 0x1_0000;
 /// Where the routines are in the guest's RAM.
 const CODE: u64 = 0x8000;
 
-/// What user space answers to a read that reaches it.
+/// What user space gives a read that reaches it.
 pub const USER_ANSWER: u64 = 0xeeee_eeee_eeee_eeee;
 
 /// What the guest's register holds before it reads.

@@ -88,7 +88,7 @@ pub fn answer_insns(value: u64) -> Vec<Insn> {
     insns
 }
 
-/// A READ program that answers every read with the low bytes of `value`.
+/// A READ program that stores `value`, of which a read takes the low bytes, and returns 0.
 pub fn answer(value: u64) -> Prog {
     Prog::load(ProgType::READ, &answer_insns(value))
 }
@@ -140,7 +140,7 @@ impl Recorder {
         (0..=8).map(|len| self.of_len(len).count).sum()
     }
 
-    /// A READ program that records, answers `value` and returns `result`.
+    /// A READ program that records, stores `value` and returns `result`.
     pub fn reads(&self, value: u64, result: i32) -> Prog {
         let mut insns = vec![mov(R6, R1)];
         insns.extend(mov_imm64(Reg::R2, value));

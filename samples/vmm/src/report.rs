@@ -107,7 +107,7 @@ impl Device {
 pub struct Vcpu {
     /// KVM's number of the vCPU.
     pub id: usize,
-    /// Bounds of the utilisation that the scheduler assumes, 0 to 1024.
+    /// Bounds of the utilization that the scheduler assumes, 0 to 1024.
     pub uclamp_min: u32,
     /// The upper one.
     pub uclamp_max: u32,
@@ -163,7 +163,7 @@ impl fmt::Display for Report {
         for vcpu in self.vcpus.iter().filter(|vcpu| !vcpu.is_unclamped()) {
             write!(
                 f,
-                "\nvCPU {}: utilisation clamped to {} to {}",
+                "\nvCPU {}: utilization clamped to {} to {}",
                 vcpu.id, vcpu.uclamp_min, vcpu.uclamp_max
             )?;
         }
@@ -221,7 +221,7 @@ mod tests {
             text,
             "guest ended: reset\n\
              bank at 0x1000, served by user space: 4 exits to user space\n\
-             vCPU 1: utilisation clamped to 512 to 512"
+             vCPU 1: utilization clamped to 512 to 512"
         );
     }
 

@@ -22,7 +22,7 @@ tests!(
     writes_of_every_width,
     narrow_write_after_a_wide_one,
     context_fields,
-    store_of_nothing_answers_zero,
+    store_of_nothing_reads_as_zero,
     partial_store_leaves_the_rest_zero,
     read_falls_through,
     write_falls_through,
@@ -147,7 +147,7 @@ fn context_fields() {
     }
 }
 
-fn store_of_nothing_answers_zero() {
+fn store_of_nothing_reads_as_zero() {
     let mut setup = setup(Some(&only_return(ProgType::READ, 0)), None);
     for width in WIDTHS {
         assert_read(&mut setup.vcpu, ADDR, width, 0, &[]);
@@ -163,7 +163,7 @@ fn partial_store_leaves_the_rest_zero() {
     }
 }
 
-/// The program acted, but what it answered does not count: user space answers.
+/// The program acted, but what it stored does not count: user space handles the read.
 fn read_falls_through() {
     for result in [1, -1, i32::MIN] {
         let recorder = Recorder::new();
@@ -260,7 +260,7 @@ fn page_crossing() {
         };
         assert_got!(recorder.of_len(len), wanted, "{len}-byte part of the write");
     }
-    // Each part is answered from its own first byte.
+    // Each part is a read of its own, which takes the low bytes.
     let wanted = PATTERN & mask(3) | PATTERN << 24;
     assert_read(&mut setup.vcpu, addr, 8, wanted, &[]);
 }

@@ -65,9 +65,9 @@ fn test_flag_creates_nothing() {
     );
 }
 
-/// Whether the range answers with `value`, and with no exit.
+/// Fails unless a read of the range gives `value`, without an exit.
 #[track_caller]
-fn assert_answers(vcpu: &mut Vcpu, addr: u64, value: u64) {
+fn assert_handled(vcpu: &mut Vcpu, addr: u64, value: u64) {
     let read = vcpu.read(addr, 8);
     assert_got!(
         (read.value, read.exits),
@@ -97,7 +97,7 @@ fn several_devices_in_one_vm() {
         })
         .collect();
     for (_, addr, number) in &devices {
-        assert_answers(&mut vcpu, *addr, *number);
+        assert_handled(&mut vcpu, *addr, *number);
     }
 
     // Closing one leaves the others.
@@ -105,7 +105,7 @@ fn several_devices_in_one_vm() {
     drop(closed);
     assert_exits(&mut vcpu, addr);
     for (_, addr, number) in &devices {
-        assert_answers(&mut vcpu, *addr, *number);
+        assert_handled(&mut vcpu, *addr, *number);
     }
 }
 
@@ -134,7 +134,7 @@ fn close_gives_accesses_to_user_space() {
     let device = Device::new(guest.vm());
     let write = only_return(ProgType::WRITE, 0);
     device.set_region(0, &region(ADDR, SIZE, Some(&answer(PATTERN)), Some(&write)));
-    assert_answers(&mut vcpu, ADDR, PATTERN);
+    assert_handled(&mut vcpu, ADDR, PATTERN);
     assert_got!(vcpu.write(ADDR, 1, 7), []);
 
     drop(device);
@@ -148,7 +148,7 @@ fn create_and_close_repeatedly() {
     for round in 0..50 {
         let device = Device::new(guest.vm());
         device.set_region(0, &region(ADDR, SIZE, Some(&answer(round)), None));
-        assert_answers(&mut vcpu, ADDR, round);
+        assert_handled(&mut vcpu, ADDR, round);
     }
     assert_exits(&mut vcpu, ADDR);
 }
@@ -184,7 +184,7 @@ fn close_in_any_order() {
                 device.set_region(0, &region(ADDR, SIZE, Some(&answer(PATTERN)), None));
             }
             match (&mut vcpu, &device) {
-                (Some(vcpu), Some(_)) => assert_answers(vcpu, ADDR, PATTERN),
+                (Some(vcpu), Some(_)) => assert_handled(vcpu, ADDR, PATTERN),
                 (Some(vcpu), None) => assert_exits(vcpu, ADDR),
                 (None, _) => {}
             }
@@ -215,13 +215,13 @@ fn unprivileged_vmm() {
         let mut vcpu = guest.vcpu(0);
         let device = Device::new(guest.vm());
         device.set_region(0, &region(ADDR, SIZE, Some(&read), Some(&write)));
-        assert_answers(&mut vcpu, ADDR, PATTERN);
+        assert_handled(&mut vcpu, ADDR, PATTERN);
         assert_got!(vcpu.write(ADDR, 4, 7), []);
     };
     in_a_thread(vmm);
 }
 
-/// Fails unless loading each of the programs, sleepable or not, is answered so.
+/// Fails unless loading each of the programs, sleepable or not, ends so.
 #[track_caller]
 fn assert_loading(
     programs: &[(ProgType, Vec<Insn>)],

@@ -101,7 +101,7 @@ fn call_with_context(kfunc: &str) -> [Insn; 5] {
     ]
 }
 
-/// Signals the irq in `r2` and keeps the kfunc's answer; `r1` is the context.
+/// Signals the irq in `r2` and keeps what the kfunc returns; `r1` is the context.
 fn signal_insns(results: &Map) -> Vec<Insn> {
     let mut insns = call_with_context(SIGNAL).to_vec();
     insns.push(mov_signed32(R7, R0));
@@ -121,7 +121,7 @@ struct Setup {
     guest: Guest,
     device: Device,
     write: Prog,
-    /// The last answer of the kfunc; how often it was 0.
+    /// What the kfunc returned last; how often it was 0.
     results: Map,
 }
 
@@ -145,7 +145,7 @@ impl Setup {
         }
     }
 
-    /// Has the guest signal an irq; returns what the kfunc answered.
+    /// Has the guest signal an irq; says what the kfunc returned.
     fn signal(&self, vcpu: &mut Vcpu, irq: u32) -> i64 {
         self.signal_at(vcpu, ADDR, irq)
     }
@@ -442,8 +442,8 @@ fn signalled_after_the_region_is_gone() {
     assert_got!(taken(&eventfd), 0, "signals of another device's irq 0");
 }
 
-/// Each signal that was answered with 0 reached one of the eventfds, once; and none reaches one
-/// that is not set any more.
+/// Each signal for which the kfunc returned 0 reached one of the eventfds, once; and none reaches
+/// one that is not set any more.
 fn replaced_while_signalled() {
     with_each_loader(replace_while_signalled);
 }
@@ -730,7 +730,7 @@ const FIRE: u64 = 0x4;
 const FIRE_LATER: u64 = 0x8;
 const GIVE_UP: u64 = 0xc;
 
-/// Its answer where there is no interrupt to keep or to signal.
+/// Its result where there is no interrupt to keep or to signal.
 const NO_IRQ: i64 = -1000;
 /// A timer's delay that leaves a test time to act first.
 const LONG: Duration = Duration::from_secs(2);
@@ -756,14 +756,14 @@ impl Kept {
         }
     }
 
-    /// Has the guest write a command; returns the program's answer.
+    /// Has the guest write a command; returns the program's result.
     fn command(&self, vcpu: &mut Vcpu, command: u64, value: u64) -> i64 {
         assert_got!(vcpu.write(ADDR + command, 4, value), []);
         answer(&self.image).0
     }
 }
 
-/// The last answer, and how often the timer's callback ran.
+/// The last result, and how often the timer's callback ran.
 fn answer(image: &Image) -> (i64, u64) {
     let value = element(image, "kept");
     let word = |at: usize| u64::from_ne_bytes(value[at..at + 8].try_into().expect("8 bytes"));
@@ -810,7 +810,7 @@ fn kept_irq_is_signalled_by_a_timer() {
         assert_got!(kept.command(&mut vcpu, FIRE_LATER, 1_000_000), 0);
         // No vCPU runs now.
         wait_for("the timer", round, || answer(&kept.image).1);
-        assert_got!(answer(&kept.image).0, 0, "the callback's answer");
+        assert_got!(answer(&kept.image).0, 0, "the callback's result");
         assert_got!(taken(&eventfd), 1);
     }
 }

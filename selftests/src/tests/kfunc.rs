@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Kernel functions for cpufreq and the scheduler: answers, bad arguments, and
+//! Kernel functions for cpufreq and the scheduler: results, bad arguments, and
 //! where they may not be called.
 
 use std::fs;
@@ -56,7 +56,7 @@ struct Setup {
     vcpu: Vcpu,
     _device: Device,
     kind: ProgType,
-    /// What the kfunc answered, and its arguments.
+    /// What the kfunc returned, and its arguments.
     map: Map,
 }
 
@@ -111,7 +111,7 @@ fn call_insns(name: &str, map: &Map) -> Vec<Insn> {
         load(8, R1, R6, 8),
         load(8, R2, R6, 16),
         call_kfunc(required(name)),
-        // An `int` has no more than 32 bits; the others answer all 64.
+        // An `int` has no more than 32 bits; the others return all 64.
         match name {
             UCLAMP => mov_signed32(R0, R0),
             _ => mov(R0, R0),

@@ -710,7 +710,7 @@ fn restored_elsewhere() {
 ///   it starts the clock and is without effect on one that runs.
 /// * vm-superio has no alarm: it sets no RIS, and has no interrupt.
 /// * When vm-superio's time does not fit into 32 bits, it goes on with the host's.
-/// * vm-superio answers reads inside an identification register with that register.
+/// * vm-superio returns an identification register for reads inside it.
 struct Model {
     rtc: Rtc<NoEvents>,
     /// The host's second of the last access; the clock has seen matches up to it.

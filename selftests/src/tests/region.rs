@@ -771,7 +771,7 @@ fn appears_while_a_vcpu_runs() {
 }
 
 /// Threads set and unregister ranges that overlap: each call works or says why
-/// not, an access gets an answer or an exit, and nothing is left over.
+/// not, a program handles an access or it exits, and nothing is left over.
 fn set_by_several_threads() {
     const THREADS: u64 = 3;
     const CALLS: u64 = 200;
@@ -783,10 +783,10 @@ fn set_by_several_threads() {
     let device = Device::new(guest.vm());
     let reader = || {
         let read = vcpu.read(ADDR + SIZE, 8);
-        let answered = read.exits.is_empty() && read.value < THREADS;
+        let handled = read.exits.is_empty() && read.value < THREADS;
         assert!(
-            answered || read.exits == [Exit::Read(ADDR + SIZE, 8)],
-            "wanted an answer or an exit, got {read:x?}"
+            handled || read.exits == [Exit::Read(ADDR + SIZE, 8)],
+            "wanted a program's value or an exit, got {read:x?}"
         );
     };
     let set_regions = |number| {

@@ -69,7 +69,7 @@ fn indices_are_masked() {
             assert_masked("an array", &prog, mask(R0, R2), true);
         }
     }
-    // Root's programs of a type that answers for its input go without; `len` comes first.
+    // Root's programs of a type that trusts its input go without; `len` comes first.
     let prog = Prog::load(SCHED_CLS, &look_up_insns(&map, 0));
     assert_masked("an array, for root's tc", &prog, mask(R0, R2), false);
 }

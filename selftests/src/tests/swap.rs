@@ -62,7 +62,7 @@ fn sleepable_for_non_sleepable() {
     swap_under_load([Prog::load, Prog::load_sleepable]);
 }
 
-/// Programs whose answers tell them apart from others, and a count of their writes.
+/// Programs that are told apart by the value that they store, and a count of their writes.
 struct Pair {
     load: Load,
     byte: u8,
@@ -101,7 +101,7 @@ impl Pair {
     }
 }
 
-/// Every access gets an answer of one pair, every write runs one program once,
+/// Every read gets the value of one pair, every write runs one program once,
 /// nothing reaches user space, nothing leaks.
 fn swap_under_load(load: [Load; 2]) {
     let census = Census::now();

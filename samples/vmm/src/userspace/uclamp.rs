@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The utilisation that the scheduler assumes for a thread, from 0 to 1024.
+//! The utilization that the scheduler assumes for a thread, from 0 to 1024.
 //!
 //! glibc has no wrapper for the system calls, and `libc` no type for their argument.
 

@@ -71,8 +71,8 @@ fn scale_perf(max: u32, now: u64, highest: u64, scale: u64) -> Option<u32> {
     (perf != 0).then_some(perf)
 }
 
-/// The utilisation of a frequency, 0 to 1024.
-fn utilisation(khz: u32, max: u32) -> u32 {
+/// The utilization of a frequency, 0 to 1024.
+fn utilization(khz: u32, max: u32) -> u32 {
     (u64::from(khz) * CAPACITY_SCALE).div_ceil(max.into()) as u32
 }
 
@@ -122,7 +122,7 @@ impl VcpuFreq {
         if page.request == 0 || max == 0 {
             return;
         }
-        let clamp = utilisation(page.request, max);
+        let clamp = utilization(page.request, max);
         if page.clamped != Some((vcpu, clamp)) {
             page.clamped = Some((vcpu, clamp));
             // The guest has no use for the error: a host without clamps is a host like that.
@@ -251,10 +251,10 @@ mod tests {
 
     #[test]
     fn formulas() {
-        assert_eq!(utilisation(1000, 1000), 1024);
-        assert_eq!(utilisation(1, 1000), 2);
-        assert_eq!(utilisation(500, 1000), 512);
-        assert_eq!(utilisation(u32::MAX, u32::MAX), 1024);
+        assert_eq!(utilization(1000, 1000), 1024);
+        assert_eq!(utilization(1, 1000), 2);
+        assert_eq!(utilization(500, 1000), 512);
+        assert_eq!(utilization(u32::MAX, u32::MAX), 1024);
         assert_eq!(scale_perf(2000, 500, 1000, 1024), Some(1000));
         assert_eq!(scale_perf(2000, 1000, 1000, 512), Some(1000));
         assert_eq!(scale_perf(2000, 3000, 1000, 1024), Some(2000));
