@@ -10,7 +10,7 @@
 //! - [`prog`]: BPF programs as such handlers.
 //! - [`irq`]: interrupts that such programs signal.
 //!
-//! Not covered: vCPU state, guest memory, irqchips, buses other than MMIO.
+//! Not covered: vCPU state, guest memory, irqchips, buses other than those for MMIO and ports.
 //!
 //! KVM may be a module, and then this crate, which is part of the kernel image, must not refer to
 //! KVM's symbols: each function here that calls KVM is generic or `#[inline]`, so that its code is

@@ -2,10 +2,10 @@
 
 //! Virtual devices made of BPF programs.
 //!
-//! A device of type `KVM_DEV_TYPE_BPF` is a set of regions of guest-physical addresses. Each has
-//! up to two programs, one that handles the guest's loads and one that handles its stores, on the
-//! vCPU's thread inside `KVM_RUN`. Where there is no program, or it returns non-zero, the access
-//! goes on to user space.
+//! A device of type `KVM_DEV_TYPE_BPF` is a set of regions of guest-physical addresses and, on
+//! x86, of ports. Each has up to two programs, one that handles the guest's loads and one that
+//! handles its stores, on the vCPU's thread inside `KVM_RUN`. Where there is no program, or it
+//! returns non-zero, the access goes on to user space.
 //!
 //! User ABI: `Documentation/virt/kvm/devices/bpf.rst`.
 //!
@@ -27,6 +27,7 @@ use kernel::{
         io::{
             self,
             Access,
+            Bus,
             Handler,
             Range,
             Verdict, //
@@ -186,13 +187,19 @@ impl BpfDevice {
         self.with_slot(index, |slot| slot.clone()).flatten()
     }
 
-    fn set_region(&self, vm: &Vm, index: usize, region: &uapi::kvm_bpf_user_region) -> Result {
+    fn set_region(
+        &self,
+        vm: &Vm,
+        bus: Bus,
+        index: usize,
+        region: &uapi::kvm_bpf_user_region,
+    ) -> Result {
         if region.size == 0 {
-            return self.remove_region(index, region);
+            return self.remove_region(bus, index, region);
         }
 
         let programs = Programs::get(index, region, self.irqs.clone())?;
-        let range = Range::new(region.addr, region.size)?;
+        let range = Range::new(bus, region.addr, region.size)?;
 
         if programs.may_sleep() {
             prog::prepare_sleepable();
@@ -243,13 +250,18 @@ impl BpfDevice {
         Ok(())
     }
 
-    fn remove_region(&self, index: usize, region: &uapi::kvm_bpf_user_region) -> Result {
+    fn remove_region(&self, bus: Bus, index: usize, region: &uapi::kvm_bpf_user_region) -> Result {
         if region.bpf_readfd != NO_FD || region.bpf_writefd != NO_FD {
             return Err(EINVAL);
         }
 
         let changing = self.changing.lock();
-        let region = self.with_slot(index, Option::take).flatten().ok_or(ENOENT)?;
+        let region = self
+            .with_slot(index, |slot| {
+                slot.take_if(|region| region.range().bus() == bus)
+            })
+            .flatten()
+            .ok_or(ENOENT)?;
 
         // Once a later call sees the index free, so is the range.
         region.unlink();
@@ -272,9 +284,12 @@ impl BpfDevice {
         }
     }
 
-    fn get_region(&self, index: usize) -> Result<uapi::kvm_bpf_user_region> {
+    fn get_region(&self, bus: Bus, index: usize) -> Result<uapi::kvm_bpf_user_region> {
         let range = self.with_slot(index, |slot| slot.as_ref().map(|region| region.range()));
-        let range = range.flatten().ok_or(ENOENT)?;
+        let range = range
+            .flatten()
+            .filter(|range| range.bus() == bus)
+            .ok_or(ENOENT)?;
 
         // Programs have no file descriptor to return; `bpf(2)` lists them.
         Ok(uapi::kvm_bpf_user_region {
@@ -288,7 +303,8 @@ impl BpfDevice {
 
 /// An attribute of ours.
 enum Id {
-    Region(usize),
+    /// Regions have one index space, whatever their bus.
+    Region(Bus, usize),
     Irq(usize),
 }
 
@@ -298,7 +314,12 @@ impl TryFrom<&Attr<'_>> for Id {
     fn try_from(attr: &Attr<'_>) -> Result<Self> {
         // CAST: The limits are far below `usize::MAX`.
         match (attr.group(), attr.index()) {
-            (uapi::KVM_DEV_BPF_ATTR_GROUP_REGION, i) if i < REGIONS => Ok(Self::Region(i as usize)),
+            (uapi::KVM_DEV_BPF_ATTR_GROUP_REGION, i) if i < REGIONS => {
+                Ok(Self::Region(Bus::Mmio, i as usize))
+            }
+            (uapi::KVM_DEV_BPF_ATTR_GROUP_PIO, i) if i < REGIONS && Bus::HAS_PORTS => {
+                Ok(Self::Region(Bus::Pio, i as usize))
+            }
             (uapi::KVM_DEV_BPF_ATTR_GROUP_IRQ, i) if i < IRQS => Ok(Self::Irq(i as usize)),
             _ => Err(ENXIO),
         }
@@ -323,14 +344,14 @@ impl Device for BpfDevice {
 
     fn set_attr(&self, vm: &Vm, attr: &Attr<'_>) -> Result {
         match Id::try_from(attr)? {
-            Id::Region(index) => self.set_region(vm, index, &attr.read()?),
+            Id::Region(bus, index) => self.set_region(vm, bus, index, &attr.read()?),
             Id::Irq(index) => self.set_irq(index, &attr.read()?),
         }
     }
 
     fn get_attr(&self, _vm: &Vm, attr: &Attr<'_>) -> Result {
         match Id::try_from(attr)? {
-            Id::Region(index) => attr.write(&self.get_region(index)?),
+            Id::Region(bus, index) => attr.write(&self.get_region(bus, index)?),
             // An eventfd that another process may have set has no number to return.
             Id::Irq(_) => Err(ENXIO),
         }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Handlers of guest MMIO accesses.
+//! Handlers of guest accesses to device registers.
 //!
 //! C header: [`include/kvm/iodev.h`](srctree/include/kvm/iodev.h).
 //!
-//! A [`Handler`] takes the accesses of a [`Range`] of guest-physical addresses as long as its
+//! A [`Handler`] takes the accesses of a [`Range`] of addresses on a [`Bus`] as long as its
 //! [`Registration`] lives. Another handler of the same type can take its place at any time, while
 //! vCPUs run: see [`Registration::replace()`].
 
@@ -33,33 +33,78 @@ use core::{
     ptr, //
 };
 
-/// A range of guest-physical addresses.
+/// A bus of a VM: a kind of address that its guest can access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bus {
+    /// Guest-physical addresses (memory-mapped I/O).
+    Mmio,
+    /// Ports, where [`Bus::HAS_PORTS`].
+    Pio,
+}
+
+impl Bus {
+    /// Whether guests have ports, with instructions of their own for them.
+    pub const HAS_PORTS: bool = cfg!(CONFIG_X86);
+
+    /// Returns the address up to which ranges may reach, itself not included.
+    #[inline]
+    const fn end(self) -> u64 {
+        match self {
+            Self::Mmio => u64::MAX,
+            Self::Pio if Self::HAS_PORTS => 0x1_0000,
+            Self::Pio => 0,
+        }
+    }
+
+    /// Returns KVM's number for the bus.
+    #[inline]
+    const fn number(self) -> bindings::kvm_bus {
+        match self {
+            Self::Mmio => bindings::kvm_bus_KVM_MMIO_BUS,
+            Self::Pio => bindings::kvm_bus_KVM_PIO_BUS,
+        }
+    }
+}
+
+/// A range of addresses on a bus.
 ///
 /// # Invariants
 ///
-/// `len` is at least 1 and at most `i32::MAX`; `start + len` does not overflow.
+/// `len` is at least 1 and at most `i32::MAX`; `start + len` does not overflow, and is no more than
+/// the end of `bus`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
     start: u64,
     len: u32,
+    bus: Bus,
 }
 
 impl Range {
-    /// The `size` bytes from `start` on.
+    /// The `size` bytes, or ports, from `start` on.
     ///
     /// # Errors
     ///
-    /// `ERANGE` if the range is empty, wraps around, or is longer than `i32::MAX` bytes, which is
-    /// all that KVM's buses can express.
-    pub const fn new(start: u64, size: u64) -> Result<Self> {
-        if size == 0 || size > i32::MAX as u64 || start.checked_add(size).is_none() {
+    /// `ERANGE` if the range is empty, wraps around, is longer than `i32::MAX` bytes, which is all
+    /// that KVM's buses can express, or leaves `bus`.
+    pub const fn new(bus: Bus, start: u64, size: u64) -> Result<Self> {
+        if size == 0 || size > i32::MAX as u64 {
             return Err(ERANGE);
         }
-        // INVARIANT: Just checked. CAST: `size` fits.
-        Ok(Self {
-            start,
-            len: size as u32,
-        })
+        match start.checked_add(size) {
+            // INVARIANT: Just checked. CAST: `size` fits.
+            Some(end) if end <= bus.end() => Ok(Self {
+                start,
+                len: size as u32,
+                bus,
+            }),
+            _ => Err(ERANGE),
+        }
+    }
+
+    /// Returns the bus.
+    #[inline]
+    pub const fn bus(&self) -> Bus {
+        self.bus
     }
 
     /// Returns the first address.
@@ -137,21 +182,21 @@ impl<T: Handler> Drop for Io<T> {
     }
 }
 
-/// A handler on a VM's MMIO bus.
+/// A handler on a bus of a VM.
 ///
 /// Dropping it takes the handler off the bus, waits until no vCPU is inside, and drops it. It takes
 /// the VM's `slots_lock` and so must not be dropped by a [`Handler`].
 ///
 /// # Invariants
 ///
-/// `io` has been registered on the MMIO bus of `vm`.
+/// `io` has been registered on the bus of `vm` that its range is on.
 pub struct Registration<T: Handler> {
     io: Arc<Io<T>>,
     vm: ARef<Vm>,
 }
 
 impl<T: Handler> Registration<T> {
-    /// Puts `handler` on the MMIO bus of `vm`. It may be called before this returns.
+    /// Puts `handler` on the bus of `vm` that `range` is on. It may be called before this returns.
     ///
     /// The range is exclusive: as long as the handler is registered, nothing else registers at any
     /// of its addresses.
@@ -160,7 +205,7 @@ impl<T: Handler> Registration<T> {
     ///
     /// # Errors
     ///
-    /// - `EEXIST`: something on the bus has an address of `range`.
+    /// - `EEXIST`: something on that bus has an address of `range`.
     /// - `ENOSPC`: the bus is full.
     /// - `ENOMEM`: out of memory, or the bus has been dissolved for lack of it.
     pub fn new(vm: &Vm, range: Range, handler: T) -> Result<Self> {
@@ -186,7 +231,7 @@ impl<T: Handler> Registration<T> {
         let ret = unsafe {
             bindings::kvm_io_bus_register_dev(
                 vm.as_raw(),
-                bindings::kvm_bus_KVM_MMIO_BUS,
+                range.bus.number(),
                 range.start,
                 range.len as c_int,
                 bus_ref.cast_mut().cast(),
@@ -219,7 +264,7 @@ impl<T: Handler> Registration<T> {
         // SAFETY: The VM is valid. Only whether there is a bus matters, and one that has dissolved
         // does not come back.
         let bus = unsafe {
-            (&raw const (*self.vm.as_raw()).buses[bindings::kvm_bus_KVM_MMIO_BUS as usize])
+            (&raw const (*self.vm.as_raw()).buses[self.io.range.bus.number() as usize])
                 .read_volatile()
         };
         if bus.is_null() {
@@ -247,7 +292,7 @@ impl<T: Handler> Registration<T> {
         unsafe {
             bindings::kvm_io_bus_unlink_dev(
                 self.vm.as_raw(),
-                bindings::kvm_bus_KVM_MMIO_BUS,
+                self.io.range.bus.number(),
                 Arc::as_ptr(&self.io).cast_mut().cast(),
             )
         };
@@ -295,7 +340,7 @@ impl<T: Handler> Drop for Registration<T> {
 ///
 /// # Invariants
 ///
-/// `handler` came from a [`KBox`], and out of an [`Io`] on the bus of `vm`.
+/// `handler` came from a [`KBox`], and out of an [`Io`] on a bus of `vm`.
 #[must_use]
 pub struct Replaced<T: Handler> {
     handler: *mut T,
@@ -470,7 +515,7 @@ mod tests {
         let mut vcpu = KBox::<bindings::kvm_vcpu>::new_uninit(GFP_KERNEL)?;
         let io = Io {
             dev: Opaque::uninit(),
-            range: Range::new(0x1000, 0x1000)?,
+            range: Range::new(Bus::Mmio, 0x1000, 0x1000)?,
             // INVARIANT: From a `KBox`.
             handler: Atomic::new(KBox::into_raw(latch)),
             destroyed: Atomic::new(false),
@@ -528,13 +573,27 @@ mod tests {
 
     #[test]
     fn ranges_that_kvm_cannot_express() {
-        assert_eq!(Range::new(0, 0), Err(ERANGE));
-        assert_eq!(Range::new(0, 1 << 31), Err(ERANGE));
-        // The low 32 bits alone would do.
-        assert_eq!(Range::new(0, (1 << 32) + 4096), Err(ERANGE));
-        assert_eq!(Range::new(u64::MAX, 1), Err(ERANGE));
-        assert_eq!(Range::new(u64::MAX - 4095, 4096), Err(ERANGE));
-        assert!(Range::new(u64::MAX - 4096, 4096).is_ok());
-        assert!(Range::new(0, (1 << 31) - 1).is_ok());
+        for bus in [Bus::Mmio, Bus::Pio] {
+            assert_eq!(Range::new(bus, 0, 0), Err(ERANGE));
+            assert_eq!(Range::new(bus, 0, 1 << 31), Err(ERANGE));
+            // The low 32 bits alone would do.
+            assert_eq!(Range::new(bus, 0, (1 << 32) + 4096), Err(ERANGE));
+            assert_eq!(Range::new(bus, u64::MAX, 1), Err(ERANGE));
+            assert_eq!(Range::new(bus, u64::MAX - 4095, 4096), Err(ERANGE));
+        }
+        assert!(Range::new(Bus::Mmio, u64::MAX - 4096, 4096).is_ok());
+        assert!(Range::new(Bus::Mmio, 0, (1 << 31) - 1).is_ok());
+    }
+
+    #[test]
+    fn ports_where_there_are_some() {
+        const PORTS: u64 = 0x1_0000;
+
+        for (start, size) in [(0, 1), (0, PORTS), (PORTS - 1, 1)] {
+            assert_eq!(Range::new(Bus::Pio, start, size).is_ok(), Bus::HAS_PORTS);
+        }
+        for (start, size) in [(0, PORTS + 1), (PORTS - 1, 2), (PORTS, 1), (1 << 32, 1)] {
+            assert_eq!(Range::new(Bus::Pio, start, size), Err(ERANGE));
+        }
     }
 }

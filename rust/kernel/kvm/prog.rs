@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! BPF programs that handle guest MMIO accesses.
+//! BPF programs that handle guest accesses to device registers.
 //!
 //! C header: [`include/linux/kvm_bpf.h`](srctree/include/linux/kvm_bpf.h).
 //!
