@@ -356,23 +356,36 @@ impl<T: Handler> Drop for Replaced<T> {
     }
 }
 
-/// Copies the bytes of an access, without a call for the usual lengths.
+/// Copies the bytes of an access: in pieces of fixed size, of which the usual lengths have one, and
+/// without a call, around which the callbacks would have to save their registers.
 ///
 /// # Safety
 ///
 /// `from` must be valid for reads of `len` bytes and `to` for writes, and they must not overlap.
+/// `len` must be at most 8.
 #[inline(always)]
 unsafe fn copy(from: *const u8, to: *mut u8, len: u8) {
-    // SAFETY: By the safety requirements; the arrays are no more aligned than bytes.
-    unsafe {
-        match len {
-            1 => to.write(from.read()),
-            2 => to.cast::<[u8; 2]>().write(from.cast::<[u8; 2]>().read()),
-            4 => to.cast::<[u8; 4]>().write(from.cast::<[u8; 4]>().read()),
-            8 => to.cast::<[u8; 8]>().write(from.cast::<[u8; 8]>().read()),
-            _ => ptr::copy_nonoverlapping(from, to, usize::from(len)),
-        }
+    let len = usize::from(len);
+
+    macro_rules! piece {
+        ($size:literal) => {
+            if len & $size != 0 {
+                // Behind the larger pieces.
+                let at = len & !(2 * $size - 1);
+                // SAFETY: By the safety requirements; arrays of bytes need no alignment.
+                unsafe {
+                    to.add(at)
+                        .cast::<[u8; $size]>()
+                        .write(from.add(at).cast::<[u8; $size]>().read())
+                };
+            }
+        };
     }
+
+    piece!(8);
+    piece!(4);
+    piece!(2);
+    piece!(1);
 }
 
 struct IoVTable<T: Handler>(PhantomData<T>);
@@ -451,8 +464,11 @@ impl<T: Handler> IoVTable<T> {
         let io = unsafe { &*this.cast::<Io<T>>() };
 
         Some((
+            // As `rcu_dereference()` does it, by a volatile load: what is read through the pointer
+            // depends on it, and needs no more order than that. `Atomic` would call a function.
+            //
             // SAFETY: By the type invariants of `Io`, and we are such a reader.
-            unsafe { &*io.handler.load(Acquire) },
+            unsafe { &*io.handler.as_ptr().read_volatile() },
             Access {
                 // SAFETY: By the safety requirements.
                 vcpu: unsafe { Vcpu::from_raw(vcpu) },
