@@ -3,6 +3,8 @@
 //! What a program may do when root has loaded it: as much as without `CAP_PERFMON`, for a guest
 //! chooses what it acts on.
 
+use std::os::fd::AsRawFd;
+
 use Reg::{R0, R1, R2, R3, R4, R6, R10};
 use kvm_bpf_selftests::bpf::{
     Index, Insn, LOADERS, LoadOptions, Map, Prog, ProgType, Reg, add_imm, and, call_helper,
@@ -11,8 +13,8 @@ use kvm_bpf_selftests::bpf::{
 };
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::Guest;
-use kvm_bpf_selftests::programs::{CTX_OFFSET, ret};
-use libbpf_rs::libbpf_sys as sys;
+use kvm_bpf_selftests::programs::{CTX_OFFSET, ret, test_image, test_path};
+use libbpf_rs::{ErrorKind, ObjectBuilder, libbpf_sys as sys};
 
 use super::kfunc::required;
 use super::{ADDR, SIZE, assert_refused};
@@ -28,6 +30,7 @@ tests!(
     messages_for_debugging,
     no_kfuncs_that_look_around,
     no_kfuncs_that_hold_up_the_host,
+    extensions_have_no_more_rights,
 );
 
 const SCHED_CLS: ProgType = ProgType(sys::BPF_PROG_TYPE_SCHED_CLS);
@@ -257,5 +260,30 @@ fn no_kfuncs_that_hold_up_the_host() {
             name,
             &format!("calling kernel function {name} is not allowed"),
         );
+    }
+}
+
+/// A program that replaces a function of one of ours is verified as that is.
+fn extensions_have_no_more_rights() {
+    let extended = test_image("extended")
+        .load()
+        .unwrap_or_else(|error| panic!("loading extended: {error:#?}"));
+    let target = extended.read_program().expect("its program").as_raw_fd();
+    for (name, refused) in [
+        ("with_array", None),
+        ("with_arena", Some(ErrorKind::PermissionDenied)),
+        ("with_task", Some(ErrorKind::InvalidInput)),
+    ] {
+        let mut object = ObjectBuilder::default()
+            .open_file(test_path("extensions"))
+            .expect("extensions");
+        for mut program in object.progs_mut() {
+            program.set_autoload(program.name() == name);
+            program
+                .set_attach_target(target, Some("value".to_string()))
+                .expect("bpf_program__set_attach_target()");
+        }
+        let kind = object.load().err().map(|error| error.kind());
+        assert_got!(kind, refused, "{name}: the error");
     }
 }
