@@ -356,13 +356,56 @@ impl<T: Handler> Drop for Replaced<T> {
     }
 }
 
-/// Copies the bytes of an access: in pieces of fixed size, of which the usual lengths have one, and
-/// without a call, around which the callbacks would have to save their registers.
+/// Reads the bytes of an access; the others are 0.
+///
+/// The usual lengths take one load, and none takes a call, around which the callback would have to
+/// save its registers.
+///
+/// # Safety
+///
+/// `from` must be valid for reads of `len` bytes, at most 8.
+#[inline(always)]
+unsafe fn load(from: *const u8, len: u8) -> [u8; 8] {
+    // SAFETY: By the safety requirements; arrays of bytes need no alignment.
+    let low_first = unsafe {
+        match len {
+            4 => u32::from_le_bytes(from.cast::<[u8; 4]>().read()).into(),
+            8 => u64::from_le_bytes(from.cast::<[u8; 8]>().read()),
+            _ => {
+                let mut bytes = [0; 8];
+                copy(from, bytes.as_mut_ptr(), len);
+                u64::from_le_bytes(bytes)
+            }
+        }
+    };
+
+    low_first.to_le_bytes()
+}
+
+/// Writes the bytes of an access; as [`load()`].
+///
+/// # Safety
+///
+/// `to` must be valid for writes of `len` bytes, at most 8.
+#[inline(always)]
+unsafe fn store(bytes: [u8; 8], to: *mut u8, len: u8) {
+    let [b0, b1, b2, b3, ..] = bytes;
+
+    // SAFETY: By the safety requirements; arrays of bytes need no alignment.
+    unsafe {
+        match len {
+            4 => to.cast::<[u8; 4]>().write([b0, b1, b2, b3]),
+            8 => to.cast::<[u8; 8]>().write(bytes),
+            _ => copy(bytes.as_ptr(), to, len),
+        }
+    }
+}
+
+/// Copies less than 8 bytes, in pieces of fixed size.
 ///
 /// # Safety
 ///
 /// `from` must be valid for reads of `len` bytes and `to` for writes, and they must not overlap.
-/// `len` must be at most 8.
 #[inline(always)]
 unsafe fn copy(from: *const u8, to: *mut u8, len: u8) {
     let len = usize::from(len);
@@ -372,7 +415,7 @@ unsafe fn copy(from: *const u8, to: *mut u8, len: u8) {
             if len & $size != 0 {
                 // Behind the larger pieces.
                 let at = len & !(2 * $size - 1);
-                // SAFETY: By the safety requirements; arrays of bytes need no alignment.
+                // SAFETY: By the safety requirements.
                 unsafe {
                     to.add(at)
                         .cast::<[u8; $size]>()
@@ -382,7 +425,6 @@ unsafe fn copy(from: *const u8, to: *mut u8, len: u8) {
         };
     }
 
-    piece!(8);
     piece!(4);
     piece!(2);
     piece!(1);
@@ -412,7 +454,7 @@ impl<T: Handler> IoVTable<T> {
             Verdict::Handled(bytes) => {
                 // SAFETY: By the safety requirements; `access.len` is `len`. `val` may be in a
                 // page that user space sees, so it is written, once, and never borrowed.
-                unsafe { copy(bytes.as_ptr(), val.cast(), access.len) };
+                unsafe { store(bytes, val.cast(), access.len) };
                 0
             }
             Verdict::PassOn => EOPNOTSUPP.to_errno(),
@@ -434,10 +476,9 @@ impl<T: Handler> IoVTable<T> {
             return EOPNOTSUPP.to_errno();
         };
 
-        let mut data = [0; 8];
         // SAFETY: By the safety requirements; `access.len` is `len`. `val` may be in a page that
         // user space sees, so it is read once.
-        unsafe { copy(val.cast(), data.as_mut_ptr(), access.len) };
+        let data = unsafe { load(val.cast(), access.len) };
 
         match handler.write(&access, data) {
             Verdict::Handled(()) => 0,
@@ -456,7 +497,7 @@ impl<T: Handler> IoVTable<T> {
         addr: bindings::gpa_t,
         len: c_int,
     ) -> Option<(&'a T, Access<'a>)> {
-        let len @ 1..=8 = u8::try_from(len).ok()? else {
+        let 1..=8 = len else {
             return None;
         };
         // SAFETY: By the safety requirements; `dev` is the first field of `Io`, and the bus has a
@@ -474,7 +515,8 @@ impl<T: Handler> IoVTable<T> {
                 vcpu: unsafe { Vcpu::from_raw(vcpu) },
                 // The bus calls only with accesses that lie inside the range.
                 offset: addr.wrapping_sub(io.range.start),
-                len,
+                // CAST: Just checked.
+                len: len as u8,
             },
         ))
     }
