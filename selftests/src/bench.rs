@@ -129,6 +129,8 @@ fn devices(guest: &Guest, bench: &mut Bench) {
         let user = bench.cost(routine, USER + offset, |access| match access {
             Access::Read(addr, data) => model.read(0, addr - USER, data),
             Access::Write(addr, data) => model.write(0, addr - USER, data),
+            #[cfg(target_arch = "x86_64")]
+            other => panic!("wanted no ports, got {other:x?}"),
         });
         println!(
             "{:<20} {bpf:>12.0} {user:>12.0} {:>11.2}x",

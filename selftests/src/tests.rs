@@ -61,6 +61,11 @@ mod irq;
 mod kfunc;
 mod lifetime;
 mod object;
+#[cfg(target_arch = "x86_64")]
+mod pio;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "tests/no_pio.rs"]
+mod pio;
 mod pl031;
 mod regbank;
 mod region;
@@ -87,6 +92,7 @@ pub fn all() -> Vec<Trial> {
         bus::all(),
         rights::all(),
         access::all(),
+        pio::all(),
         context::all(),
         swap::all(),
         object::all(),
