@@ -7,7 +7,7 @@
 
 use std::env;
 
-use kvm_bpf::{Device, MmioDevice};
+use kvm_bpf::{Device, ImageDevice, Place};
 use kvm_bpf_selftests::bpf::ProgType;
 use kvm_bpf_selftests::device::{self, region};
 use kvm_bpf_selftests::guest::{Access, Args, Guest, Routine, Vcpu, ticks};
@@ -141,7 +141,7 @@ fn devices(guest: &Guest, bench: &mut Bench) {
 }
 
 /// A sample device at [`BPF`], with a table of frequencies if it has a use for one.
-fn load(guest: &Guest, name: &str) -> MmioDevice {
+fn load(guest: &Guest, name: &str) -> ImageDevice {
     let image = loaded(sample(name));
     if let Some(table) = image.map("perf_table") {
         for (index, khz) in (0_u32..).zip(PERF_TABLE) {
@@ -151,5 +151,5 @@ fn load(guest: &Guest, name: &str) -> MmioDevice {
         }
     }
     let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
-    MmioDevice::new(device, BPF, image).expect("a sample device")
+    ImageDevice::new(device, Place::Memory(BPF), image).expect("a sample device")
 }
