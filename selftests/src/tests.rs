@@ -72,6 +72,8 @@ mod region;
 mod replace;
 mod rights;
 mod swap;
+#[cfg(target_arch = "x86_64")]
+mod uart16550;
 mod vcpufreq;
 mod verifier;
 
@@ -105,6 +107,8 @@ pub fn all() -> Vec<Trial> {
         regbank::all(),
         pl031::all(),
         vcpufreq::all(),
+        #[cfg(target_arch = "x86_64")]
+        uart16550::all(),
     ]
     .into_iter()
     .flatten()
