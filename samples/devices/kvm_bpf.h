@@ -55,7 +55,8 @@ struct __attribute__((preserve_static_offset)) bpf_kvm_io_ctx;
 
 /*
  * KVM_BPF_MMIO_DEVICE - describe the device to the VMM
- * @size:	bytes of guest-physical address space, 1 to INT_MAX
+ * @size:	bytes of guest-physical address space, 1 to INT_MAX: region 0; or 0
+ *		where KVM_BPF_RANGES() has the regions
  * @irqs:	number of interrupts, indices 0 to @irqs - 1, at most 256
  * @compat:	device-tree "compatible" strings as one literal, "a\0b" for two
  *
@@ -66,7 +67,7 @@ struct __attribute__((preserve_static_offset)) bpf_kvm_io_ctx;
  */
 /* clang-format off */
 #define KVM_BPF_MMIO_DEVICE(size, irqs, compat)				\
-	_Static_assert((size) > 0 && (size) <= 0x7fffffff, "MMIO size");\
+	_Static_assert((size) >= 0 && (size) <= 0x7fffffff, "MMIO size");\
 	_Static_assert((irqs) >= 0 && (irqs) <= 256, "number of irqs");	\
 	static const struct {						\
 		__u32 namesz;						\
@@ -90,6 +91,77 @@ struct __attribute__((preserve_static_offset)) bpf_kvm_io_ctx;
 		.desc.nr_irqs = (irqs),					\
 		.desc.mmio_size = (size),				\
 		.desc.compatible = compat,				\
+	}
+/* clang-format on */
+
+#define KVM_BPF_NOTE_ITEMS 2
+
+/* Kinds of items; what follows the kinds from 3 on is not settled. */
+#define KVM_BPF_NOTE_MMIO_RANGE 1
+#define KVM_BPF_NOTE_PORT_RANGE 2
+#define KVM_BPF_NOTE_READ_PAGE 3
+#define KVM_BPF_NOTE_DOORBELL 4
+#define KVM_BPF_NOTE_WINDOW 5
+#define KVM_BPF_NOTE_WORK_NAME 6
+#define KVM_BPF_NOTE_STATE_VERSION 7
+/* With this bit, a VMM that does not know the kind refuses the device. */
+#define KVM_BPF_NOTE_REQUIRED 0x8000
+
+struct kvm_bpf_note_range {
+	__u16 kind;
+	/* Bytes behind it. */
+	__u16 len;
+	__u32 region;
+	__u32 flags;
+	__u64 size;
+} __attribute__((packed, aligned(4)));
+
+/* clang-format off */
+#define KVM_BPF_RANGE(_kind, _region, _size, max)			\
+	{								\
+		.kind = (_kind),					\
+		.len = sizeof(struct kvm_bpf_note_range) - 4,		\
+		.region = (_region),					\
+		/* No array has so few elements: the numbers are wrong. */ \
+		.size = (_size) + 0 * sizeof(char[(_size) > 0 &&	\
+			(_size) <= (max) && (_region) >= 0 &&		\
+			(_region) < 256 ? 1 : -1]),			\
+	}
+
+/*
+ * KVM_BPF_RANGES - further regions of the device, which all have the same programs
+ *
+ * A list of KVM_BPF_MMIO(region, size) and KVM_BPF_PORTS(region, size), with the
+ * region's index, ctx->region, 0 to 255, and its bytes or ports.  No index may be
+ * there twice, nor be 0 where KVM_BPF_MMIO_DEVICE() has a size.  A device with
+ * registers at eight ports and nowhere else:
+ *
+ *	KVM_BPF_MMIO_DEVICE(0, 1, "vendor,device");
+ *	KVM_BPF_RANGES(KVM_BPF_PORTS(0, 8));
+ *
+ * Write it once per file.
+ */
+#define KVM_BPF_MMIO(region, size)					\
+	KVM_BPF_RANGE(KVM_BPF_NOTE_MMIO_RANGE, region, size, 0x7fffffff)
+#define KVM_BPF_PORTS(region, size)					\
+	KVM_BPF_RANGE(KVM_BPF_NOTE_PORT_RANGE, region, size, 0x10000)
+#define KVM_BPF_RANGES(...)						\
+	static const struct {						\
+		__u32 namesz;						\
+		__u32 descsz;						\
+		__u32 type;						\
+		char name[sizeof(KVM_BPF_NOTE_OWNER)];			\
+		struct kvm_bpf_note_range desc[				\
+			sizeof((struct kvm_bpf_note_range[]){ __VA_ARGS__ }) / \
+			sizeof(struct kvm_bpf_note_range)];		\
+	} __attribute__((packed, aligned(4))) kvm_bpf_ranges		\
+		__attribute__((section(".note.kvm-bpf.mmio-device")))	\
+		__attribute__((used, nodebug)) = {			\
+		.namesz = sizeof(KVM_BPF_NOTE_OWNER),			\
+		.descsz = sizeof(kvm_bpf_ranges.desc),			\
+		.type = KVM_BPF_NOTE_ITEMS,				\
+		.name = KVM_BPF_NOTE_OWNER,				\
+		.desc = { __VA_ARGS__ },				\
 	}
 /* clang-format on */
 

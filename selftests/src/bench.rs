@@ -7,7 +7,7 @@
 
 use std::env;
 
-use kvm_bpf::{Device, MmioDevice};
+use kvm_bpf::{Device, ImageDevice, Place};
 use kvm_bpf_selftests::bpf::ProgType;
 use kvm_bpf_selftests::device::{self, region};
 use kvm_bpf_selftests::guest::{Access, Args, Guest, Routine, Vcpu, ticks};
@@ -129,6 +129,8 @@ fn devices(guest: &Guest, bench: &mut Bench) {
         let user = bench.cost(routine, USER + offset, |access| match access {
             Access::Read(addr, data) => model.read(0, addr - USER, data),
             Access::Write(addr, data) => model.write(0, addr - USER, data),
+            #[cfg(target_arch = "x86_64")]
+            other => panic!("wanted no ports, got {other:x?}"),
         });
         println!(
             "{:<20} {bpf:>12.0} {user:>12.0} {:>11.2}x",
@@ -139,7 +141,7 @@ fn devices(guest: &Guest, bench: &mut Bench) {
 }
 
 /// A sample device at [`BPF`], with a table of frequencies if it has a use for one.
-fn load(guest: &Guest, name: &str) -> MmioDevice {
+fn load(guest: &Guest, name: &str) -> ImageDevice {
     let image = loaded(sample(name));
     if let Some(table) = image.map("perf_table") {
         for (index, khz) in (0_u32..).zip(PERF_TABLE) {
@@ -149,5 +151,5 @@ fn load(guest: &Guest, name: &str) -> MmioDevice {
         }
     }
     let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
-    MmioDevice::new(device, BPF, image).expect("a sample device")
+    ImageDevice::new(device, Place::Memory(BPF), image).expect("a sample device")
 }

@@ -465,13 +465,16 @@ pub struct Map {
 /// Name of every [`Map`], to count them by.
 const MAP_NAME: &CStr = c"kvm_bpf_test";
 /// The maps of those of `samples/devices` that tests load.
-const SAMPLE_MAP_NAMES: [&CStr; 6] = [
+const SAMPLE_MAP_NAMES: [&CStr; 9] = [
     c"clock",
     c"pl031",
     c"alarms",
     c"alarm_irqs",
     c"perf_table",
     c"vcpus",
+    c"output",
+    c"uart",
+    c"lost",
 ];
 
 impl Map {

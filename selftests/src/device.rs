@@ -6,8 +6,8 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use kvm_bindings::{KVM_CREATE_DEVICE_TEST, kvm_create_device, kvm_device_attr};
 use kvm_bpf::uapi::{
-    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_TYPE_BPF, kvm_bpf_user_irq,
-    kvm_bpf_user_region,
+    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
+    KVM_DEV_TYPE_BPF, kvm_bpf_user_irq, kvm_bpf_user_region,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 use vmm_sys_util::errno;
@@ -153,10 +153,32 @@ impl Device {
 
     /// `KVM_GET_DEVICE_ATTR` of a region.
     pub fn region(&self, index: u64) -> Result<kvm_bpf_user_region, Errno> {
+        self.range(KVM_DEV_BPF_ATTR_GROUP_REGION, index)
+    }
+
+    /// Sets, swaps or unregisters a region of ports.
+    pub fn try_set_ports(&self, index: u64, region: &kvm_bpf_user_region) -> Answer {
+        let addr = (&raw const *region) as u64;
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_PIO, index, addr)
+    }
+
+    /// The same, and the kernel must agree.
+    #[track_caller]
+    pub fn set_ports(&self, index: u64, region: &kvm_bpf_user_region) {
+        let answer = self.try_set_ports(index, region);
+        assert_eq!(answer, Ok(()), "setting ports {index} to {region:x?}");
+    }
+
+    /// `KVM_GET_DEVICE_ATTR` of a region of ports.
+    pub fn ports(&self, index: u64) -> Result<kvm_bpf_user_region, Errno> {
+        self.range(KVM_DEV_BPF_ATTR_GROUP_PIO, index)
+    }
+
+    fn range(&self, group: u32, index: u64) -> Result<kvm_bpf_user_region, Errno> {
         let mut region = kvm_bpf_user_region::default();
         let addr = (&raw mut region) as u64;
         // SAFETY: the kernel writes one region to the address.
-        unsafe { self.get_attr(KVM_DEV_BPF_ATTR_GROUP_REGION, index, addr) }.map(|()| region)
+        unsafe { self.get_attr(group, index, addr) }.map(|()| region)
     }
 
     /// `KVM_GET_DEVICE_ATTR` with any pointer.

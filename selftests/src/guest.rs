@@ -65,6 +65,21 @@ pub enum Routine {
     /// Reads 4 bytes, and has an exception whose stack is there.
     #[cfg(target_arch = "x86_64")]
     ExceptionOnStack = 13,
+    /// `in` of 1 byte from port `addr`; the routines for 2 and 4 follow.
+    #[cfg(target_arch = "x86_64")]
+    In = 14,
+    /// `out` of 1 byte; the routines for 2 and 4 follow.
+    #[cfg(target_arch = "x86_64")]
+    Out = 17,
+    /// `rep ins` of `count` times 1 byte to address `pair.0`; the routines for 2 and 4 follow.
+    #[cfg(target_arch = "x86_64")]
+    InString = 20,
+    /// `rep outs` from there; the routines for 2 and 4 follow.
+    #[cfg(target_arch = "x86_64")]
+    OutString = 23,
+    /// `Hammer` with a port, 4 bytes.
+    #[cfg(target_arch = "x86_64")]
+    PortHammer = 26,
 }
 
 impl Routine {
@@ -105,6 +120,22 @@ pub enum Exit {
     Write(u64, usize, u64),
 }
 
+/// What reached user space of the accesses of a port: an element, or several of a string.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PortExit {
+    /// Port, bytes of an element, and the number of elements.
+    In(u16, usize, usize),
+    /// Port, bytes of an element, and the data.
+    Out(u16, usize, Vec<u8>),
+}
+
+/// What user space gives for byte `at` of a read from a port.
+#[cfg(target_arch = "x86_64")]
+pub fn user_byte(at: usize) -> u8 {
+    0xe1 ^ at as u8
+}
+
 /// An access that user space has to serve.
 #[derive(Debug)]
 pub enum Access<'a> {
@@ -112,6 +143,12 @@ pub enum Access<'a> {
     Read(u64, &'a mut [u8]),
     /// Address and data.
     Write(u64, &'a [u8]),
+    /// Port, bytes of an element, and where the data goes.
+    #[cfg(target_arch = "x86_64")]
+    In(u16, usize, &'a mut [u8]),
+    /// Port, bytes of an element, and data.
+    #[cfg(target_arch = "x86_64")]
+    Out(u16, usize, &'a [u8]),
 }
 
 /// What a read gave.
@@ -248,6 +285,19 @@ impl Guest {
         }
     }
 
+    /// Takes the guest's memory from an address on away from it.
+    pub fn end_ram_at(&self, addr: u64) {
+        for memory_size in [0, addr] {
+            let slot = kvm_userspace_memory_region {
+                memory_size,
+                userspace_addr: self.ram.0 as u64,
+                ..Default::default()
+            };
+            // SAFETY: as for all of the memory.
+            unsafe { self.vm.set_user_memory_region(slot) }.expect("KVM_SET_USER_MEMORY_REGION");
+        }
+    }
+
     /// Has the guest see the first page of its memory at another address too, for loads only.
     pub fn add_rom(&self, addr: u64) {
         let slot = kvm_userspace_memory_region {
@@ -371,6 +421,54 @@ impl Vcpu {
         self.run(Routine::Write, width.ilog2().into(), args).1
     }
 
+    /// `in` of 1, 2 or 4 bytes.  Returns the register, which held [`PRESET`], and what user space saw.
+    #[cfg(target_arch = "x86_64")]
+    pub fn port_in(&mut self, port: u16, width: usize) -> (u64, Vec<PortExit>) {
+        let args = Args {
+            value: PRESET,
+            addr: port.into(),
+            ..Default::default()
+        };
+        let (results, exits) = self.ports(Routine::In, width, args);
+        (results.value, exits)
+    }
+
+    /// `out` of the low 1, 2 or 4 bytes of a value.
+    #[cfg(target_arch = "x86_64")]
+    pub fn port_out(&mut self, port: u16, width: usize, value: u64) -> Vec<PortExit> {
+        let args = Args {
+            value,
+            addr: port.into(),
+            ..Default::default()
+        };
+        self.ports(Routine::Out, width, args).1
+    }
+
+    /// Runs a routine that accesses ports, `width` bytes at a time.
+    #[cfg(target_arch = "x86_64")]
+    pub fn ports(
+        &mut self,
+        routine: Routine,
+        width: usize,
+        args: Args,
+    ) -> (Results, Vec<PortExit>) {
+        let mut exits = Vec::new();
+        let variant = width.ilog2().into();
+        let results = self.run_and_serve(routine, variant, args, |access| match access {
+            Access::In(port, width, data) => {
+                exits.push(PortExit::In(port, width, data.len() / width));
+                for (at, byte) in data.iter_mut().enumerate() {
+                    *byte = user_byte(at);
+                }
+            }
+            Access::Out(port, width, data) => {
+                exits.push(PortExit::Out(port, width, data.to_vec()));
+            }
+            other => panic!("{routine:?} {args:x?}: wanted ports, got {other:x?}"),
+        });
+        (results, exits)
+    }
+
     /// Has `KVM_RUN` prepare all that it does before a guest's first instruction.
     pub fn try_prepare_run(&mut self) -> Result<(), Errno> {
         self.fd.set_kvm_immediate_exit(1);
@@ -410,6 +508,8 @@ impl Vcpu {
                 value[..data.len()].copy_from_slice(data);
                 exits.push(Exit::Write(addr, data.len(), u64::from_le_bytes(value)));
             }
+            #[cfg(target_arch = "x86_64")]
+            other => panic!("{routine:?} {args:x?}: wanted no ports, got {other:x?}"),
         });
         (results, exits)
     }
@@ -455,6 +555,10 @@ impl Vcpu {
                 Ok(exit) if is_end(&exit) => break,
                 Ok(VcpuExit::MmioRead(addr, data)) => serve(Access::Read(addr, data)),
                 Ok(VcpuExit::MmioWrite(addr, data)) => serve(Access::Write(addr, data)),
+                #[cfg(target_arch = "x86_64")]
+                Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => {
+                    serve(arch::port_access(&mut self.fd));
+                }
                 Ok(other) => {
                     panic!("{routine:?} {args:x?}: wanted an MMIO exit or the end, got {other:?}")
                 }
@@ -580,6 +684,24 @@ mod tests {
                 exits,
                 [Exit::Write(0xd000_0000, width, value & mask(width))]
             );
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn ports_without_a_device_reach_user_space() {
+        let Some(guest) = guest() else { return };
+        let mut vcpu = guest.vcpu(0);
+        for width in [1, 2, 4] {
+            let (register, exits) = vcpu.port_in(0x510, width);
+            assert_eq!(exits, [PortExit::In(0x510, width, 1)]);
+            let bytes: [u8; 8] = std::array::from_fn(user_byte);
+            let value = u64::from_le_bytes(bytes) & mask(width);
+            assert_eq!(register, register_after_read(PRESET, value, width));
+
+            let exits = vcpu.port_out(0x510, width, 0x44_3322_1100);
+            let data = 0x44_3322_1100_u64.to_le_bytes()[..width].to_vec();
+            assert_eq!(exits, [PortExit::Out(0x510, width, data)]);
         }
     }
 

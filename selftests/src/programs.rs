@@ -5,7 +5,7 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
-use kvm_bpf::{Device, Image, MmioDevice, OpenImage};
+use kvm_bpf::{Device, Image, ImageDevice, OpenImage, Place};
 use kvm_ioctls::VmFd;
 
 use crate::bpf::{
@@ -49,9 +49,9 @@ pub fn loaded(image: OpenImage) -> Image {
 
 /// A device whose programs need nothing more than to be loaded.
 #[track_caller]
-pub fn plug(vm: &VmFd, addr: u64, image: OpenImage) -> MmioDevice {
+pub fn plug(vm: &VmFd, addr: u64, image: OpenImage) -> ImageDevice {
     let device = Device::new(vm).expect("KVM_CREATE_DEVICE");
-    MmioDevice::new(device, addr, loaded(image))
+    ImageDevice::new(device, Place::Memory(addr), loaded(image))
         .unwrap_or_else(|error| panic!("wanted the region to be set, got {error:#?}"))
 }
 

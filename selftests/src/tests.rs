@@ -61,12 +61,19 @@ mod irq;
 mod kfunc;
 mod lifetime;
 mod object;
+#[cfg(target_arch = "x86_64")]
+mod pio;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "tests/no_pio.rs"]
+mod pio;
 mod pl031;
 mod regbank;
 mod region;
 mod replace;
 mod rights;
 mod swap;
+#[cfg(target_arch = "x86_64")]
+mod uart16550;
 mod vcpufreq;
 mod verifier;
 
@@ -87,6 +94,7 @@ pub fn all() -> Vec<Trial> {
         bus::all(),
         rights::all(),
         access::all(),
+        pio::all(),
         context::all(),
         swap::all(),
         object::all(),
@@ -99,6 +107,8 @@ pub fn all() -> Vec<Trial> {
         regbank::all(),
         pl031::all(),
         vcpufreq::all(),
+        #[cfg(target_arch = "x86_64")]
+        uart16550::all(),
     ]
     .into_iter()
     .flatten()

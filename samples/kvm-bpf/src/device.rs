@@ -2,6 +2,7 @@
 
 //! The KVM device: regions of programs, and interrupts.
 
+use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use kvm_bindings::{kvm_create_device, kvm_device_attr};
@@ -11,10 +12,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::image::{self, Image, OpenImage};
 use crate::maps::{MapChanges, OnLoss};
-use crate::note::Note;
+use crate::note::{Note, Range, Space};
 use crate::uapi::{
-    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_TYPE_BPF, kvm_bpf_user_irq,
-    kvm_bpf_user_region,
+    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
+    KVM_DEV_TYPE_BPF, kvm_bpf_user_irq, kvm_bpf_user_region,
 };
 
 /// Why a device operation failed.
@@ -29,18 +30,27 @@ pub enum Error {
     #[error("cannot create the KVM device")]
     Create(#[source] errno::Error),
     /// The region is refused.
-    #[error("cannot set region {index} at {addr:#x}, {size:#x} bytes")]
+    #[error("cannot set region {index} at {place}, {size:#x} bytes")]
     SetRegion {
         /// Index of the region.
         index: u64,
-        /// First guest-physical address.
-        addr: u64,
+        /// Where it begins.
+        place: Place,
         /// Length in bytes.
         size: u64,
         /// The kernel's error.
         #[source]
         source: errno::Error,
     },
+    /// The host has no ports, or the kernel no regions of them.
+    #[error("this host's KVM has no eBPF devices at ports (not an x86 host, or an older kernel)")]
+    NoPorts,
+    /// A device of memory was to be at ports, or the other way round.
+    #[error("the device is for {}, not for {}", space_name(*.0), space_name(opposite(*.0)))]
+    WrongSpace(Space),
+    /// The device has several ranges.
+    #[error("the device has {0} ranges; this library serves those of one")]
+    SeveralRanges(usize),
     /// The region cannot be removed.
     #[error("cannot remove region {index}")]
     UnsetRegion {
@@ -83,6 +93,63 @@ pub enum Error {
 
 type Result<T> = std::result::Result<T, Error>;
 
+/// Where a region begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// At a guest-physical address.
+    Memory(u64),
+    /// At a port.
+    Port(u16),
+}
+
+impl Place {
+    /// Memory or ports.
+    pub fn space(self) -> Space {
+        match self {
+            Place::Memory(_) => Space::Memory,
+            Place::Port(_) => Space::Ports,
+        }
+    }
+
+    /// The address or port.
+    pub fn addr(self) -> u64 {
+        match self {
+            Place::Memory(addr) => addr,
+            Place::Port(port) => port.into(),
+        }
+    }
+
+    fn group(self) -> u32 {
+        match self {
+            Place::Memory(_) => KVM_DEV_BPF_ATTR_GROUP_REGION,
+            Place::Port(_) => KVM_DEV_BPF_ATTR_GROUP_PIO,
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Memory(addr) => write!(f, "{addr:#x}"),
+            Place::Port(port) => write!(f, "port {port:#x}"),
+        }
+    }
+}
+
+fn space_name(space: Space) -> &'static str {
+    match space {
+        Space::Memory => "memory",
+        Space::Ports => "ports",
+    }
+}
+
+fn opposite(space: Space) -> Space {
+    match space {
+        Space::Memory => Space::Ports,
+        Space::Ports => Space::Memory,
+    }
+}
+
 /// A KVM device of type `KVM_DEV_TYPE_BPF`.
 ///
 /// It lives as long as this value: dropping it removes its regions and
@@ -112,38 +179,50 @@ impl Device {
     /// Set again with the same range, the region goes over to the new programs
     /// in one step: each access runs the old ones or the new ones. The kernel
     /// keeps references of its own to the programs.
+    ///
+    /// Indices of regions at ports and at addresses are the same.
     pub fn set_region(
         &self,
         index: u64,
-        addr: u64,
+        place: Place,
         size: u64,
         read: Option<BorrowedFd<'_>>,
         write: Option<BorrowedFd<'_>>,
     ) -> Result<()> {
         let region = kvm_bpf_user_region {
-            addr,
+            addr: place.addr(),
             size,
             bpf_readfd: raw_or_none(read),
             bpf_writefd: raw_or_none(write),
         };
-        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_REGION, index, &region)
-            .map_err(|source| Error::SetRegion {
-                index,
-                addr,
-                size,
-                source,
-            })
+        let group = place.group();
+        self.set_attr(group, index, &region).map_err(|source| {
+            let no_ports = group == KVM_DEV_BPF_ATTR_GROUP_PIO && !self.has_attr(group, 0);
+            match no_ports {
+                true => Error::NoPorts,
+                false => Error::SetRegion {
+                    index,
+                    place,
+                    size,
+                    source,
+                },
+            }
+        })
     }
 
     /// Removes a region; accesses to its range exit to the VMM from then on.
-    pub fn unset_region(&self, index: u64) -> Result<()> {
+    pub fn unset_region(&self, space: Space, index: u64) -> Result<()> {
         let none = kvm_bpf_user_region {
             addr: 0,
             size: 0,
             bpf_readfd: -1,
             bpf_writefd: -1,
         };
-        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_REGION, index, &none)
+        let group = match space {
+            Space::Memory => KVM_DEV_BPF_ATTR_GROUP_REGION,
+            Space::Ports => KVM_DEV_BPF_ATTR_GROUP_PIO,
+        };
+        self.set_attr(group, index, &none)
             .map_err(|source| Error::UnsetRegion { index, source })
     }
 
@@ -170,6 +249,15 @@ impl Device {
             .map_err(|source| Error::UnsetIrq { index, source })
     }
 
+    fn has_attr(&self, group: u32, attr: u64) -> bool {
+        let attr = kvm_device_attr {
+            group,
+            attr,
+            ..Default::default()
+        };
+        self.fd.has_device_attr(&attr).is_ok()
+    }
+
     fn set_attr<T>(
         &self,
         group: u32,
@@ -191,24 +279,21 @@ fn raw_or_none(fd: Option<BorrowedFd<'_>>) -> i32 {
 
 /// A device that one object file describes: a single region, its programs and its maps.
 #[derive(Debug)]
-pub struct MmioDevice {
+pub struct ImageDevice {
     device: Device,
-    addr: u64,
+    place: Place,
     image: Image,
 }
 
-impl MmioDevice {
-    /// The region of the device that holds its registers.
-    const REGION: u64 = 0;
-
-    /// Has the programs of `image` handle the guest's accesses at `addr`, from now on.
+impl ImageDevice {
+    /// Has the programs of `image` handle the guest's accesses at `place`, from now on.
     ///
     /// So whatever they need is there before: what the VMM puts into maps, and the interrupts.
-    pub fn new(device: Device, addr: u64, image: Image) -> Result<Self> {
-        set_image(&device, addr, &image)?;
-        Ok(MmioDevice {
+    pub fn new(device: Device, place: Place, image: Image) -> Result<Self> {
+        set_image(&device, place, &image)?;
+        Ok(ImageDevice {
             device,
-            addr,
+            place,
             image,
         })
     }
@@ -246,14 +331,14 @@ impl MmioDevice {
     pub fn swap(&mut self, replacement: Replacement) -> Result<MapChanges> {
         // It may be another device's.
         self.check(replacement.image.note())?;
-        set_image(&self.device, self.addr, &replacement.image)?;
+        set_image(&self.device, self.place, &replacement.image)?;
         self.image = replacement.image;
         Ok(replacement.changes)
     }
 
-    /// First guest-physical address.
-    pub fn addr(&self) -> u64 {
-        self.addr
+    /// Where it is.
+    pub fn place(&self) -> Place {
+        self.place
     }
 
     /// The running programs and maps.
@@ -281,11 +366,21 @@ impl Replacement {
     }
 }
 
-fn set_image(device: &Device, addr: u64, image: &Image) -> Result<()> {
+/// The only region of the device that a note describes, which must be of that kind.
+pub fn only_region(note: &Note, space: Space) -> Result<Range> {
+    match note.regions()[..] {
+        [range] if range.space == space => Ok(range),
+        [range] => Err(Error::WrongSpace(range.space)),
+        ref ranges => Err(Error::SeveralRanges(ranges.len())),
+    }
+}
+
+fn set_image(device: &Device, place: Place, image: &Image) -> Result<()> {
+    let range = only_region(image.note(), place.space())?;
     device.set_region(
-        MmioDevice::REGION,
-        addr,
-        image.note().mmio_size,
+        range.region.into(),
+        place,
+        range.size,
         image.read_program(),
         image.write_program(),
     )

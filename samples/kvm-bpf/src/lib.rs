@@ -5,12 +5,12 @@
 //! A device is an object file: programs that handle guest reads and writes,
 //! maps with its state, and a [`note`] with its size, its interrupts and its
 //! name. [`OpenImage`] opens such a file, [`Image`] is the loaded one, and
-//! [`MmioDevice`] puts it into a VM, where accesses no longer leave the
+//! [`ImageDevice`] puts it into a VM, where accesses no longer leave the
 //! kernel. [`Device`] is the KVM device by itself, for a VMM that loads
 //! programs in another way, or is handed them by a process with more rights.
 //!
 //! ```no_run
-//! use kvm_bpf::{Device, MmioDevice, OnLoss, OpenImage};
+//! use kvm_bpf::{Device, ImageDevice, OnLoss, OpenImage, Place};
 //! use vmm_sys_util::eventfd::EventFd;
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -27,7 +27,7 @@
 //! device.set_irq(0, &irq)?;
 //!
 //! // When all is set the guest gets to see it.
-//! let mut device = MmioDevice::new(device, 0xd000_0000, image)?;
+//! let mut device = ImageDevice::new(device, Place::Memory(0xd000_0000), image)?;
 //!
 //! // Later, while vCPUs run: new programs, same state.
 //! let changes = device.replace(OpenImage::open_file(file)?, OnLoss::Refuse)?;
@@ -50,7 +50,7 @@ mod maps;
 pub mod note;
 pub mod uapi;
 
-pub use device::{Device, MmioDevice, Replacement};
+pub use device::{Device, ImageDevice, Place, Replacement};
 pub use image::{Image, OpenImage};
 pub use maps::{MapChanges, OnLoss};
 pub use note::Note;

@@ -10,8 +10,21 @@
 //! | --- | --- |
 //! | 4 | version of this layout, [`VERSION`] |
 //! | 4 | number of interrupts, at most 256 |
-//! | 8 | bytes of MMIO space, 1 to `i32::MAX` |
+//! | 8 | bytes of MMIO space, which is region 0: 1 to `i32::MAX`, or 0 where the next note has a range |
 //! | rest | device-tree `compatible` strings, each ending in NUL, at least one |
+//!
+//! A second note, of type [`TYPE_ITEMS`], may say more, in either order. It is a list of items,
+//! each at a multiple of 4 bytes, with zeroes in between and behind:
+//!
+//! | bytes | meaning |
+//! | --- | --- |
+//! | 2 | kind, one of [`kind`]; with bit 15, [`REQUIRED`], a reader that does not know it refuses the device, without it skips the item |
+//! | 2 | bytes of what follows |
+//! | rest | what the kind says |
+//!
+//! [`kind::MMIO_RANGE`] and [`kind::PORT_RANGE`] have 16 bytes: the index of the region (4 bytes,
+//! below 256), flags (4, 0 so far) and the size in bytes (8; of ports, at most 65536). Where a range
+//! goes is the VMM's choice. No index is there twice, region 0 of the first note included.
 //!
 //! `samples/devices/kvm_bpf.h` writes it from C.
 
@@ -19,7 +32,7 @@ use object::elf::{EM_BPF, FileHeader64};
 use object::read::elf::{FileHeader, SectionHeader};
 use object::{Endianness, elf};
 
-use crate::uapi::KVM_DEV_BPF_MAX_IRQS;
+use crate::uapi::{KVM_DEV_BPF_MAX_IRQS, KVM_DEV_BPF_MAX_REGIONS};
 
 /// Section that holds the note.
 pub const SECTION: &str = ".note.kvm-bpf.mmio-device";
@@ -29,19 +42,70 @@ pub const OWNER: &str = "kvm-bpf";
 pub const TYPE: u32 = 1;
 /// The newest layout this crate reads.
 pub const VERSION: u32 = 1;
+/// Type of the note with the list of items.
+pub const TYPE_ITEMS: u32 = 2;
+
+/// Kinds of items. This crate reads the ranges; the other numbers are settled, what follows
+/// them is not.
+pub mod kind {
+    /// A range of guest-physical addresses.
+    pub const MMIO_RANGE: u16 = 1;
+    /// A range of ports.
+    pub const PORT_RANGE: u16 = 2;
+    /// A page whose reads have no side effect.
+    pub const READ_PAGE: u16 = 3;
+    /// An eventfd that is no interrupt.
+    pub const DOORBELL: u16 = 4;
+    /// A window of guest memory.
+    pub const WINDOW: u16 = 5;
+    /// A program that runs without a guest's access.
+    pub const WORK_NAME: u16 = 6;
+    /// Version of the device's state.
+    pub const STATE_VERSION: u16 = 7;
+}
+/// In an item's kind: who does not know it cannot serve the device.
+pub const REQUIRED: u16 = 1 << 15;
 
 /// Bytes before the `compatible` strings.
 const FIXED_LEN: usize = 16;
+/// Bytes of an item before what its kind says, and of what a range says.
+const ITEM_LEN: usize = 4;
+const RANGE_LEN: usize = 16;
+/// Ports that there are.
+const MAX_PORTS: u64 = 0x1_0000;
+
+/// Where a region is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Space {
+    /// At guest-physical addresses.
+    Memory,
+    /// At ports.
+    Ports,
+}
+
+/// A region of the device, without its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Memory or ports.
+    pub space: Space,
+    /// Index of the region, which programs see.
+    pub region: u32,
+    /// Bytes or ports: 1 to `i32::MAX` or to 65536.
+    pub size: u64,
+}
 
 /// What the note says about a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
-    /// Bytes of guest-physical address space, 1 to `i32::MAX`.
+    /// Bytes of guest-physical address space that region 0 has, 1 to `i32::MAX`; 0 if `ranges` are
+    /// all there is.
     pub mmio_size: u64,
     /// Number of interrupts; indices are 0 to one below this.
     pub nr_irqs: u32,
     /// Device-tree `compatible` strings, most specific first; at least one.
     pub compatible: Vec<String>,
+    /// The ranges of the second note, in its order.
+    pub ranges: Vec<Range>,
 }
 
 /// Why a file has no usable note.
@@ -73,6 +137,9 @@ pub enum Error {
     /// The note's content is wrong.
     #[error("bad device note: {0}")]
     BadNote(String),
+    /// The second note has something that this crate does not know and must.
+    #[error("the device needs what this does not know: kind {0:#x} of its note")]
+    UnknownKind(u16),
 }
 
 impl From<object::read::Error> for Error {
@@ -102,12 +169,52 @@ impl Note {
             return Err(Error::NoNote);
         }
         let mut notes = section.notes(endian, file)?.ok_or(Error::NoNote)?;
+        let (mut device, mut items) = (None, None);
         while let Some(note) = notes.next()? {
-            if note.name() == OWNER.as_bytes() && note.n_type(endian) == TYPE {
-                return Self::from_desc(note.desc());
+            let r#type = note.n_type(endian);
+            let found = match r#type {
+                _ if note.name() != OWNER.as_bytes() => continue,
+                TYPE => &mut device,
+                TYPE_ITEMS => &mut items,
+                _ => continue,
+            };
+            if found.replace(note.desc()).is_some() {
+                return Err(Error::BadNote(format!("two of type {type}")));
             }
         }
-        Err(Error::NoNote)
+        let mut note = Self::from_desc(device.ok_or(Error::NoNote)?)?;
+        if let Some(items) = items {
+            note.ranges = parse_items(items)?;
+        }
+        note.check_regions()?;
+        Ok(note)
+    }
+
+    /// All regions.
+    pub fn regions(&self) -> Vec<Range> {
+        let first = (self.mmio_size != 0).then_some(Range {
+            space: Space::Memory,
+            region: 0,
+            size: self.mmio_size,
+        });
+        first
+            .into_iter()
+            .chain(self.ranges.iter().copied())
+            .collect()
+    }
+
+    fn check_regions(&self) -> Result<(), Error> {
+        let regions = self.regions();
+        if regions.is_empty() {
+            return Err(Error::BadNote("MMIO size 0 and no other range".to_string()));
+        }
+        for (at, range) in regions.iter().enumerate() {
+            let same = |other: &&Range| other.region == range.region;
+            if regions[..at].iter().any(|other| same(&other)) {
+                return Err(Error::BadNote(format!("region {} twice", range.region)));
+            }
+        }
+        Ok(())
     }
 
     /// Reads the descriptor, the part of the note after owner and type.
@@ -132,9 +239,9 @@ impl Note {
         else {
             return bad(format!("{} bytes, at least {FIXED_LEN} needed", desc.len()));
         };
-        if mmio_size == 0 || mmio_size > i32::MAX as u64 {
+        if mmio_size > i32::MAX as u64 {
             return bad(format!(
-                "MMIO size {mmio_size:#x}, not 1 to {:#x}",
+                "MMIO size {mmio_size:#x}, more than {:#x}",
                 i32::MAX
             ));
         }
@@ -160,8 +267,92 @@ impl Note {
             mmio_size,
             nr_irqs,
             compatible,
+            ranges: Vec::new(),
         })
     }
+}
+
+/// Reads the list of items; returns the ranges.
+fn parse_items(desc: &[u8]) -> Result<Vec<Range>, Error> {
+    let bad = |reason: String| Err(Error::BadNote(reason));
+
+    let mut ranges = Vec::new();
+    let mut at = 0;
+    while at < desc.len() {
+        let (Some(kind), Some(len)) = (read_u16(desc, at), read_u16(desc, at + 2)) else {
+            return bad(format!(
+                "item at {at}: {} bytes have no room for one",
+                desc.len() - at
+            ));
+        };
+        let start = at + ITEM_LEN;
+        let end = start + usize::from(len);
+        let Some(payload) = desc.get(start..end) else {
+            return bad(format!(
+                "item at {at}: {len} bytes, {} are there",
+                desc.len() - start
+            ));
+        };
+        let space = match kind & !REQUIRED {
+            kind::MMIO_RANGE => Some(Space::Memory),
+            kind::PORT_RANGE => Some(Space::Ports),
+            _ if kind & REQUIRED != 0 => return Err(Error::UnknownKind(kind)),
+            0 => return bad(format!("item at {at}: kind 0")),
+            _ => None,
+        };
+        if let Some(space) = space {
+            match parse_range(space, payload) {
+                Ok(range) => ranges.push(range),
+                Err(reason) => return bad(format!("item at {at}: {reason}")),
+            }
+        }
+        at = end.next_multiple_of(4);
+        // The last one may end without.
+        let padding = &desc[end..at.min(desc.len())];
+        if padding.iter().any(|&byte| byte != 0) {
+            return bad(format!("not 0 between items, at {end}"));
+        }
+    }
+    Ok(ranges)
+}
+
+fn parse_range(space: Space, payload: &[u8]) -> Result<Range, String> {
+    let (Some(region), Some(flags), Some(size), RANGE_LEN) = (
+        read_u32(payload, 0),
+        read_u32(payload, 4),
+        read_u64(payload, 8),
+        payload.len(),
+    ) else {
+        return Err(format!(
+            "a range of {} bytes, not {RANGE_LEN}",
+            payload.len()
+        ));
+    };
+    let max = match space {
+        Space::Memory => i32::MAX as u64,
+        Space::Ports => MAX_PORTS,
+    };
+    if size == 0 || size > max {
+        return Err(format!("range of size {size:#x}, not 1 to {max:#x}"));
+    }
+    if u64::from(region) >= KVM_DEV_BPF_MAX_REGIONS {
+        return Err(format!(
+            "region {region}, not below {KVM_DEV_BPF_MAX_REGIONS}"
+        ));
+    }
+    if flags != 0 {
+        return Err(format!("unknown flags {flags:#x} of a range"));
+    }
+    Ok(Range {
+        space,
+        region,
+        size,
+    })
+}
+
+fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
+    let bytes = bytes.get(at..at + 2)?;
+    Some(u16::from_le_bytes(bytes.try_into().ok()?))
 }
 
 fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
@@ -269,6 +460,7 @@ mod tests {
                 mmio_size: 0x1000,
                 nr_irqs: 2,
                 compatible: vec!["a,b".into(), "c".into()],
+                ranges: vec![],
             }
         );
     }
@@ -285,7 +477,7 @@ mod tests {
     fn finds_the_note_behind_others() {
         let desc = desc(1, 0, 8, b"x\0");
         let mut notes = note(b"GNU\0", TYPE, b"12345");
-        notes.extend(note(b"kvm-bpf\0", TYPE + 1, &desc));
+        notes.extend(note(b"kvm-bpf\0", TYPE + 2, &desc));
         assert_eq!(Note::from_elf(&elf(&notes)), Err(Error::NoNote));
         notes.extend(note(b"kvm-bpf\0", TYPE, &desc));
         assert_eq!(Note::from_elf(&elf(&notes)).unwrap().mmio_size, 8);
@@ -341,7 +533,7 @@ mod tests {
         assert_bad(&[1, 0, 0], "version");
         assert_bad(&desc(0, 0, 8, b"x\0"), "version 0");
         assert_bad(&desc(1, 0, 8, b"x\0")[..FIXED_LEN - 1], "at least");
-        assert_bad(&desc(1, 0, 0, b"x\0"), "MMIO size");
+        assert_bad(&desc(1, 0, 0, b"x\0"), "MMIO size 0 and no other range");
         assert_bad(&desc(1, 0, 0x8000_0000, b"x\0"), "MMIO size");
         assert_bad(&desc(1, 257, 8, b"x\0"), "interrupts");
         assert_bad(&desc(1, 0, 8, b""), "NUL");
@@ -373,7 +565,15 @@ mod tests {
 
     #[test]
     fn survives_every_flipped_byte() {
-        let file = elf(&note(b"kvm-bpf\0", TYPE, &desc(1, 1, 0x1000, b"a,b\0")));
+        let mut notes = note(b"kvm-bpf\0", TYPE, &desc(1, 1, 0x1000, b"a,b\0"));
+        let items = [
+            range(kind::PORT_RANGE, 1, 0, 8),
+            item(kind::DOORBELL, b"odd"),
+            range(kind::MMIO_RANGE, 2, 0, 8),
+        ];
+        notes.extend(note(b"kvm-bpf\0", TYPE_ITEMS, &items.concat()));
+        let file = elf(&notes);
+        assert!(Note::from_elf(&file).is_ok());
         for at in 0..file.len() {
             for value in [0x00, 0x7f, 0x80, 0xff] {
                 let mut file = file.clone();
@@ -381,6 +581,174 @@ mod tests {
                 // Either answer will do; a panic will not.
                 let _ = Note::from_elf(&file);
             }
+        }
+    }
+
+    /// An item, padded to 4 bytes.
+    fn item(kind: u16, payload: &[u8]) -> Vec<u8> {
+        let mut item = Vec::new();
+        item.extend(kind.to_le_bytes());
+        item.extend((payload.len() as u16).to_le_bytes());
+        item.extend(payload);
+        item.resize(item.len().next_multiple_of(4), 0);
+        item
+    }
+
+    fn range(kind: u16, region: u32, flags: u32, size: u64) -> Vec<u8> {
+        let mut payload = Vec::new();
+        payload.extend(region.to_le_bytes());
+        payload.extend(flags.to_le_bytes());
+        payload.extend(size.to_le_bytes());
+        item(kind, &payload)
+    }
+
+    /// A device without memory of its own, and these items.
+    fn parse_items_of(items: &[u8]) -> Result<Note, Error> {
+        let mut notes = note(b"kvm-bpf\0", TYPE, &desc(1, 0, 0, b"x\0"));
+        notes.extend(note(b"kvm-bpf\0", TYPE_ITEMS, items));
+        Note::from_elf(&elf(&notes))
+    }
+
+    #[track_caller]
+    fn assert_bad_items(items: &[u8], wanted: &str) {
+        match parse_items_of(items) {
+            Err(Error::BadNote(reason)) => {
+                assert!(reason.contains(wanted), "wanted {wanted:?}, got {reason:?}")
+            }
+            other => panic!("wanted a bad note ({wanted}), got {other:?}"),
+        }
+    }
+
+    #[test]
+    fn reads_ranges() {
+        let items = [
+            range(kind::PORT_RANGE, 3, 0, 8),
+            range(kind::MMIO_RANGE, 255, 0, 0x7fff_ffff),
+            range(kind::PORT_RANGE | REQUIRED, 0, 0, 0x1_0000),
+        ];
+        let wanted = [
+            (Space::Ports, 3, 8),
+            (Space::Memory, 255, 0x7fff_ffff),
+            (Space::Ports, 0, 0x1_0000),
+        ]
+        .map(|(space, region, size)| Range {
+            space,
+            region,
+            size,
+        });
+        let parsed = parse_items_of(&items.concat()).unwrap();
+        assert_eq!((parsed.mmio_size, &parsed.ranges[..]), (0, &wanted[..]));
+        assert_eq!(parsed.regions(), wanted);
+
+        // With the memory of the first note, and before it.
+        let mut notes = note(b"kvm-bpf\0", TYPE_ITEMS, &items[..2].concat());
+        notes.extend(note(b"kvm-bpf\0", TYPE, &desc(1, 0, 64, b"x\0")));
+        let parsed = Note::from_elf(&elf(&notes)).unwrap();
+        let first = Range {
+            space: Space::Memory,
+            region: 0,
+            size: 64,
+        };
+        assert_eq!(parsed.regions(), [first, wanted[0], wanted[1]]);
+    }
+
+    #[test]
+    fn skips_unknown_kinds() {
+        let good = range(kind::PORT_RANGE, 0, 0, 8);
+        let wanted = parse_items_of(&good).unwrap();
+        for kind in [
+            kind::READ_PAGE,
+            kind::DOORBELL,
+            kind::WINDOW,
+            kind::WORK_NAME,
+            kind::STATE_VERSION,
+            8,
+            REQUIRED - 1,
+        ] {
+            for payload in [&b""[..], b"1", b"four", b"padded"] {
+                let unknown = item(kind, payload);
+                for items in [
+                    [unknown.clone(), good.clone()],
+                    [good.clone(), unknown.clone()],
+                ] {
+                    assert_eq!(parse_items_of(&items.concat()), Ok(wanted.clone()));
+                }
+                let needed = [good.clone(), item(kind | REQUIRED, payload)].concat();
+                let refused = Err(Error::UnknownKind(kind | REQUIRED));
+                assert_eq!(parse_items_of(&needed), refused, "kind {kind:#x}");
+            }
+        }
+        let message = Error::UnknownKind(0x8003).to_string();
+        assert!(message.contains("kind 0x8003"), "{message}");
+        // It is skipped, and what is left is nothing.
+        assert_bad_items(&item(kind::WINDOW, b""), "no other range");
+        assert_bad_items(b"", "no other range");
+    }
+
+    #[test]
+    fn refuses_bad_items() {
+        for kind in [kind::MMIO_RANGE, kind::PORT_RANGE] {
+            assert_bad_items(&range(kind, 0, 0, 0), "size 0x0");
+            assert_bad_items(&range(kind, 0, 0, 1 << 32 | 8), "size 0x100000008");
+            assert_bad_items(&range(kind, 256, 0, 8), "region 256");
+            assert_bad_items(&range(kind, 0, 1, 8), "flags 0x1");
+            for len in [0, 1, 4, 15, 17, 20] {
+                let wanted = format!("{len} bytes, not 16");
+                assert_bad_items(&item(kind, &vec![0; len]), &wanted);
+            }
+        }
+        assert_bad_items(&range(kind::MMIO_RANGE, 0, 0, 0x8000_0000), "size");
+        assert_bad_items(&range(kind::PORT_RANGE, 0, 0, 0x1_0001), "size");
+        assert_bad_items(&item(0, b""), "kind 0");
+        let at_20 = [range(kind::PORT_RANGE, 0, 0, 8), item(0, b"")].concat();
+        assert_bad_items(&at_20, "item at 20");
+        let mut padded = item(kind::WINDOW, b"1");
+        padded[6] = 1;
+        assert_bad_items(&padded, "not 0");
+    }
+
+    #[test]
+    fn refuses_duplicates() {
+        let ports = |region| range(kind::PORT_RANGE, region, 0, 8);
+        let memory = |region| range(kind::MMIO_RANGE, region, 0, 8);
+        assert_bad_items(&[ports(1), memory(2), ports(1)].concat(), "region 1 twice");
+        assert_bad_items(&[ports(7), memory(7)].concat(), "region 7 twice");
+        assert!(parse_items_of(&[ports(7), memory(8)].concat()).is_ok());
+
+        let first = note(b"kvm-bpf\0", TYPE, &desc(1, 0, 8, b"x\0"));
+        let items = |region| note(b"kvm-bpf\0", TYPE_ITEMS, &ports(region));
+        let refused = |notes: &[Vec<u8>], wanted: &str| match Note::from_elf(&elf(&notes.concat()))
+        {
+            Err(Error::BadNote(reason)) if reason.contains(wanted) => {}
+            other => panic!("wanted {wanted:?}, got {other:?}"),
+        };
+        // The first note's memory is region 0.
+        refused(&[first.clone(), items(0)], "region 0 twice");
+        refused(&[first.clone(), items(1), items(2)], "two of type 2");
+        refused(&[first.clone(), first.clone()], "two of type 1");
+        // The second note alone is none.
+        assert_eq!(Note::from_elf(&elf(&items(1))), Err(Error::NoNote));
+    }
+
+    #[test]
+    fn refuses_every_truncated_list() {
+        let items = [
+            range(kind::PORT_RANGE, 0, 0, 8),
+            item(kind::WINDOW, b"12345"),
+            range(kind::MMIO_RANGE, 1, 0, 8),
+        ];
+        let (list, ends) = (items.concat(), [20, 30, 29, 31, 32, 52]);
+        for len in 0..=list.len() {
+            let parsed = parse_items_of(&list[..len]);
+            // What ends behind an item, and its padding or a part of that, is a list.
+            assert_eq!(parsed.is_ok(), ends.contains(&len), "{len}: {parsed:?}");
+        }
+        // Within the second note; the first alone is whole.
+        let first = note(b"kvm-bpf\0", TYPE, &desc(1, 0, 8, b"x\0"));
+        let range = range(kind::PORT_RANGE, 1, 0, 8);
+        let notes = [first.clone(), note(b"kvm-bpf\0", TYPE_ITEMS, &range)].concat();
+        for len in first.len() + 1..notes.len() {
+            assert!(Note::from_elf(&elf(&notes[..len])).is_err(), "{len} bytes");
         }
     }
 }

@@ -14,6 +14,9 @@ pub const KVM_DEV_TYPE_BPF: u32 = 17;
 pub const KVM_DEV_BPF_ATTR_GROUP_REGION: u32 = 1;
 /// Attribute group: one interrupt per index, [`kvm_bpf_user_irq`].
 pub const KVM_DEV_BPF_ATTR_GROUP_IRQ: u32 = 2;
+/// Attribute group, on x86: one region of ports per index, [`kvm_bpf_user_region`]. No index is
+/// in use in both groups of regions.
+pub const KVM_DEV_BPF_ATTR_GROUP_PIO: u32 = 3;
 
 /// How many regions a device has: indices 0 to one below this.
 pub const KVM_DEV_BPF_MAX_REGIONS: u64 = 256;
@@ -25,11 +28,11 @@ pub const BPF_PROG_TYPE_KVM_IO_READ: u32 = 33;
 /// Program type of write handlers.
 pub const BPF_PROG_TYPE_KVM_IO_WRITE: u32 = 34;
 
-/// `struct kvm_bpf_user_region`: a range of guest-physical addresses and its programs.
+/// `struct kvm_bpf_user_region`: a range of guest-physical addresses, or ports, and its programs.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct kvm_bpf_user_region {
-    /// First guest-physical address.
+    /// First guest-physical address, or port.
     pub addr: u64,
     /// Length in bytes; 0 with both fds -1 unregisters.
     pub size: u64,

@@ -32,6 +32,7 @@ use self::fdt::{GIC_DIST_ADDR, GIC_REDIST_ADDR, Machine, SERIAL_ADDR, SERIAL_GSI
 pub use self::fdt::{RAM_START, reserved_ranges};
 use crate::boot::{Error, kvm, load_initrd};
 use crate::console::Console;
+use crate::output::Output;
 use crate::vm::GuestDevice;
 
 /// What the VMM needs of KVM here.
@@ -121,6 +122,11 @@ impl Platform {
             _ => return false,
         }
         true
+    }
+
+    /// Where other devices may write what is for the console.
+    pub fn console(&self) -> Output {
+        self.console.output()
     }
 
     /// Waits for the console's output to be taken; returns how many bytes are lost.

@@ -1,20 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Guest-physical ranges: who has which, and where an access that left the kernel goes.
+//! Ranges of guest-physical addresses and of ports: who has which, and where an access that left
+//! the kernel goes.
 
 use std::fmt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use kvm_bpf::note::Space;
+
 use crate::report::{self, Direction, Exits, Server};
 use crate::userspace::MmioDevice;
 
-/// A named range of guest-physical addresses.
+/// The last port.
+const LAST_PORT: u64 = 0xffff;
+
+/// A named range of guest-physical addresses, or of ports.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Range {
     /// What is there.
     pub name: String,
-    /// First address.
+    /// Which of both.
+    pub space: Space,
+    /// First address or port.
     pub addr: u64,
     /// Length in bytes, not 0.
     pub size: u64,
@@ -25,8 +33,17 @@ impl Range {
     pub fn new(name: &str, addr: u64, size: u64) -> Self {
         Range {
             name: name.to_string(),
+            space: Space::Memory,
             addr,
             size,
+        }
+    }
+
+    /// The same with ports.
+    pub fn of_ports(name: &str, port: u16, size: u64) -> Self {
+        Range {
+            space: Space::Ports,
+            ..Range::new(name, port.into(), size)
         }
     }
 
@@ -37,6 +54,7 @@ impl Range {
 
     fn overlaps(&self, other: &Range) -> bool {
         match (self.last(), other.last()) {
+            _ if self.space != other.space => false,
             (Some(last), Some(other_last)) => self.addr <= other_last && other.addr <= last,
             _ => true,
         }
@@ -46,7 +64,11 @@ impl Range {
 impl fmt::Display for Range {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let last = self.addr.wrapping_add(self.size - 1);
-        write!(f, "{} ({:#x} to {last:#x})", self.name, self.addr)
+        let ports = match self.space {
+            Space::Memory => "",
+            Space::Ports => "ports ",
+        };
+        write!(f, "{} ({ports}{:#x} to {last:#x})", self.name, self.addr)
     }
 }
 
@@ -62,6 +84,9 @@ pub enum Conflict {
     /// The range goes past the last address that the guest's CPUs have.
     #[error("{0} goes past the guest's last address, {last:#x} ({1} bits)", last = last_address(*.1))]
     OutOfReach(Range, u8),
+    /// The range goes past the last port there is.
+    #[error("{0} goes past the last port, {LAST_PORT:#x}")]
+    NoSuchPort(Range),
 }
 
 /// The last of the addresses that have so many bits.
@@ -74,7 +99,9 @@ pub fn check_reach<'a>(
     ranges: impl IntoIterator<Item = &'a Range>,
     bits: u8,
 ) -> Result<(), Conflict> {
-    let reached = |range: &Range| range.last().is_some_and(|last| last <= last_address(bits));
+    let reached = |range: &Range| {
+        range.space == Space::Ports || range.last().is_some_and(|last| last <= last_address(bits))
+    };
     match ranges.into_iter().find(|range| !reached(range)) {
         Some(range) => Err(Conflict::OutOfReach(range.clone(), bits)),
         None => Ok(()),
@@ -84,6 +111,9 @@ pub fn check_reach<'a>(
 /// Checks that `devices` overlap neither each other nor what is `taken`.
 pub fn check_ranges(taken: &[Range], devices: &[Range]) -> Result<(), Conflict> {
     for (index, device) in devices.iter().enumerate() {
+        if device.space == Space::Ports && device.last().is_none_or(|last| last > LAST_PORT) {
+            return Err(Conflict::NoSuchPort(device.clone()));
+        }
         if device.last().is_none() {
             return Err(Conflict::Wraps(device.clone()));
         }
@@ -105,7 +135,7 @@ struct Slot {
     exits: Mutex<Exits>,
 }
 
-/// Takes the MMIO exits of all vCPUs.
+/// Takes the exits of all vCPUs for memory, or for ports.
 #[derive(Default)]
 pub struct Bus {
     slots: Vec<Slot>,
@@ -163,10 +193,8 @@ impl Bus {
 
     /// The devices' exits so far.
     pub fn report(&self) -> Vec<report::Device> {
-        let device = |slot: &Slot| {
-            let Range { name, addr, size } = &slot.range;
-            report::Device::new(name, slot.server, *addr, *size, &lock(&slot.exits))
-        };
+        let device =
+            |slot: &Slot| report::Device::new(&slot.range, slot.server, &lock(&slot.exits));
         self.slots.iter().map(device).collect()
     }
 }
@@ -231,6 +259,35 @@ mod tests {
         );
         let end = Range::new("a", u64::MAX, 1);
         assert_eq!(check_reach([&end], 64), Ok(()));
+    }
+
+    #[test]
+    fn ports_are_apart_from_memory() {
+        let taken = [
+            Range::new("RAM", 0, 0x1000_0000),
+            Range::of_ports("COM1", 0x3f8, 8),
+        ];
+        let fine = [
+            Range::of_ports("a", 0x3f0, 8),
+            Range::of_ports("b", 0x400, 8),
+            Range::of_ports("c", 0xffff, 1),
+        ];
+        assert_eq!(check_ranges(&taken, &fine), Ok(()));
+        assert_eq!(check_reach(&fine, 4), Ok(()));
+        for (port, size) in [(0x3f8, 8), (0x3ff, 1), (0x3f1, 8), (0, 0x1_0000)] {
+            let device = Range::of_ports("a", port, size);
+            let conflict = check_ranges(&taken, from_ref(&device)).unwrap_err();
+            assert_eq!(conflict, Conflict::Overlap(device, taken[1].clone()));
+        }
+        assert_eq!(
+            check_ranges(&taken, &[Range::of_ports("a", 0x3fc, 8)])
+                .unwrap_err()
+                .to_string(),
+            "a (ports 0x3fc to 0x403) overlaps COM1 (ports 0x3f8 to 0x3ff)"
+        );
+        let device = Range::of_ports("a", 0xfff9, 8);
+        let conflict = check_ranges(&[], from_ref(&device));
+        assert_eq!(conflict, Err(Conflict::NoSuchPort(device)));
     }
 
     #[test]

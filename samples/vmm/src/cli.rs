@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Parser;
+use kvm_bpf::Place;
 
 use crate::provide::PERF_TABLE_MAX;
 use crate::{arch, userspace};
@@ -44,8 +45,9 @@ pub struct Args {
     /// A device that the kernel serves from an object file (repeatable).
     ///
     /// What its programs do not handle is for the device NAME of --userspace; without one, reads
-    /// give all ones and writes are dropped.
-    #[arg(long, value_name = "DEVICE.o@ADDR[,fallback=NAME]")]
+    /// give all ones and writes are dropped. On x86-64, pio:PORT instead of ADDR is for a device at
+    /// ports. A ring buffer "output" of a device ns16550a is written to standard output, or to FILE.
+    #[arg(long, value_name = "DEVICE.o@ADDR[,fallback=NAME][,output=FILE]")]
     pub bpf: Vec<Bpf>,
 
     /// On SIGUSR1 take a file also if state is lost by that.
@@ -72,13 +74,13 @@ pub struct Args {
     pub report: Option<PathBuf>,
 }
 
-/// Something at a guest-physical address: `WHAT@ADDR`.
+/// Something at a guest-physical address, `WHAT@ADDR`, or at a port, `WHAT@pio:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct At {
     /// A file or a name.
     pub what: String,
-    /// First guest-physical address.
-    pub addr: u64,
+    /// Where it begins.
+    pub place: Place,
 }
 
 impl FromStr for At {
@@ -91,24 +93,39 @@ impl FromStr for At {
         if what.is_empty() {
             return Err("nothing before @ADDR".to_string());
         }
-        let parsed = match addr.strip_prefix("0x") {
-            Some(hex) => u64::from_str_radix(hex, 16),
-            None => addr.parse(),
+        let number = |text: &str| {
+            let parsed = match text.strip_prefix("0x") {
+                Some(hex) => u64::from_str_radix(hex, 16),
+                None => text.parse(),
+            };
+            parsed.map_err(|error| error.to_string())
+        };
+        let port = |text| {
+            if !cfg!(target_arch = "x86_64") {
+                return Err("there are no ports but on x86-64".to_string());
+            }
+            u16::try_from(number(text)?).map_err(|_| "there are ports 0 to 0xffff".to_string())
+        };
+        let place = match addr.strip_prefix("pio:") {
+            Some(text) => port(text).map(Place::Port),
+            None => number(addr).map(Place::Memory),
         };
         Ok(At {
             what: what.to_string(),
-            addr: parsed.map_err(|error| format!("address {addr:?}: {error}"))?,
+            place: place.map_err(|error| format!("address {addr:?}: {error}"))?,
         })
     }
 }
 
-/// A device of eBPF programs: `FILE@ADDR[,fallback=NAME]`.
+/// A device of eBPF programs: `FILE@ADDR[,fallback=NAME][,output=FILE]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bpf {
     /// File and address.
     pub at: At,
     /// The user-space device that takes what no program handles.
     pub fallback: Option<String>,
+    /// Where its output goes, if not to standard output.
+    pub output: Option<PathBuf>,
 }
 
 impl FromStr for Bpf {
@@ -119,20 +136,30 @@ impl FromStr for Bpf {
         let options = text
             .rfind('@')
             .and_then(|at| text[at..].find(',')?.checked_add(at));
-        let (at, option) = match options {
+        let (at, options) = match options {
             Some(comma) => (&text[..comma], Some(&text[comma + 1..])),
             None => (text, None),
         };
-        let fallback = option
-            .map(|option| match option.strip_prefix("fallback=") {
-                Some(name) if !name.is_empty() => Ok(name.to_string()),
-                _ => Err(format!("{option:?} is not fallback=NAME")),
-            })
-            .transpose()?;
-        Ok(Bpf {
+        let mut bpf = Bpf {
             at: at.parse()?,
-            fallback,
-        })
+            fallback: None,
+            output: None,
+        };
+        for option in options.into_iter().flat_map(|options| options.split(',')) {
+            let twice = match option.split_once('=') {
+                Some(("fallback", name)) if !name.is_empty() => {
+                    bpf.fallback.replace(name.to_string()).is_some()
+                }
+                Some(("output", file)) if !file.is_empty() => {
+                    bpf.output.replace(file.into()).is_some()
+                }
+                _ => return Err(format!("{option:?} is not fallback=NAME or output=FILE")),
+            };
+            if twice {
+                return Err(format!("{option:?}: a second time"));
+            }
+        }
+        Ok(bpf)
     }
 }
 
@@ -170,9 +197,13 @@ mod tests {
     #[test]
     fn addresses_are_hex_or_decimal() {
         let at: At = "dir/a@b.o@0xd0000000".parse().unwrap();
-        assert_eq!((at.what.as_str(), at.addr), ("dir/a@b.o", 0xd000_0000));
+        let place = Place::Memory(0xd000_0000);
+        assert_eq!((at.what.as_str(), at.place), ("dir/a@b.o", place));
         let at: At = "regbank@4096".parse().unwrap();
-        assert_eq!((at.what.as_str(), at.addr), ("regbank", 4096));
+        assert_eq!(
+            (at.what.as_str(), at.place),
+            ("regbank", Place::Memory(4096))
+        );
         for bad in [
             "",
             "a.o",
@@ -189,19 +220,46 @@ mod tests {
     #[test]
     fn devices_have_options() {
         let bpf: Bpf = "a,b@c.o@0x1000,fallback=regbank".parse().unwrap();
-        assert_eq!((bpf.at.what.as_str(), bpf.at.addr), ("a,b@c.o", 0x1000));
+        let place = Place::Memory(0x1000);
+        assert_eq!((bpf.at.what.as_str(), bpf.at.place), ("a,b@c.o", place));
         assert_eq!(bpf.fallback.as_deref(), Some("regbank"));
         let bpf: Bpf = "a,fallback=x@7".parse().unwrap();
-        assert_eq!((bpf.at.what.as_str(), bpf.at.addr), ("a,fallback=x", 7));
-        assert_eq!(bpf.fallback, None);
+        let place = Place::Memory(7);
+        assert_eq!(
+            (bpf.at.what.as_str(), bpf.at.place),
+            ("a,fallback=x", place)
+        );
+        assert_eq!((bpf.fallback, bpf.output), (None, None));
+        let bpf: Bpf = "a.o@1,output=/tmp/x,fallback=b".parse().unwrap();
+        assert_eq!(bpf.fallback.as_deref(), Some("b"));
+        assert_eq!(bpf.output.as_deref(), Some("/tmp/x".as_ref()));
         for bad in [
             "a.o@1,",
             "a.o@1,fallback",
             "a.o@1,fallback=",
             "a.o@1,x=y",
+            "a.o@1,output=",
+            "a.o@1,output=a,output=b",
+            "a.o@1,fallback=a,,output=b",
             "a.o,x@",
         ] {
             assert!(bad.parse::<Bpf>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ports_are_x86s() {
+        let parse = |text: &str| text.parse::<At>().map(|at| at.place);
+        if cfg!(target_arch = "x86_64") {
+            assert_eq!(parse("a@pio:0x2f8"), Ok(Place::Port(0x2f8)));
+            assert_eq!(parse("a@pio:760"), Ok(Place::Port(760)));
+            assert_eq!(parse("a@pio:0xffff"), Ok(Place::Port(0xffff)));
+            assert!(parse("a@pio:0x10000").is_err_and(|error| error.contains("0xffff")));
+        } else {
+            assert!(parse("a@pio:0x2f8").is_err_and(|error| error.contains("no ports")));
+        }
+        for bad in ["a@pio:", "a@pio", "a@pio:x", "@pio:1", "a@pio:-1"] {
+            assert!(parse(bad).is_err(), "{bad}");
         }
     }
 

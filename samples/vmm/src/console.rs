@@ -66,6 +66,11 @@ impl Console {
         self.lock().writer().finish()
     }
 
+    /// The same output, for others.
+    pub fn output(&self) -> Output {
+        self.lock().writer().clone()
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Serial<EventTrigger, NoEvents, Output>> {
         self.serial.lock().unwrap_or_else(|e| e.into_inner())
     }

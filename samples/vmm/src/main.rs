@@ -14,6 +14,7 @@ mod fdt;
 mod output;
 mod provide;
 mod report;
+mod serial;
 mod vm;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;

@@ -41,7 +41,8 @@ impl Shared {
     }
 }
 
-/// Where to write to without ever waiting; a thread writes it on.
+/// Where to write to without ever waiting; a thread writes it on. A clone writes to the same.
+#[derive(Clone)]
 pub struct Output(Arc<Shared>);
 
 impl Output {

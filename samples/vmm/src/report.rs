@@ -5,7 +5,10 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use kvm_bpf::note::Space;
 use serde::Serialize;
+
+use crate::bus::Range;
 
 /// Registers counted one by one; what goes beyond is in the device's total only.
 ///
@@ -65,6 +68,8 @@ impl fmt::Display for Server {
 pub struct Device {
     name: String,
     server: Server,
+    #[serde(serialize_with = "space")]
+    space: Space,
     addr: u64,
     size: u64,
     exits: u64,
@@ -81,7 +86,7 @@ struct Register {
 
 impl Device {
     /// Says where a device is and which exits it caused.
-    pub fn new(name: &str, server: Server, addr: u64, size: u64, exits: &Exits) -> Self {
+    pub fn new(range: &Range, server: Server, exits: &Exits) -> Self {
         let registers = exits
             .by_register
             .iter()
@@ -92,14 +97,22 @@ impl Device {
             })
             .collect();
         Device {
-            name: name.to_string(),
+            name: range.name.clone(),
             server,
-            addr,
-            size,
+            space: range.space,
+            addr: range.addr,
+            size: range.size,
             exits: exits.total,
             registers,
         }
     }
+}
+
+fn space<S: serde::Serializer>(space: &Space, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(match space {
+        Space::Memory => "memory",
+        Space::Ports => "ports",
+    })
 }
 
 /// A vCPU's thread as it was when the guest ended.
@@ -127,11 +140,11 @@ pub struct Report {
     pub end: &'static str,
     /// How often programs were replaced while the guest ran.
     pub reloads: u64,
-    /// Exits for addresses that no device has.
+    /// Exits for addresses that no device has; ports are not among them.
     pub unclaimed_exits: u64,
     /// Bytes of the guest's console that nobody took.
     pub console_bytes_lost: u64,
-    /// The devices, by address.
+    /// The devices, by address; those at ports last.
     pub devices: Vec<Device>,
     /// The vCPUs.
     pub vcpus: Vec<Vcpu>,
@@ -144,9 +157,13 @@ impl fmt::Display for Report {
             write!(f, "\nreloads: {}", self.reloads)?;
         }
         for device in &self.devices {
+            let port = match device.space {
+                Space::Memory => "",
+                Space::Ports => "port ",
+            };
             write!(
                 f,
-                "\n{} at {:#x}, served by {}: {} exits to user space",
+                "\n{} at {port}{:#x}, served by {}: {} exits to user space",
                 device.name, device.addr, device.server, device.exits
             )?;
         }
@@ -186,7 +203,14 @@ mod tests {
             reloads: 0,
             unclaimed_exits: 0,
             console_bytes_lost: 0,
-            devices: vec![Device::new("bank", Server::Userspace, 0x1000, 16, &exits)],
+            devices: vec![
+                Device::new(&Range::new("bank", 0x1000, 16), Server::Userspace, &exits),
+                Device::new(
+                    &Range::of_ports("uart", 0x2f8, 8),
+                    Server::Bpf,
+                    &Exits::default(),
+                ),
+            ],
             vcpus: [(0, 1024), (512, 512), (0, 0)]
                 .into_iter()
                 .enumerate()
@@ -204,6 +228,8 @@ mod tests {
         let json = serde_json::to_value(report()).unwrap();
         let device = &json["devices"][0];
         assert_eq!(device["server"], "userspace");
+        assert_eq!(device["space"], "memory");
+        assert_eq!(json["devices"][1]["space"], "ports");
         assert_eq!(device["exits"], 4);
         let registers = device["registers"].as_array().unwrap();
         assert_eq!(registers.len(), 3);
@@ -221,6 +247,7 @@ mod tests {
             text,
             "guest ended: reset\n\
              bank at 0x1000, served by user space: 4 exits to user space\n\
+             uart at port 0x2f8, served by eBPF: 0 exits to user space\n\
              vCPU 1: utilization clamped to 512 to 512"
         );
     }

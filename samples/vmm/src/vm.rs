@@ -15,8 +15,10 @@ use std::time::Duration;
 use kvm_bindings::{
     KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_userspace_memory_region,
 };
+use kvm_bpf::device::only_region;
 use kvm_bpf::image::open_regular;
-use kvm_bpf::{Device, Image, MapChanges, MmioDevice, OnLoss, OpenImage};
+use kvm_bpf::note::Space;
+use kvm_bpf::{Device, Image, ImageDevice, MapChanges, OnLoss, OpenImage, Place};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
@@ -24,11 +26,14 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::arch;
+#[cfg(target_arch = "x86_64")]
+use crate::arch::PortWrite;
 use crate::boot;
 use crate::bus::{Bus, Conflict, Range, check_ranges, check_reach};
 use crate::cli::{Args, At, Bpf};
 use crate::provide::{self, Provided};
 use crate::report::{Report, Server, Vcpu};
+use crate::serial::Serial;
 use crate::userspace::{self, uclamp};
 
 /// Why the VM could not be made, or stopped before the guest ended it.
@@ -48,6 +53,14 @@ pub enum Error {
     },
     #[error("{0}")]
     Device(String, #[source] kvm_bpf::device::Error),
+    #[error("{0}: user-space devices, fallbacks too, are for memory, not for ports")]
+    NoUserspacePorts(String),
+    #[error("{0}: it has no ring buffer \"output\" and is no ns16550a: no output")]
+    NoOutput(String),
+    #[error("{}: cannot write its output there", .0.display())]
+    Output(PathBuf, #[source] io::Error),
+    #[error("{0}: cannot take its output")]
+    TakeOutput(String, #[source] io::Error),
     #[error("{0}: no such user-space device, only {names}", names = userspace::NAMES.join(", "))]
     NoSuchDevice(String),
     #[error("{device}: has {has} interrupts, and its fallback {fallback} {needed}")]
@@ -132,7 +145,9 @@ pub struct GuestDevice {
 /// A device that the kernel serves, and the file that it came from.
 struct BpfDevice {
     path: PathBuf,
-    device: MmioDevice,
+    device: ImageDevice,
+    /// Who takes what it puts out.
+    serial: Option<Serial>,
     /// Open as long as the device: when an eventfd's last fd is closed, KVM ends its irqfd.
     _irqs: Vec<EventFd>,
 }
@@ -152,6 +167,8 @@ pub struct Vm {
     provided: Provided,
     on_loss: OnLoss,
     bus: Bus,
+    /// The devices at ports; on x86 only.
+    ports: Bus,
     platform: arch::Platform,
     // The last ones: nothing above may outlive them.
     _vm: VmFd,
@@ -172,15 +189,19 @@ impl Vm {
         for (bpf, image) in args.bpf.iter().zip(&images) {
             let note = image.note();
             check_fallback(bpf, note.nr_irqs)?;
-            devices.push(guest_device(
-                &bpf.at,
-                note.mmio_size,
-                note.compatible.clone(),
-            ));
+            let region = only_region(note, bpf.at.place.space())
+                .map_err(|source| Error::Device(bpf.at.what.clone(), source))?;
+            if bpf.output.is_some() && !Serial::is_one(note) {
+                return Err(Error::NoOutput(bpf.at.what.clone()));
+            }
+            devices.push(guest_device(&bpf.at, region.size, note.compatible.clone()));
         }
         let mut userspace_irqs = Vec::new();
         for at in &args.userspace {
             let info = describe(&at.what)?;
+            if at.place.space() == Space::Ports {
+                return Err(Error::NoUserspacePorts(at.what.clone()));
+            }
             let compatible = info.compatible.iter().map(|name| name.to_string());
             devices.push(guest_device(at, info.size, compatible.collect()));
             userspace_irqs.push(info.nr_irqs);
@@ -218,7 +239,7 @@ impl Vm {
 
         let table = args.perf_table.as_ref().map(|table| table.0.as_slice());
         let provided = Provided::new(table);
-        let mut bus = Bus::default();
+        let (mut bus, mut ports) = (Bus::default(), Bus::default());
         let mut bpf_devices = Vec::new();
         let mut free_gsis = arch::DEVICE_GSIS;
         let (bpf, userspace) = devices.split_at_mut(images.len());
@@ -243,12 +264,17 @@ impl Vm {
                     create_model(fallback, irqs, &provided)
                 })
                 .transpose()?;
-            bus.add(info.range.clone(), Server::Bpf, fallback);
+            match info.range.space {
+                Space::Memory => bus.add(info.range.clone(), Server::Bpf, fallback),
+                Space::Ports => ports.add(info.range.clone(), Server::Bpf, fallback),
+            }
+            let serial = Serial::new(&name, &image, args.output.as_deref(), &platform)?;
             // From here on the guest's accesses run programs.
-            let device = MmioDevice::new(device, info.range.addr, image).map_err(device_error)?;
+            let device = ImageDevice::new(device, args.at.place, image).map_err(device_error)?;
             bpf_devices.push(BpfDevice {
                 path: PathBuf::from(&name),
                 device,
+                serial,
                 _irqs: irqs,
             });
         }
@@ -283,6 +309,7 @@ impl Vm {
                 false => OnLoss::Refuse,
             },
             bus,
+            ports,
             platform,
             _vm: vm,
             _memory: memory,
@@ -296,6 +323,7 @@ impl Vm {
         register_signal_handler(SIGRTMIN(), interrupt_vcpu).map_err(Error::Signal)?;
         let shared = Arc::new(Shared {
             bus: self.bus,
+            ports: self.ports,
             platform: self.platform,
             stop: AtomicBool::new(false),
         });
@@ -338,13 +366,20 @@ impl Vm {
         // Also those that run while another one could not be started.
         shared.stop.store(true, Ordering::SeqCst);
         let vcpus = stop_vcpus(threads);
-        let console_bytes_lost = shared.platform.finish();
+        let serials = self.bpf_devices.iter_mut();
+        let mut console_bytes_lost: u64 = serials
+            .filter_map(|device| device.serial.take())
+            .map(Serial::finish)
+            .sum();
+        console_bytes_lost += shared.platform.finish();
+        let mut devices = shared.bus.report();
+        devices.extend(shared.ports.report());
         end.map(|end| Report {
             end: end.describe(),
             reloads,
             unclaimed_exits: shared.bus.unclaimed(),
             console_bytes_lost,
-            devices: shared.bus.report(),
+            devices,
             vcpus,
         })
     }
@@ -358,6 +393,9 @@ impl BpfDevice {
         let device_error = |source| Error::Device(name.clone(), source);
         let replacement = self.device.load(image, on_loss).map_err(device_error)?;
         provide_to(&name, replacement.image(), provided)?;
+        if let Some(serial) = &mut self.serial {
+            serial.follow(&name, replacement.image())?;
+        }
         self.device.swap(replacement).map_err(device_error)
     }
 }
@@ -391,6 +429,9 @@ fn check_fallback(bpf: &Bpf, has: u32) -> Result<(), Error> {
     let Some(fallback) = &bpf.fallback else {
         return Ok(());
     };
+    if bpf.at.place.space() == Space::Ports {
+        return Err(Error::NoUserspacePorts(fallback.clone()));
+    }
     let needed = describe(fallback)?.nr_irqs;
     if needed > has {
         return Err(Error::FallbackInterrupts {
@@ -424,7 +465,10 @@ fn provide_to(device: &str, image: &Image, provided: &Provided) -> Result<(), Er
 
 fn guest_device(at: &At, size: u64, compatible: Vec<String>) -> GuestDevice {
     GuestDevice {
-        range: Range::new(&at.what, at.addr, size),
+        range: match at.place {
+            Place::Memory(addr) => Range::new(&at.what, addr, size),
+            Place::Port(port) => Range::of_ports(&at.what, port, size),
+        },
         compatible,
         gsis: Vec::new(),
     }
@@ -486,6 +530,8 @@ fn wire_interrupt(
 /// What all vCPU threads use.
 struct Shared {
     bus: Bus,
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    ports: Bus,
     platform: arch::Platform,
     stop: AtomicBool,
 }
@@ -532,11 +578,20 @@ fn run_vcpu(id: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<Option<End>
             }
             #[cfg(target_arch = "x86_64")]
             Ok(VcpuExit::IoIn(port, data)) => {
-                shared.platform.port_read(port, data);
+                if !shared.platform.port_read(port, data) {
+                    shared.ports.read(id, port.into(), data);
+                }
                 None
             }
             #[cfg(target_arch = "x86_64")]
-            Ok(VcpuExit::IoOut(port, data)) => shared.platform.port_write(port, data),
+            Ok(VcpuExit::IoOut(port, data)) => match shared.platform.port_write(port, data) {
+                PortWrite::Ends(end) => Some(end),
+                PortWrite::Taken => None,
+                PortWrite::PassOn => {
+                    shared.ports.write(id, port.into(), data);
+                    None
+                }
+            },
             Ok(VcpuExit::Shutdown) => return Err(Error::TripleFault(id)),
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Some(End::PowerOff),
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Some(End::Reset),

@@ -24,6 +24,7 @@ use vmm_sys_util::errno;
 use crate::boot::{Error, kvm, load_initrd};
 use crate::bus::Range;
 use crate::console::Console;
+use crate::output::Output;
 use crate::vm::{End, GuestDevice};
 
 /// What the VMM needs of KVM here.
@@ -109,7 +110,26 @@ pub fn reserved_ranges() -> Vec<Range> {
             IDENTITY_MAP_ADDR,
             TSS_ADDR + TSS_LEN - IDENTITY_MAP_ADDR,
         ),
+        Range::of_ports("the first PIC", 0x20, 2),
+        Range::of_ports("the timer", 0x40, 4),
+        // KVM's speaker has more ports than one.
+        Range::of_ports("the speaker and the keyboard controller", 0x60, 5),
+        Range::of_ports("the second PIC", 0xa0, 2),
+        Range::of_ports("COM1", COM1_PORT, Console::SIZE),
+        Range::of_ports("the PICs' trigger modes", 0x4d0, 2),
+        Range::of_ports("the sleep registers", SLEEP_CONTROL_PORT, 2),
     ]
+}
+
+/// What became of a write to a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortWrite {
+    /// It is for others.
+    PassOn,
+    /// That was all.
+    Taken,
+    /// It ends the guest.
+    Ends(End),
 }
 
 /// The console and the ports that end the guest.
@@ -155,14 +175,15 @@ impl Platform {
         false
     }
 
-    /// Handles a read from a port.
-    pub fn port_read(&self, port: u16, data: &mut [u8]) {
+    /// Handles a read from a port of the platform's own.
+    pub fn port_read(&self, port: u16, data: &mut [u8]) -> bool {
         match port {
             COM1_PORT..=COM1_LAST => self.console.read((port - COM1_PORT).into(), data),
             // The keyboard controller is ready for a command; the sleep status is clear.
             RESET_PORT | SLEEP_STATUS_PORT => data.fill(0),
-            _ => data.fill(0xff),
+            _ => return false,
         }
+        true
     }
 
     /// Waits for the console's output to be taken; returns how many bytes are lost.
@@ -170,17 +191,23 @@ impl Platform {
         self.console.finish()
     }
 
-    /// Takes a write to a port, and says if it ends the guest.
-    pub fn port_write(&self, port: u16, data: &[u8]) -> Option<End> {
+    /// Takes a write to a port of the platform's own.
+    pub fn port_write(&self, port: u16, data: &[u8]) -> PortWrite {
         match (port, data) {
             (COM1_PORT..=COM1_LAST, _) => {
                 self.console.write((port - COM1_PORT).into(), data);
-                None
+                PortWrite::Taken
             }
-            (RESET_PORT, [RESET_VALUE]) => Some(End::Reset),
-            (SLEEP_CONTROL_PORT, [SLEEP_OFF]) => Some(End::PowerOff),
-            _ => None,
+            (RESET_PORT, [RESET_VALUE]) => PortWrite::Ends(End::Reset),
+            (SLEEP_CONTROL_PORT, [SLEEP_OFF]) => PortWrite::Ends(End::PowerOff),
+            (RESET_PORT | SLEEP_CONTROL_PORT | SLEEP_STATUS_PORT, _) => PortWrite::Taken,
+            _ => PortWrite::PassOn,
         }
+    }
+
+    /// Where other devices may write what is for the console.
+    pub fn console(&self) -> Output {
+        self.console.output()
     }
 }
 
@@ -453,17 +480,22 @@ mod tests {
         let platform = Platform {
             console: Console::new().unwrap(),
         };
-        assert_eq!(platform.port_write(0x64, &[0xfe]), Some(End::Reset));
-        assert_eq!(platform.port_write(0x64, &[0xff]), None);
-        assert_eq!(platform.port_write(0x600, &[0x34]), Some(End::PowerOff));
-        assert_eq!(platform.port_write(0x80, &[0]), None);
+        assert_eq!(
+            platform.port_write(0x64, &[0xfe]),
+            PortWrite::Ends(End::Reset)
+        );
+        assert_eq!(platform.port_write(0x64, &[0xff]), PortWrite::Taken);
+        assert_eq!(
+            platform.port_write(0x600, &[0x34]),
+            PortWrite::Ends(End::PowerOff)
+        );
+        assert_eq!(platform.port_write(0x80, &[0]), PortWrite::PassOn);
         let mut data = [0];
-        platform.port_read(0x64, &mut data);
+        assert!(platform.port_read(0x64, &mut data));
         assert_eq!(data, [0]);
-        platform.port_read(COM1_PORT + 5, &mut data);
+        assert!(platform.port_read(COM1_PORT + 5, &mut data));
         assert_eq!(data, [0x60], "transmitter empty");
-        platform.port_read(0x80, &mut data);
-        assert_eq!(data, [0xff]);
+        assert!(!platform.port_read(0x80, &mut data));
     }
 
     #[test]

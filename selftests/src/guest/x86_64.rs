@@ -3,8 +3,9 @@
 //! The bare guest on x86-64: long mode, ring 0, the low 4 GiB mapped one to one.
 
 use std::arch::global_asm;
+use std::slice;
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
+use kvm_bindings::{KVM_EXIT_IO_IN, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_run, kvm_segment};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use super::{Args, CODE, Ram, Results, Routine};
@@ -95,7 +96,38 @@ kvm_bpf_guest:
         mov eax, [rbx]
         lea rsp, [rbx + 0x800]
         ud2
-    routine 14
+    .macro port_routine number, insns:vararg
+    routine \number
+        mov edx, ebx
+        mov rsi, r8
+        mov rdi, r8
+        \insns
+        done
+    .endm
+    port_routine 14, in al, dx
+    port_routine 15, in ax, dx
+    port_routine 16, in eax, dx
+    port_routine 17, out dx, al
+    port_routine 18, out dx, ax
+    port_routine 19, out dx, eax
+    port_routine 20, rep insb
+    port_routine 21, rep insw
+    port_routine 22, rep insd
+    port_routine 23, rep outsb
+    port_routine 24, rep outsw
+    port_routine 25, rep outsd
+    routine 26      // hammer a port: the same as the other hammer, 4 bytes at a time
+        mov edx, ebx
+2:      out dx, eax
+        in eax, dx
+        cmp eax, r8d
+        je 3f
+        cmp eax, r9d
+        jne 4f
+3:      dec rcx
+        jnz 2b
+4:      done
+    routine 27
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection
@@ -236,6 +268,24 @@ pub(super) fn pc(vcpu: &VcpuFd) -> u64 {
 
 pub(super) fn is_done(exit: &VcpuExit<'_>) -> bool {
     matches!(exit, VcpuExit::IoOut(DONE_PORT, _))
+}
+
+/// The access that a vCPU's exit for ports, its last one, is about.
+pub(super) fn port_access(vcpu: &mut VcpuFd) -> super::Access<'_> {
+    let run: *mut kvm_run = vcpu.get_kvm_run();
+    // SAFETY: the exit was `KVM_EXIT_IO`, for which KVM fills this member; the data is where it
+    // says, in the memory that is mapped with the structure, and the vCPU's as long as it is
+    // borrowed.
+    unsafe {
+        let io = (*run).__bindgen_anon_1.io;
+        let size = usize::from(io.size);
+        let data = run.cast::<u8>().add(io.data_offset as usize);
+        let data = slice::from_raw_parts_mut(data, size * io.count as usize);
+        match u32::from(io.direction) {
+            KVM_EXIT_IO_IN => super::Access::In(io.port, size, data),
+            _ => super::Access::Out(io.port, size, data),
+        }
+    }
 }
 
 /// What a register that held `preset` holds after reading `value`: 1 and 2

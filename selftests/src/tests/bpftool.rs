@@ -124,7 +124,7 @@ fn assert_shows(pin: &str, kind: &str, name: &str) {
 
 /// All sample devices: handlers that may sleep and such that may not, timers, kfuncs.
 fn loads_by_section() {
-    for device in ["regbank", "pl031", "vcpufreq"] {
+    for device in ["regbank", "pl031", "vcpufreq", "uart16550"] {
         let census = Census::now();
         let pins = Pins::new();
         output(&["prog", "loadall", text(&sample_path(device)), pins.path()]);
@@ -173,7 +173,10 @@ fn links_devices() {
     for (device, other) in [
         ("regbank", None),
         ("pl031", None),
+        // With two notes.
+        ("uart16550", None),
         ("regbank", Some("no_state")),
+        ("uart16550", Some("no_state")),
     ] {
         let from = sample_path(device);
         let mut args = vec!["gen", "object", text(&linked), text(&from)];

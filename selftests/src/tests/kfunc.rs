@@ -6,7 +6,7 @@
 use std::fs;
 
 use Reg::{R0, R1, R2, R6};
-use kvm_bpf::MmioDevice;
+use kvm_bpf::ImageDevice;
 use kvm_bpf_selftests::bpf::{
     Index, Insn, LOADERS, Load, LoadOptions, Map, Prog, ProgType, Reg, call_kfunc, kfunc, load,
     lookup, mov, mov_signed32, store,
@@ -240,7 +240,7 @@ fn frequencies_in_a_timer() {
 }
 
 /// A 64-bit word in element 0 of a device's map.
-fn word(device: &MmioDevice, map: &str, index: usize) -> i64 {
+fn word(device: &ImageDevice, map: &str, index: usize) -> i64 {
     let value = element(device.image(), map);
     let bytes = value[8 * index..][..8].try_into().expect("8 bytes");
     i64::from_ne_bytes(bytes)

@@ -8,7 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
-use kvm_bpf::{Device, Image, MmioDevice, OnLoss};
+use kvm_bpf::{Device, Image, ImageDevice, OnLoss, Place};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{Errno, Random, in_a_process, meanwhile, number_from_env};
@@ -77,21 +77,21 @@ fn set_clock(image: &Image, offset_ns: u64) {
 }
 
 /// Sets a device up, with pauses, and then has the guest see it.
-fn plug(vm: &VmFd, image: Image, irq: &EventFd, pause: impl Fn()) -> MmioDevice {
+fn plug(vm: &VmFd, image: Image, irq: &EventFd, pause: impl Fn()) -> ImageDevice {
     let device = Device::new(vm).expect("KVM_CREATE_DEVICE");
     pause();
     device.set_irq(0, irq).expect("interrupt 0");
     pause();
     set_clock(&image, time_of_day_offset_ns());
     pause();
-    MmioDevice::new(device, ADDR, image).expect("the region")
+    ImageDevice::new(device, Place::Memory(ADDR), image).expect("the region")
 }
 
 /// A guest with a clock.
 struct Clock {
     guest: Guest,
     vcpu: Vcpu,
-    device: MmioDevice,
+    device: ImageDevice,
     irq: EventFd,
 }
 

@@ -9,8 +9,8 @@ use std::thread;
 
 use Reg::{R0, R1, R2, R6};
 use kvm_bpf::uapi::{
-    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_BPF_MAX_IRQS,
-    KVM_DEV_BPF_MAX_REGIONS, kvm_bpf_user_region,
+    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
+    KVM_DEV_BPF_MAX_IRQS, KVM_DEV_BPF_MAX_REGIONS, kvm_bpf_user_region,
 };
 use kvm_bpf_selftests::bpf::{Census, Index, LOADERS, Map, ProgType, Reg, load, lookup, store};
 use kvm_bpf_selftests::device::{Device, NO_REGION, region};
@@ -94,9 +94,9 @@ fn get_returns_the_range() {
     );
 }
 
-const BAD_ATTRS: [(u32, u64); 9] = [
+const BAD_ATTRS: [(u32, u64); 12] = [
     (0, 0),
-    (3, 0),
+    (4, 0),
     (u32::MAX, 0),
     (KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_BPF_MAX_REGIONS),
     (KVM_DEV_BPF_ATTR_GROUP_REGION, u64::MAX),
@@ -104,6 +104,9 @@ const BAD_ATTRS: [(u32, u64); 9] = [
     (KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_MAX_IRQS),
     (KVM_DEV_BPF_ATTR_GROUP_IRQ, u64::MAX),
     (KVM_DEV_BPF_ATTR_GROUP_IRQ, 1 << 32),
+    (KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_MAX_REGIONS),
+    (KVM_DEV_BPF_ATTR_GROUP_PIO, u64::MAX),
+    (KVM_DEV_BPF_ATTR_GROUP_PIO, 1 << 32),
 ];
 
 fn has_attr_is_true_for_what_can_be_set() {
@@ -112,6 +115,12 @@ fn has_attr_is_true_for_what_can_be_set() {
     for index in 0..KVM_DEV_BPF_MAX_REGIONS {
         let got = device.has_attr(KVM_DEV_BPF_ATTR_GROUP_REGION, index);
         assert_got!(got, Ok(()), "region {index}");
+        let got = device.has_attr(KVM_DEV_BPF_ATTR_GROUP_PIO, index);
+        let wanted = match cfg!(target_arch = "x86_64") {
+            true => Ok(()),
+            false => Err(Errno(libc::ENXIO)),
+        };
+        assert_got!(got, wanted, "ports {index}");
     }
     for index in 0..KVM_DEV_BPF_MAX_IRQS {
         let got = device.has_attr(KVM_DEV_BPF_ATTR_GROUP_IRQ, index);

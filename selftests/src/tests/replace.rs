@@ -5,7 +5,7 @@
 use std::fs;
 
 use kvm_bpf::device::Error;
-use kvm_bpf::{Image, MapChanges, MmioDevice, OnLoss, OpenImage, image};
+use kvm_bpf::{Image, ImageDevice, MapChanges, OnLoss, OpenImage, image};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Exit, Guest, Vcpu};
 use kvm_bpf_selftests::programs::{plug, test_image, test_path};
@@ -47,7 +47,7 @@ const MAPS: [&str; 4] = [".bss", ".data", "other", "state"];
 
 /// The device of `progs/carry.bpf.c`, with state.
 struct Setup {
-    device: MmioDevice,
+    device: ImageDevice,
     vcpu: Vcpu,
     _guest: Guest,
 }

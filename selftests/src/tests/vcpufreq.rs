@@ -6,7 +6,7 @@
 use std::sync::mpsc;
 use std::{fs, mem, thread};
 
-use kvm_bpf::{MmioDevice, OnLoss};
+use kvm_bpf::{ImageDevice, OnLoss};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{Random, in_a_thread, number_from_env};
@@ -49,7 +49,7 @@ const PERFTBL_MAX: usize = 64;
 struct Setup {
     guest: Guest,
     vcpu: Vcpu,
-    device: MmioDevice,
+    device: ImageDevice,
 }
 
 impl Setup {

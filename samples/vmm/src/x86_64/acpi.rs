@@ -28,6 +28,7 @@ use super::{
     SLEEP_TYPE_OFF,
 };
 use crate::vm::GuestDevice;
+use kvm_bpf::note::Space;
 
 const OEM: [u8; 6] = *b"KVMBPF";
 const TABLE: [u8; 8] = *b"KVMBPFVM";
@@ -124,10 +125,22 @@ fn dsdt(devices: &[GuestDevice]) -> impl Aml {
 }
 
 /// A `PRP0001` object with the device's range, interrupts and `compatible` strings.
+///
+/// A 16550 at ports has the object that Linux knows it by, as COM1 has: no driver takes it by its
+/// string there.
 fn append_device(aml: &mut Vec<u8>, index: usize, device: &GuestDevice) {
     let range = &device.range;
     let last = range.addr + (range.size - 1);
-    let memory: Box<dyn Aml> = match (u32::try_from(range.addr), u32::try_from(last)) {
+    let is_port = range.space == Space::Ports;
+    let place: Box<dyn Aml> = match (u32::try_from(range.addr), u32::try_from(last)) {
+        // A descriptor of this kind has no room for more; what is longer is a bridge's.
+        _ if is_port && range.size <= 0xff => Box::new(IO::new(
+            range.addr as u16,
+            range.addr as u16,
+            0,
+            range.size as u8,
+        )),
+        _ if is_port => Box::new(AddressSpace::new_io(range.addr as u16, last as u16, None)),
         (Ok(addr), Ok(_)) => Box::new(Memory32Fixed::new(true, addr, range.size as u32)),
         _ => Box::new(AddressSpace::new_memory(
             AddressSpaceCacheable::NotCacheable,
@@ -142,7 +155,7 @@ fn append_device(aml: &mut Vec<u8>, index: usize, device: &GuestDevice) {
         .iter()
         .map(|&gsi| Interrupt::new(true, true, false, false, gsi))
         .collect();
-    let mut resources: Vec<&dyn Aml> = vec![memory.as_ref()];
+    let mut resources: Vec<&dyn Aml> = vec![place.as_ref()];
     resources.extend(interrupts.iter().map(|interrupt| interrupt as &dyn Aml));
 
     let mut compatible = PackageBuilder::new();
@@ -150,25 +163,26 @@ fn append_device(aml: &mut Vec<u8>, index: usize, device: &GuestDevice) {
         compatible.add_element(string);
     }
 
-    Scope::new(
-        "_SB_".into(),
-        vec![&Device::new(
-            Path::new(&format!("D{index:03X}")),
-            vec![
-                &Name::new("_HID".into(), &"PRP0001"),
-                &Name::new("_UID".into(), &index),
-                &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
-                &Name::new(
-                    "_DSD".into(),
-                    &Package::new(vec![
-                        &Uuid::new(DSD_PROPERTIES),
-                        &Package::new(vec![&Package::new(vec![&"compatible", &compatible])]),
-                    ]),
-                ),
-            ],
-        )],
-    )
-    .to_aml_bytes(aml);
+    let is_uart = is_port && device.compatible.iter().any(|own| own == "ns16550a");
+    let uart = EISAName::new("PNP0501");
+    let id: &dyn Aml = match is_uart {
+        true => &uart,
+        false => &"PRP0001",
+    };
+    let id = Name::new("_HID".into(), id);
+    // COM1 is 0 among its kind.
+    let uid = Name::new("_UID".into(), &(index + 1));
+    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(resources));
+    let strings = Package::new(vec![&"compatible", &compatible]);
+    let properties = Package::new(vec![&strings]);
+    let uuid = Uuid::new(DSD_PROPERTIES);
+    let properties = Name::new("_DSD".into(), &Package::new(vec![&uuid, &properties]));
+    let mut parts: Vec<&dyn Aml> = vec![&id, &uid, &resources];
+    if !is_uart {
+        parts.push(&properties);
+    }
+    let path = Path::new(&format!("D{index:03X}"));
+    Scope::new("_SB_".into(), vec![&Device::new(path, parts)]).to_aml_bytes(aml);
 }
 
 /// A table that is bytes already.
@@ -206,6 +220,35 @@ mod tests {
             compatible: vec!["kvm-bpf,regbank".into(), "second".into()],
             gsis: vec![5],
         }
+    }
+
+    #[test]
+    fn ports_are_announced() {
+        let of_ports = |size, compatible: &str| GuestDevice {
+            range: Range::of_ports("uart", 0x2f8, size),
+            compatible: vec![compatible.into()],
+            gsis: vec![5],
+        };
+        let devices = [
+            of_ports(8, "ns16550a"),
+            of_ports(8, "other"),
+            of_ports(0x400, "long"),
+        ];
+        let mut uart = Vec::new();
+        append_device(&mut uart, 0, &devices[0]);
+        let has = |aml: &[u8], bytes: &[u8]| aml.windows(bytes.len()).any(|part| part == bytes);
+        // The EISA id, and a descriptor of ports: decodes 10 bits, from, to, alignment, length.
+        let hid = 0x0105_d041_u32.to_le_bytes();
+        let io = [0x47, 1, 0xf8, 2, 0xf8, 2, 0, 8];
+        assert!(has(&uart, &hid) && has(&uart, &io), "{uart:x?}");
+        assert!(!has(&uart, b"PRP0001"));
+        let mut other = Vec::new();
+        append_device(&mut other, 1, &devices[1]);
+        assert!(has(&other, &io) && has(&other, b"PRP0001") && has(&other, b"other\0"));
+        let mut long = Vec::new();
+        append_device(&mut long, 2, &devices[2]);
+        assert!(!has(&long, &[0x47, 1]));
+        assert!(tables(BASE, 1, &devices).len() < 0x1000);
     }
 
     #[test]
