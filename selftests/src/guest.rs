@@ -65,6 +65,15 @@ pub enum Routine {
     /// Reads 4 bytes, and has an exception whose stack is there.
     #[cfg(target_arch = "x86_64")]
     ExceptionOnStack = 13,
+    /// Does what always exits to KVM and no further, `count` times: `cpuid`, or the call
+    /// `SMCCC_VERSION`.
+    ExitLoop = 14,
+    /// Writes 4 bytes to the port `addr`, `count` times.
+    #[cfg(target_arch = "x86_64")]
+    OutLoop = 15,
+    /// Writes 4 bytes `count` times, to addresses that go round from `addr` to `pair.1` in steps
+    /// of `pair.0`.
+    Walk = 16,
 }
 
 impl Routine {
@@ -219,6 +228,7 @@ pub struct Guest {
     vm: VmFd,
     ram: Arc<Ram>,
     irqchip: Option<arch::Irqchip>,
+    paging: bool,
 }
 
 impl Guest {
@@ -245,7 +255,16 @@ impl Guest {
             vm,
             ram,
             irqchip: None,
+            paging: true,
         }
+    }
+
+    /// Has vCPUs that come now start without paging, in 32 bits: for the loops of [`Routine`] that
+    /// take no `pair`, and for single accesses of up to 4 bytes.
+    #[cfg(target_arch = "x86_64")]
+    pub fn without_paging(mut self) -> Self {
+        self.paging = false;
+        self
     }
 
     /// Has the guest see the first page of its memory at another address too, for loads only.
@@ -312,7 +331,7 @@ impl Guest {
     pub fn try_vcpu(&self, id: u32) -> Result<Vcpu, Errno> {
         let fd = self.vm.create_vcpu(id.into());
         let fd = fd.map_err(|error| Errno(error.errno()))?;
-        arch::prepare_vcpu(&self.kvm, &self.vm, &fd);
+        arch::prepare_vcpu(&self.kvm, &self.vm, &fd, self.paging);
         Ok(Vcpu {
             fd,
             _ram: Arc::clone(&self.ram),
