@@ -2,8 +2,9 @@
 
 //! A row for QEMU's plugin: so many accesses in the first phase, twice as many in the second.
 
-use std::fs;
 use std::process::ExitCode;
+use std::time::Duration;
+use std::{fs, thread};
 
 use kvm_bpf_selftests::marker::{Marker, mark};
 
@@ -22,6 +23,8 @@ pub fn profile(row: &Row, accesses: Option<u64>) -> ExitCode {
     };
     let target = &mut case.loops[0];
     let accesses = target.whole_rounds(accesses.unwrap_or(ACCESSES));
+    // What the kernel has put off until later is done by then.
+    thread::sleep(Duration::from_millis(500));
     mark(Marker::Watch);
     target.run(accesses);
     mark(Marker::First);
