@@ -2,8 +2,8 @@
 
 //! The host: its clock, and what it is.
 
-use std::time::Instant;
-use std::{env, fs};
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
 
 use kvm_bpf_selftests::guest::ticks;
 
@@ -69,6 +69,12 @@ pub fn unit() -> &'static str {
 /// Few where rounds repeat to the instruction.
 pub fn default_accesses() -> u64 {
     if counts_instructions() { 100 } else { 20_000 }
+}
+
+/// Waits for what the kernel has put off until later: what it frees, for instance, of the guest
+/// before this one.
+pub fn settle() {
+    thread::sleep(Duration::from_millis(500));
 }
 
 /// The first lines of a table.

@@ -134,6 +134,7 @@ fn measure(target: &mut Loop, accesses: u64) -> Cost {
         target.run(count);
         (clock.now() - start) as f64
     };
+    host::settle();
     // The first rounds warm up.
     time(accesses);
     time(2 * accesses);

@@ -2,12 +2,12 @@
 
 //! A row for QEMU's plugin: so many accesses in the first phase, twice as many in the second.
 
+use std::fs;
 use std::process::ExitCode;
-use std::time::Duration;
-use std::{fs, thread};
 
 use kvm_bpf_selftests::marker::{Marker, mark};
 
+use crate::host;
 use crate::rows::Row;
 
 /// Enough that what happens once in a while is less than an instruction.
@@ -23,8 +23,7 @@ pub fn profile(row: &Row, accesses: Option<u64>) -> ExitCode {
     };
     let target = &mut case.loops[0];
     let accesses = target.whole_rounds(accesses.unwrap_or(ACCESSES));
-    // What the kernel has put off until later is done by then.
-    thread::sleep(Duration::from_millis(500));
+    host::settle();
     mark(Marker::Watch);
     target.run(accesses);
     mark(Marker::First);
