@@ -141,7 +141,7 @@ fn picture(bars: &[Bar], svg: &Path) -> std::result::Result<(), Box<dyn std::err
         area.draw(&Text::new(words, (x, y), style.clone()))
     };
 
-    let (title, label) = (text(16), text(13));
+    let (title, label) = (text(19), text(16));
     put(
         "Instructions of the host per access".to_string(),
         12,

@@ -128,7 +128,7 @@ const RULES: &[(Phase, &[&str])] = &[
             "clear_bhb_loop",
         ],
     ),
-    (Phase::Glue, &["rust_helper_*", "memcpy", "memcpy_orig"]),
+    (Phase::Glue, &["rust_helper_*"]),
     (
         Phase::Runner,
         &[
@@ -203,7 +203,6 @@ const RULES: &[(Phase, &[&str])] = &[
             "vcpu_put",
             "svm_vcpu_load",
             "svm_vcpu_put",
-            "svm_prepare_switch_to_guest",
             "kvm_set_user_return_msr",
             "preempt_notifier_*",
             "kvm_sigset_*",
@@ -262,6 +261,8 @@ const RULES: &[(Phase, &[&str])] = &[
             "__virt_addr_valid",
             "is_vmalloc_addr",
             "rep_movs_alternative",
+            "memcpy",
+            "memcpy_orig",
             "__get_user_8",
             "mmio_info_in_cache",
             "vcpu_is_mmio_gpa",
