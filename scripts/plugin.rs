@@ -47,7 +47,11 @@ pub struct Hwaddr([u8; 0]);
 
 unsafe extern "C" {
     fn qemu_plugin_register_vcpu_tb_trans_cb(id: Id, cb: extern "C" fn(Id, *mut Tb));
-    fn qemu_plugin_register_atexit_cb(id: Id, cb: extern "C" fn(Id, *mut c_void), data: *mut c_void);
+    fn qemu_plugin_register_atexit_cb(
+        id: Id,
+        cb: extern "C" fn(Id, *mut c_void),
+        data: *mut c_void,
+    );
     fn qemu_plugin_reset(id: Id, cb: extern "C" fn(Id));
     fn qemu_plugin_tb_n_insns(tb: *const Tb) -> usize;
     fn qemu_plugin_tb_get_insn(tb: *const Tb, index: usize) -> *mut Insn;
@@ -291,8 +295,11 @@ fn write_down() -> std::io::Result<()> {
             addr,
             by,
         } = store;
-        writeln!(text, "store {cpu} {line:x} {addr:x} {by:x} {first} {second}")
-            .expect("no error in memory");
+        writeln!(
+            text,
+            "store {cpu} {line:x} {addr:x} {by:x} {first} {second}"
+        )
+        .expect("no error in memory");
     }
     fs::write(&plugin().out, text)
 }

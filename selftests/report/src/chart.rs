@@ -194,3 +194,31 @@ fn picture(bars: &[Bar], svg: &Path) -> std::result::Result<(), Box<dyn std::err
     area.present()?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{env, fs, process};
+
+    use super::*;
+
+    #[test]
+    fn saved_rows_stay_in_their_place() {
+        let path = env::temp_dir().join(format!("cost-{}.csv", process::id()));
+        let phases = |count| BTreeMap::from([(Phase::Bus, count)]);
+        for (host, row, count) in [
+            ("x86_64", "one", 1.0),
+            ("arm64", "one", 2.0),
+            ("x86_64", "two", 3.0),
+            ("x86_64", "one", 4.0),
+        ] {
+            save(&path, host, row, &phases(count)).unwrap();
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        let lines: Vec<&str> = text.lines().skip(2).collect();
+        assert_eq!(
+            lines,
+            ["x86_64,one,bus,4", "x86_64,two,bus,3", "arm64,one,bus,2"]
+        );
+    }
+}

@@ -82,3 +82,63 @@ pub fn check(counts: &Path, output: &Path, expect: bool) -> Result<bool> {
     let seen = all.len() > 1;
     Ok(seen && if expect { shared > 0 } else { ours == 0 })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::{env, fs, process};
+
+    use super::*;
+
+    /// Files of that content, which differ by their test.
+    fn files(test: &str, counts: &str) -> [PathBuf; 2] {
+        const OUTPUT: &str = "accesses 10\n\
+            symbol ffffffff80000000 T bpf_prog_run_in_task\n\
+            symbol ffffffff80001000 T eventfd_signal_mask\n";
+        let path = |name| env::temp_dir().join(format!("{test}-{}-{name}", process::id()));
+        let [first, second] = ["counts", "output"].map(path);
+        fs::write(&first, counts).unwrap();
+        fs::write(&second, OUTPUT).unwrap();
+        [first, second]
+    }
+
+    fn verdict(test: &str, counts: &str, expect: bool) -> bool {
+        let files = files(test, counts);
+        let verdict = check(&files[0], &files[1], expect).unwrap();
+        for file in files {
+            fs::remove_file(file).unwrap();
+        }
+        verdict
+    }
+
+    #[test]
+    fn each_cpu_has_its_line() {
+        let counts = "store 0 1 ffff000000000040 ffffffff80000010 10 20\n\
+            store 1 2 ffff000000000080 ffffffff80000010 10 20\n";
+        assert!(verdict("own", counts, false));
+        assert!(!verdict("none", counts, true));
+    }
+
+    #[test]
+    fn a_shared_line() {
+        let shared = |by: &str| {
+            format!(
+                "store 0 1 ffff000000000040 {by} 10 20\n\
+                 store 1 1 ffff000000000048 {by} 10 20\n\
+                 store 1 2 ffff000000000080 {by} 10 20\n"
+            )
+        };
+        let (ours, theirs) = (shared("ffffffff80000010"), shared("ffffffff80001010"));
+        assert!(!verdict("ours", &ours, false));
+        assert!(verdict("theirs", &theirs, false));
+        assert!(verdict("found", &theirs, true));
+    }
+
+    #[test]
+    fn now_and_then_is_no_access() {
+        let counts = "store 0 1 ffff000000000040 ffffffff80000010 0 20\n\
+            store 1 1 ffff000000000040 ffffffff80000010 5 5\n\
+            store 1 2 ffff000000000080 ffffffff80000010 10 20\n";
+        assert!(verdict("rare", counts, false));
+    }
+}

@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 
 use kvm_bpf::{Device, MmioDevice};
 use kvm_bpf_selftests::bpf::{
-    Index, Insn, Map, Prog, ProgType, Reg, call_kfunc, kfunc, lookup, mov, mov_imm,
+    Index, Insn, Map, Prog, ProgType, Reg, atomic_add, call_kfunc, kfunc, lookup, mov, mov_imm,
 };
 use kvm_bpf_selftests::device::{self, region};
 use kvm_bpf_selftests::guest::{Access, Args, Guest, Routine, Vcpu};
@@ -51,6 +51,8 @@ pub enum Program {
     Array,
     /// Looks an element of a hash table up, which is a call.
     Hash,
+    /// Counts in an array that all vCPUs share.
+    Count,
     /// Signals an interrupt, as an eventfd that nobody waits for.
     Irq,
 }
@@ -154,110 +156,72 @@ pub fn all() -> Vec<Row> {
         Machine::Plain,
     );
 
+    let least = Handler::Program(Program::Smallest);
+    let nobody = Handler::Ioeventfd { waiter: false };
     for &machine in Machine::ALL {
         for (name, what, handler, direction) in [
-            (
-                "ebpf-write",
-                "the smallest program",
-                Handler::Program(Program::Smallest),
-                Write,
-            ),
-            (
-                "ebpf-read",
-                "the smallest program that answers",
-                Handler::Program(Program::Smallest),
-                Read,
-            ),
-            (
-                "ioeventfd-write",
-                "an eventfd that nobody waits for",
-                Handler::Ioeventfd { waiter: false },
-                Write,
-            ),
+            ("ebpf-write", "the smallest program", least, Write),
+            ("ebpf-read", "the same, and it answers", least, Read),
+            ("ioeventfd-write", "an eventfd, nobody waits", nobody, Write),
             ("user-write", "a loop around KVM_RUN", Handler::User, Write),
             ("user-read", "a loop around KVM_RUN", Handler::User, Read),
         ] {
             add(name, what, handler, direction, machine);
         }
     }
-    for (name, what, handler, direction) in [
+    for (name, what, program, direction) in [
         (
             "ebpf-write-sleepable",
-            "the smallest program, sleepable",
-            Handler::Program(Program::Sleepable),
+            "it may sleep",
+            Program::Sleepable,
             Write,
         ),
         (
             "ebpf-read-sleepable",
-            "the same, and it answers",
-            Handler::Program(Program::Sleepable),
+            "it may sleep",
+            Program::Sleepable,
             Read,
         ),
         (
             "ebpf-write-array",
-            "a program that looks into an array",
-            Handler::Program(Program::Array),
+            "it looks into an array",
+            Program::Array,
             Write,
         ),
         (
             "ebpf-write-hash",
-            "a program that looks into a hash table",
-            Handler::Program(Program::Hash),
+            "it looks into a hash table",
+            Program::Hash,
+            Write,
+        ),
+        (
+            "ebpf-write-count",
+            "it counts in an array",
+            Program::Count,
             Write,
         ),
         (
             "ebpf-write-irq",
-            "a program that signals an eventfd",
-            Handler::Program(Program::Irq),
-            Write,
-        ),
-        (
-            "ioeventfd-write-waiter",
-            "an eventfd that a thread reads",
-            Handler::Ioeventfd { waiter: true },
-            Write,
-        ),
-        (
-            "regions-1",
-            "one after the other, in one page",
-            Handler::Regions { count: 1, size: 4 },
-            Write,
-        ),
-        (
-            "regions-10",
-            "one after the other, in one page",
-            Handler::Regions { count: 10, size: 4 },
-            Write,
-        ),
-        (
-            "regions-100",
-            "one after the other, in one page",
-            Handler::Regions {
-                count: 100,
-                size: 4,
-            },
-            Write,
-        ),
-        (
-            "regions-900",
-            "one after the other, in one page",
-            Handler::Regions {
-                count: 900,
-                size: 4,
-            },
-            Write,
-        ),
-        (
-            "regions-10-pages",
-            "the same, each in a page of its own",
-            Handler::Regions {
-                count: 10,
-                size: SIZE,
-            },
+            "it signals an eventfd",
+            Program::Irq,
             Write,
         ),
     ] {
+        let handler = Handler::Program(program);
         add(name, what, handler, direction, Machine::Plain);
+    }
+    let (name, what) = ("ioeventfd-write-waiter", "an eventfd that a thread reads");
+    let handler = Handler::Ioeventfd { waiter: true };
+    add(name, what, handler, Write, Machine::Plain);
+    for (name, what, count, size) in [
+        ("regions-1", "one region", 1, 4),
+        ("regions-10", "one after the other, in one page", 10, 4),
+        ("regions-100", "one after the other, in one page", 100, 4),
+        ("regions-900", "one after the other, in one page", 900, 4),
+        ("regions-10-pages", "each in a page of its own", 10, SIZE),
+    ] {
+        let handler = Handler::Regions { count, size };
+        add(name, what, handler, Write, Machine::Plain);
     }
     // The registers of sample devices that drivers access most.
     for (row, what, name, offset, direction) in [
@@ -486,6 +450,13 @@ fn load(program: Program, direction: Direction) -> Result<(Prog, Option<Map>), S
         Program::Sleepable => (Prog::load_sleepable(kind, &end), None),
         Program::Array => with_map(Map::new(1, 1)),
         Program::Hash => with_map(Map::hash(1, 1)),
+        Program::Count => {
+            let map = Map::new(1, 1);
+            let mut insns = lookup(&map, Index::Imm(0));
+            insns.extend([mov_imm(Reg::R1, 1), atomic_add(8, Reg::R0, 0, Reg::R1)]);
+            insns.extend(end);
+            (Prog::load(kind, &insns), Some(map))
+        }
         Program::Irq => {
             let mut insns = signal_insns()?;
             insns.extend(end);
