@@ -80,6 +80,15 @@ pub enum Routine {
     /// `Hammer` with a port, 4 bytes.
     #[cfg(target_arch = "x86_64")]
     PortHammer = 26,
+    /// Does what always exits to KVM and no further, `count` times: `cpuid`, or the call
+    /// `SMCCC_VERSION`.
+    ExitLoop = 27,
+    /// Writes 4 bytes to the port `addr`, `count` times.
+    #[cfg(target_arch = "x86_64")]
+    OutLoop = 28,
+    /// Writes 4 bytes `count` times, to addresses that go round from `addr` to `pair.1` in steps
+    /// of `pair.0`.
+    Walk = 29,
 }
 
 impl Routine {
@@ -256,6 +265,7 @@ pub struct Guest {
     vm: VmFd,
     ram: Arc<Ram>,
     irqchip: Option<arch::Irqchip>,
+    paging: bool,
 }
 
 impl Guest {
@@ -282,6 +292,7 @@ impl Guest {
             vm,
             ram,
             irqchip: None,
+            paging: true,
         }
     }
 
@@ -296,6 +307,14 @@ impl Guest {
             // SAFETY: as for all of the memory.
             unsafe { self.vm.set_user_memory_region(slot) }.expect("KVM_SET_USER_MEMORY_REGION");
         }
+    }
+
+    /// Has vCPUs that come now start without paging, in 32 bits: for the loops of [`Routine`] that
+    /// take no `pair`, and for single accesses of up to 4 bytes.
+    #[cfg(target_arch = "x86_64")]
+    pub fn without_paging(mut self) -> Self {
+        self.paging = false;
+        self
     }
 
     /// Has the guest see the first page of its memory at another address too, for loads only.
@@ -362,7 +381,7 @@ impl Guest {
     pub fn try_vcpu(&self, id: u32) -> Result<Vcpu, Errno> {
         let fd = self.vm.create_vcpu(id.into());
         let fd = fd.map_err(|error| Errno(error.errno()))?;
-        arch::prepare_vcpu(&self.kvm, &self.vm, &fd);
+        arch::prepare_vcpu(&self.kvm, &self.vm, &fd, self.paging);
         Ok(Vcpu {
             fd,
             _ram: Arc::clone(&self.ram),

@@ -6,10 +6,12 @@
 //! * [`device`]: the device's ioctls, with nothing checked on the way,
 //! * [`bpf`]: instructions, programs and maps,
 //! * [`programs`]: device programs that several tests share,
-//! * [`harness`]: skips, time limits and bounded waiting.
+//! * [`harness`]: skips, time limits and bounded waiting,
+//! * [`marker`]: what QEMU's plugin is told.
 
 pub mod bpf;
 pub mod device;
 pub mod guest;
 pub mod harness;
+pub mod marker;
 pub mod programs;

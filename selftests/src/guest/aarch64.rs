@@ -100,7 +100,23 @@ kvm_bpf_guest:
         str x4, [x3]
 2:      msr s3_0_c12_c12_1, x6  // ICC_EOIR1_EL1
 3:      eret
-    routine 13
+    routine 27      // loop of the call that always exits: SMCCC_VERSION
+        mov x19, x2
+2:      mov w0, #0x80000000
+        hvc #0
+        subs x19, x19, #1
+        b.ne 2b
+        done
+    routine 29      // writes that go round from x1 to x4 in steps of x3
+        mov x6, x1
+2:      str w0, [x1]
+        add x1, x1, x3
+        cmp x1, x4
+        csel x1, x6, x1, hs
+        subs x2, x2, #1
+        b.ne 2b
+        done
+    routine 30
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection
@@ -132,7 +148,7 @@ pub(super) fn prepare_ram(ram: &Ram) {
     ram.write(IRQ_VECTOR as usize, &(BRANCH | words as u32).to_le_bytes());
 }
 
-pub(super) fn prepare_vcpu(_kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd) {
+pub(super) fn prepare_vcpu(_kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, _paging: bool) {
     let mut init = kvm_vcpu_init::default();
     vm.get_preferred_target(&mut init)
         .expect("KVM_ARM_PREFERRED_TARGET");

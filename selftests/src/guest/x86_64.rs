@@ -59,14 +59,15 @@ kvm_bpf_guest:
         jnz 2b
 4:      mov rax, rdx
         done
+    // The loops 9, 10, 14 and 15 are the same bytes for a processor without paging, in 32 bits.
     routine 9       // read loop
 2:      mov eax, [rbx]
-        dec rcx
+        dec ecx
         jnz 2b
         done
     routine 10      // write loop
 2:      mov [rbx], eax
-        dec rcx
+        dec ecx
         jnz 2b
         done
     routine 11      // write, then wait until rcx interrupts were taken
@@ -127,7 +128,29 @@ kvm_bpf_guest:
 3:      dec rcx
         jnz 2b
 4:      done
-    routine 27
+    routine 27      // loop of the instruction that always exits
+        mov esi, ecx
+2:      xor eax, eax
+        cpuid
+        dec esi
+        jnz 2b
+        done
+    routine 28      // loop of writes to the port in bx
+        mov edx, ebx
+2:      out dx, eax
+        dec ecx
+        jnz 2b
+        done
+    routine 29      // writes that go round from rbx to r9 in steps of r8
+        mov rdx, rbx
+2:      mov [rbx], eax
+        add rbx, r8
+        cmp rbx, r9
+        cmovae rbx, rdx
+        dec ecx
+        jnz 2b
+        done
+    routine 30
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection
@@ -192,7 +215,8 @@ pub(super) fn prepare_ram(ram: &Ram) {
     }
 }
 
-pub(super) fn prepare_vcpu(kvm: &Kvm, _vm: &VmFd, vcpu: &VcpuFd) {
+/// In 64-bit mode, or in 32 bits without paging.
+pub(super) fn prepare_vcpu(kvm: &Kvm, _vm: &VmFd, vcpu: &VcpuFd, paging: bool) {
     let cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .expect("KVM_GET_SUPPORTED_CPUID");
@@ -204,7 +228,8 @@ pub(super) fn prepare_vcpu(kvm: &Kvm, _vm: &VmFd, vcpu: &VcpuFd) {
         type_: 11,
         present: 1,
         s: 1,
-        l: 1,
+        l: paging.into(),
+        db: (!paging).into(),
         g: 1,
         ..Default::default()
     };
@@ -231,10 +256,13 @@ pub(super) fn prepare_vcpu(kvm: &Kvm, _vm: &VmFd, vcpu: &VcpuFd) {
     sregs.gdt.limit = 3 * 8 - 1;
     sregs.idt.base = IDT as u64;
     sregs.idt.limit = 16 * (u16::from(VECTOR) + 1) - 1;
-    sregs.cr0 |= CR0_PROTECTION | CR0_PAGING;
-    sregs.cr3 = PML4 as u64;
-    sregs.cr4 |= CR4_PAE;
-    sregs.efer |= EFER_LONG_MODE;
+    sregs.cr0 |= CR0_PROTECTION;
+    if paging {
+        sregs.cr0 |= CR0_PAGING;
+        sregs.cr3 = PML4 as u64;
+        sregs.cr4 |= CR4_PAE;
+        sregs.efer |= EFER_LONG_MODE;
+    }
     vcpu.set_sregs(&sregs).expect("KVM_SET_SREGS");
 }
 

@@ -1,0 +1,540 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What is measured: every row is a guest, something that handles its accesses, and a loop.
+
+use std::any::Any;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+
+use kvm_bpf::{Device, ImageDevice, Place};
+use kvm_bpf_selftests::bpf::{
+    Index, Insn, Map, Prog, ProgType, Reg, atomic_add, call_kfunc, kfunc, lookup, mov, mov_imm,
+};
+use kvm_bpf_selftests::device::{self, region};
+use kvm_bpf_selftests::guest::{Access, Args, Guest, Routine, Vcpu};
+use kvm_bpf_selftests::programs::{answer_insns, loaded, ret, sample};
+use kvm_bpf_vmm::userspace;
+use kvm_ioctls::{IoEventAddress, NoDatamatch};
+use libbpf_rs::{MapCore, MapFlags};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Where the guest's loop accesses what is measured.
+const ADDR: u64 = 0xd000_0000;
+const SIZE: u64 = 0x1000;
+/// The port of the floor, which no chip of KVM's has.
+#[cfg(target_arch = "x86_64")]
+const PORT: u64 = 0x500;
+
+/// Frequencies in kHz, of the device that wants some.
+const PERF_TABLE: [u32; 3] = [500_000, 1_000_000, 2_000_000];
+
+/// The most regions that one device has.
+const REGIONS_PER_DEVICE: u64 = 256;
+
+/// The kind of access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    Write,
+    Read,
+}
+
+/// What an eBPF program does.
+#[derive(Clone, Copy, Debug)]
+pub enum Program {
+    /// As little as it can.
+    Smallest,
+    /// The same; it might sleep.
+    Sleepable,
+    /// Looks an element of an array up, which the verifier makes instructions of the program's.
+    Array,
+    /// Looks an element of a hash table up, which is a call.
+    Hash,
+    /// Counts in an array that all vCPUs share.
+    Count,
+    /// Signals an interrupt, as an eventfd that nobody waits for.
+    Irq,
+}
+
+/// Who handles an access.
+#[derive(Clone, Copy, Debug)]
+pub enum Handler {
+    Program(Program),
+    /// An eventfd: nobody waits, or a thread does.
+    Ioeventfd {
+        waiter: bool,
+    },
+    /// The loop around `KVM_RUN`.
+    User,
+    /// So many regions side by side, of which the loop accesses one after the other.
+    Regions {
+        count: u64,
+        size: u64,
+    },
+    /// A sample device, and its model in user space.
+    Sample {
+        name: &'static str,
+        offset: u64,
+        user: bool,
+    },
+    /// KVM alone, at an instruction that always exits.
+    Exit,
+    /// An eventfd at a port: what KVM hands on without emulating an instruction.
+    #[cfg(target_arch = "x86_64")]
+    Port,
+}
+
+/// What kind of guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Machine {
+    /// Interrupt controllers are user space's; paging is on, where KVM has to look.
+    Plain,
+    /// Interrupt controllers are KVM's.
+    Irqchip,
+    /// As plain, with paging off: KVM's emulator needs no walk to fetch the instruction, as with
+    /// processors that say what it was.
+    #[cfg(target_arch = "x86_64")]
+    Unpaged,
+}
+
+impl Machine {
+    const ALL: &[Machine] = &[
+        Machine::Plain,
+        Machine::Irqchip,
+        #[cfg(target_arch = "x86_64")]
+        Machine::Unpaged,
+    ];
+
+    fn suffix(self) -> &'static str {
+        match self {
+            Machine::Plain => "",
+            Machine::Irqchip => "/irqchip",
+            #[cfg(target_arch = "x86_64")]
+            Machine::Unpaged => "/unpaged",
+        }
+    }
+}
+
+/// One line of the table.
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub name: String,
+    pub what: &'static str,
+    pub handler: Handler,
+    direction: Direction,
+    machine: Machine,
+}
+
+/// All of them, in the table's order.
+pub fn all() -> Vec<Row> {
+    use Direction::{Read, Write};
+
+    let mut rows = Vec::new();
+    let mut add = |name: &str, what, handler, direction, machine: Machine| {
+        rows.push(Row {
+            name: format!("{name}{}", machine.suffix()),
+            what,
+            handler,
+            direction,
+            machine,
+        });
+    };
+
+    let exit = if cfg!(target_arch = "x86_64") {
+        ("cpuid", "floor: cpuid, nothing is looked up")
+    } else {
+        ("hvc", "floor: SMCCC_VERSION, nothing is looked up")
+    };
+    add(exit.0, exit.1, Handler::Exit, Write, Machine::Plain);
+    #[cfg(target_arch = "x86_64")]
+    add(
+        "out",
+        "floor: out to a port's ioeventfd",
+        Handler::Port,
+        Write,
+        Machine::Plain,
+    );
+
+    let least = Handler::Program(Program::Smallest);
+    let nobody = Handler::Ioeventfd { waiter: false };
+    for &machine in Machine::ALL {
+        for (name, what, handler, direction) in [
+            ("ebpf-write", "the smallest program", least, Write),
+            ("ebpf-read", "the same, and it answers", least, Read),
+            ("ioeventfd-write", "an eventfd, nobody waits", nobody, Write),
+            ("user-write", "a loop around KVM_RUN", Handler::User, Write),
+            ("user-read", "a loop around KVM_RUN", Handler::User, Read),
+        ] {
+            add(name, what, handler, direction, machine);
+        }
+    }
+    for (name, what, program, direction) in [
+        (
+            "ebpf-write-sleepable",
+            "it may sleep",
+            Program::Sleepable,
+            Write,
+        ),
+        (
+            "ebpf-read-sleepable",
+            "it may sleep",
+            Program::Sleepable,
+            Read,
+        ),
+        (
+            "ebpf-write-array",
+            "it looks into an array",
+            Program::Array,
+            Write,
+        ),
+        (
+            "ebpf-write-hash",
+            "it looks into a hash table",
+            Program::Hash,
+            Write,
+        ),
+        (
+            "ebpf-write-count",
+            "it counts in an array",
+            Program::Count,
+            Write,
+        ),
+        (
+            "ebpf-write-irq",
+            "it signals an eventfd",
+            Program::Irq,
+            Write,
+        ),
+    ] {
+        let handler = Handler::Program(program);
+        add(name, what, handler, direction, Machine::Plain);
+    }
+    let (name, what) = ("ioeventfd-write-waiter", "an eventfd that a thread reads");
+    let handler = Handler::Ioeventfd { waiter: true };
+    add(name, what, handler, Write, Machine::Plain);
+    for (name, what, count, size) in [
+        ("regions-1", "one region", 1, 4),
+        ("regions-10", "one after the other, in one page", 10, 4),
+        ("regions-100", "one after the other, in one page", 100, 4),
+        ("regions-900", "one after the other, in one page", 900, 4),
+        ("regions-10-pages", "each in a page of its own", 10, SIZE),
+    ] {
+        let handler = Handler::Regions { count, size };
+        add(name, what, handler, Write, Machine::Plain);
+    }
+    // The registers of sample devices that drivers access most.
+    for (row, what, name, offset, direction) in [
+        ("pl031-time", "PL031, the time", "pl031", 0, Read),
+        (
+            "vcpufreq-frequency",
+            "vCPUFreq, the current frequency",
+            "vcpufreq",
+            0,
+            Read,
+        ),
+        (
+            "vcpufreq-request",
+            "vCPUFreq, a request",
+            "vcpufreq",
+            4,
+            Write,
+        ),
+    ] {
+        for user in [false, true] {
+            let suffix = if user { "-user" } else { "" };
+            let sample = Handler::Sample { name, offset, user };
+            let row = format!("{row}{suffix}");
+            add(&row, what, sample, direction, Machine::Plain);
+        }
+    }
+    rows
+}
+
+/// What user space does where an access reaches it.
+type Serve = Box<dyn FnMut(Access<'_>) + Send>;
+
+/// A vCPU that is ready to run a row's loop.
+#[allow(missing_debug_implementations)]
+pub struct Loop {
+    vcpu: Vcpu,
+    routine: Routine,
+    args: Args,
+    /// The loop goes round so many addresses.
+    round: u64,
+    serve: Serve,
+}
+
+impl Loop {
+    /// Runs the loop so often; accesses that reach user space are served there.
+    pub fn run(&mut self, count: u64) {
+        let args = Args { count, ..self.args };
+        self.vcpu.serve(self.routine, args, &mut self.serve);
+    }
+
+    /// The next number of accesses for which every address has the same share.
+    pub fn whole_rounds(&self, count: u64) -> u64 {
+        count.next_multiple_of(self.round)
+    }
+}
+
+/// A guest with what handles its accesses; that is gone with it.
+#[allow(missing_debug_implementations)]
+pub struct Case {
+    pub loops: Vec<Loop>,
+    _handler: Box<dyn Any>,
+    _guest: Guest,
+}
+
+impl Row {
+    /// Sets the row up, with so many vCPUs; or says why it cannot be.
+    pub fn set_up(&self, vcpus: u32) -> Result<Case, String> {
+        let guest = match self.machine {
+            Machine::Plain => Guest::new(),
+            Machine::Irqchip => Guest::with_irqchip(),
+            #[cfg(target_arch = "x86_64")]
+            Machine::Unpaged => Guest::new().without_paging(),
+        };
+        let handler = self.plug(&guest)?;
+        let loops = (0..vcpus)
+            .map(|id| {
+                let vcpu = match self.machine {
+                    Machine::Irqchip => guest.vcpu_with_interrupts(),
+                    _ => guest.vcpu(id),
+                };
+                self.loop_of(vcpu)
+            })
+            .collect();
+        Ok(Case {
+            loops,
+            _handler: handler,
+            _guest: guest,
+        })
+    }
+
+    /// Whether the row makes sense with several vCPUs.
+    pub fn scales(&self) -> bool {
+        self.machine != Machine::Irqchip
+            && matches!(
+                self.handler,
+                Handler::Program(_) | Handler::Ioeventfd { waiter: false } | Handler::User
+            )
+    }
+
+    /// Plugs the handler into the guest.
+    fn plug(&self, guest: &Guest) -> Result<Box<dyn Any>, String> {
+        Ok(match self.handler {
+            Handler::Program(program) => {
+                let device = device::Device::new(guest.vm());
+                let (prog, keep) = load(program, self.direction)?;
+                let (read, write) = match self.direction {
+                    Direction::Read => (Some(&prog), None),
+                    Direction::Write => (None, Some(&prog)),
+                };
+                device.set_region(0, &region(ADDR, SIZE, read, write));
+                let irq = EventFd::new(0).expect("eventfd");
+                if matches!(program, Program::Irq) {
+                    device.set_irq(0, irq.as_raw_fd());
+                }
+                Box::new((device, keep, irq))
+            }
+            Handler::Ioeventfd { waiter } => {
+                let eventfd = EventFd::new(0).expect("eventfd");
+                register(guest, &eventfd, &IoEventAddress::Mmio(ADDR));
+                if waiter {
+                    Box::new(Waiter::new(eventfd))
+                } else {
+                    Box::new(eventfd)
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Handler::Port => {
+                let eventfd = EventFd::new(0).expect("eventfd");
+                register(guest, &eventfd, &IoEventAddress::Pio(PORT));
+                Box::new(eventfd)
+            }
+            Handler::Regions { count, size } => {
+                let (prog, _) = load(Program::Smallest, Direction::Write)?;
+                let devices: Vec<_> = (0..count.div_ceil(REGIONS_PER_DEVICE))
+                    .map(|_| device::Device::new(guest.vm()))
+                    .collect();
+                for index in 0..count {
+                    let region = region(ADDR + index * size, size, None, Some(&prog));
+                    devices[(index / REGIONS_PER_DEVICE) as usize]
+                        .set_region(index % REGIONS_PER_DEVICE, &region);
+                }
+                Box::new(devices)
+            }
+            Handler::Sample {
+                name, user: false, ..
+            } => Box::new(load_sample(guest, name)),
+            Handler::Sample { user: true, .. } | Handler::User | Handler::Exit => Box::new(()),
+        })
+    }
+
+    fn loop_of(&self, vcpu: Vcpu) -> Loop {
+        let mut routine = match self.direction {
+            Direction::Read => Routine::ReadLoop,
+            Direction::Write => Routine::WriteLoop,
+        };
+        let mut args = Args {
+            addr: ADDR,
+            ..Default::default()
+        };
+        let mut round = 1;
+        let mut serve: Serve = Box::new(answer_all);
+        match self.handler {
+            Handler::Regions { count, size } => {
+                routine = Routine::Walk;
+                args.pair = [size, ADDR + count * size];
+                round = count;
+            }
+            Handler::Exit => routine = Routine::ExitLoop,
+            #[cfg(target_arch = "x86_64")]
+            Handler::Port => {
+                routine = Routine::OutLoop;
+                args.addr = PORT;
+            }
+            Handler::Sample { name, offset, user } => {
+                args.addr += offset;
+                args.value = PERF_TABLE[1].into();
+                if user {
+                    let irq = EventFd::new(0).expect("eventfd");
+                    let mut model =
+                        userspace::create(name, vec![irq], &PERF_TABLE).expect("its model");
+                    serve = Box::new(move |access| match access {
+                        Access::Read(addr, data) => model.read(0, addr - ADDR, data),
+                        Access::Write(addr, data) => model.write(0, addr - ADDR, data),
+                        access => panic!("wanted an access of memory, got {access:?}"),
+                    });
+                }
+            }
+            _ => (),
+        }
+        Loop {
+            vcpu,
+            routine,
+            args,
+            round,
+            serve,
+        }
+    }
+}
+
+/// Gives every read the same answer.
+fn answer_all(access: Access<'_>) {
+    if let Access::Read(_, data) = access {
+        data.fill(0xee);
+    }
+}
+
+fn register(guest: &Guest, eventfd: &EventFd, addr: &IoEventAddress) {
+    guest
+        .vm()
+        .register_ioevent(eventfd, addr, NoDatamatch)
+        .expect("KVM_IOEVENTFD");
+}
+
+/// A program, and the map that it uses.
+fn load(program: Program, direction: Direction) -> Result<(Prog, Option<Map>), String> {
+    let (kind, end) = match direction {
+        Direction::Read => (ProgType::READ, answer_insns(0)),
+        Direction::Write => (ProgType::WRITE, ret(0).to_vec()),
+    };
+    let with_map = |map: Map| {
+        let mut insns = lookup(&map, Index::Imm(0));
+        insns.extend(end.iter());
+        (Prog::load(kind, &insns), Some(map))
+    };
+    Ok(match program {
+        Program::Smallest => (Prog::load(kind, &end), None),
+        Program::Sleepable => (Prog::load_sleepable(kind, &end), None),
+        Program::Array => with_map(Map::new(1, 1)),
+        Program::Hash => with_map(Map::hash(1, 1)),
+        Program::Count => {
+            let map = Map::new(1, 1);
+            let mut insns = lookup(&map, Index::Imm(0));
+            insns.extend([mov_imm(Reg::R1, 1), atomic_add(8, Reg::R0, 0, Reg::R1)]);
+            insns.extend(end);
+            (Prog::load(kind, &insns), Some(map))
+        }
+        Program::Irq => {
+            let mut insns = signal_insns()?;
+            insns.extend(end);
+            (Prog::load(kind, &insns), None)
+        }
+    })
+}
+
+/// Signals irq 0; `r1` is the program's context, of which the kfunc takes the kernel's side.
+fn signal_insns() -> Result<Vec<Insn>, String> {
+    let required =
+        |name| kfunc(name).ok_or_else(|| format!("this kernel has no function {name}()"));
+    Ok(vec![
+        call_kfunc(required("bpf_cast_to_kern_ctx")?),
+        mov(Reg::R1, Reg::R0),
+        mov_imm(Reg::R2, 0),
+        call_kfunc(required("bpf_kvm_irq_signal")?),
+    ])
+}
+
+/// A sample device at [`ADDR`], with a table of frequencies if it has a use for one.
+fn load_sample(guest: &Guest, name: &str) -> ImageDevice {
+    let image = loaded(sample(name));
+    if let Some(table) = image.map("perf_table") {
+        for (index, khz) in (0_u32..).zip(PERF_TABLE) {
+            table
+                .update(&index.to_ne_bytes(), &khz.to_ne_bytes(), MapFlags::ANY)
+                .expect("BPF_MAP_UPDATE_ELEM");
+        }
+    }
+    let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
+    ImageDevice::new(device, Place::Memory(ADDR), image).expect("a sample device")
+}
+
+/// A thread that waits for an eventfd again and again, and runs as soon as it is signalled: on one
+/// CPU, too, and always.
+struct Waiter {
+    eventfd: Arc<EventFd>,
+    over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Waiter {
+    fn new(eventfd: EventFd) -> Self {
+        let eventfd = Arc::new(eventfd);
+        let over = Arc::new(AtomicBool::new(false));
+        let thread = {
+            let (eventfd, over) = (Arc::clone(&eventfd), Arc::clone(&over));
+            thread::spawn(move || {
+                run_at_once();
+                while !over.load(Ordering::Relaxed) {
+                    eventfd.read().expect("read of an eventfd");
+                }
+            })
+        };
+        Waiter {
+            eventfd,
+            over,
+            thread: Some(thread),
+        }
+    }
+}
+
+/// Gives the calling thread precedence over all that have no such need.
+fn run_at_once() {
+    let param = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the parameter is a local.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &param) };
+    assert_eq!(result, 0, "sched_setscheduler");
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        self.eventfd.write(1).expect("write to an eventfd");
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("the thread that waits");
+        }
+    }
+}
