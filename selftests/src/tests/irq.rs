@@ -543,7 +543,11 @@ fn context_cannot_be_forged() {
             cast_part,
             "dereference of modified ctx ptr",
         ),
-        ("the kernel's context + 8", part, "must have zero offset"),
+        (
+            "the kernel's context + 8",
+            part,
+            "expected pointer to STRUCT bpf_kvm_io_ctx_kern",
+        ),
         (
             "a pointer out of the kernel's context",
             pointer,
