@@ -142,7 +142,7 @@ pub struct Report {
     pub reloads: u64,
     /// Exits for addresses that no device has; ports are not among them.
     pub unclaimed_exits: u64,
-    /// Bytes of the guest's console that nobody took.
+    /// Bytes of the guest's console and of its serial ports that nobody took.
     pub console_bytes_lost: u64,
     /// The devices, by address; those at ports last.
     pub devices: Vec<Device>,

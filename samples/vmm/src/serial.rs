@@ -14,7 +14,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use kvm_bpf::{Image, Note};
-use libbpf_rs::{MapCore, MapHandle, MapType, RingBufferBuilder};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, RingBufferBuilder};
 
 use crate::arch;
 use crate::output::Output;
@@ -22,6 +22,8 @@ use crate::vm::Error;
 
 const COMPATIBLE: &str = "ns16550a";
 const MAP: &str = "output";
+/// The map in which the programs count bytes that they drop.
+const LOST: &str = "lost";
 
 /// How long the end of the guest may wait for a thread that nothing is sent to.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -120,18 +122,29 @@ impl Serial {
         Ok(())
     }
 
-    /// Takes the rest, after the guest's end; returns how many bytes of a file are not written.
-    pub fn finish(self) -> u64 {
+    /// Takes the rest, after the guest's end; returns how many bytes are lost: those that the
+    /// programs had no room for, and of a file those that are not written.
+    pub fn finish(self, image: &Image) -> u64 {
         self.stop.store(true, Ordering::SeqCst);
         for thread in self.threads {
             // A panic has been printed already.
             let _ = thread.join();
         }
-        match self.is_file {
+        let unwritten = match self.is_file {
             true => self.to.finish(),
             false => 0,
-        }
+        };
+        unwritten + dropped(image).unwrap_or(0)
     }
+}
+
+/// How many bytes the programs have dropped, where they tell.
+fn dropped(image: &Image) -> Option<u64> {
+    let map = image
+        .map(LOST)
+        .filter(|map| map.map_type() == MapType::Array)?;
+    let count = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).ok()??;
+    Some(u64::from_ne_bytes(count.try_into().ok()?))
 }
 
 /// The ring buffer of a serial port.

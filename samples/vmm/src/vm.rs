@@ -366,11 +366,9 @@ impl Vm {
         // Also those that run while another one could not be started.
         shared.stop.store(true, Ordering::SeqCst);
         let vcpus = stop_vcpus(threads);
-        let serials = self.bpf_devices.iter_mut();
-        let mut console_bytes_lost: u64 = serials
-            .filter_map(|device| device.serial.take())
-            .map(Serial::finish)
-            .sum();
+        let lost =
+            |device: &mut BpfDevice| Some(device.serial.take()?.finish(device.device.image()));
+        let mut console_bytes_lost: u64 = self.bpf_devices.iter_mut().filter_map(lost).sum();
         console_bytes_lost += shared.platform.finish();
         let mut devices = shared.bus.report();
         devices.extend(shared.ports.report());
@@ -530,7 +528,6 @@ fn wire_interrupt(
 /// What all vCPU threads use.
 struct Shared {
     bus: Bus,
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     ports: Bus,
     platform: arch::Platform,
     stop: AtomicBool,

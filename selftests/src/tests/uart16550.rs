@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The sample serial port, at ports: its registers, its interrupt, and where the bytes go.
+//! The sample serial port, at ports: its registers, its interrupt, and where the bytes go; thousands
+//! of accesses compared with the serial port of the crate `vm-superio`.
 
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -10,8 +13,11 @@ use kvm_bpf::note::Space;
 use kvm_bpf::{Device, ImageDevice, OnLoss, Place};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, PRESET, PortExit, Vcpu, mask};
+use kvm_bpf_selftests::harness::{Random, number_from_env};
 use kvm_bpf_selftests::programs::{loaded, sample};
 use libbpf_rs::{Map, MapHandle, RingBuffer, RingBufferBuilder};
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{ADDR, element, taken};
@@ -27,6 +33,7 @@ tests!(
     replaced,
     place_and_kind_must_agree,
     occupied_ports,
+    as_vm_superio,
 );
 
 const PORT: u16 = 0x2f8;
@@ -333,5 +340,89 @@ fn occupied_ports() {
             assert_got!(source.errno(), libc::EEXIST);
         }
         result => panic!("wanted the PIC to have the port, got {result:?}"),
+    }
+}
+
+/// Counts the interrupts of vm-superio's serial port.
+struct Interrupts(Arc<AtomicU64>);
+
+impl Trigger for Interrupts {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.fetch_add(1, SeqCst);
+        Ok(())
+    }
+}
+
+/// Random accesses give the same values, interrupts and bytes.
+///
+/// Where the two differ, the accesses do not go:
+///
+/// * vm-superio always has FIFOs, lets its interrupt out without OUT2, and keeps all bits of MCR.
+/// * A write of IER that leaves bit 1 set is an interrupt of vm-superio's, as if it had been clear,
+///   and one that clears it leaves the interrupt in IIR: IIR is read before, and IER is cleared.
+/// * vm-superio receives what loops back.
+fn as_vm_superio() {
+    const STEP: u64 = 1000;
+
+    let mut uart = Setup::new();
+    let taker = uart.taker();
+    let triggered = Arc::<AtomicU64>::default();
+    let mut model: Serial<_, NoEvents, _> =
+        Serial::new(Interrupts(triggered.clone()), Vec::<u8>::new());
+    let set = |uart: &mut Setup, model: &mut Serial<_, _, _>, register: u16, value: u8| {
+        uart.set(register, value);
+        let written: Result<(), vm_superio::serial::Error<Infallible>> =
+            model.write(register as u8, value);
+        written.expect("a write of vm-superio's");
+    };
+    // What they are not after reset.
+    for (register, value) in [
+        (IIR, 1),
+        (MCR, MCR_OUT2),
+        (LCR, LCR_DLAB),
+        (THR, 1),
+        (IER, 0),
+        (LCR, 3),
+    ] {
+        set(&mut uart, &mut model, register, value);
+    }
+
+    let mut random = Random::new(number_from_env("KVM_BPF_SEED", 1));
+    let (mut lcr, mut mcr) = (3, MCR_OUT2);
+    for at in 0..number_from_env("KVM_BPF_ACCESSES", 20_000) {
+        let register = random.below(8) as u16;
+        let value = random.next() as u8;
+        let is_dlab = lcr & LCR_DLAB != 0;
+        if random.below(3) == 0 {
+            let got = (uart.get(register), model.read(register as u8));
+            assert_got!(got.0, got.1, "access {at}: register {register}");
+        } else {
+            match register {
+                THR if !is_dlab && mcr & MCR_LOOP != 0 => {}
+                IER if !is_dlab => {
+                    assert_got!(uart.get(IIR), model.read(IIR as u8), "access {at}: IIR");
+                    set(&mut uart, &mut model, IER, 0);
+                    set(&mut uart, &mut model, IER, value);
+                }
+                IIR => set(&mut uart, &mut model, IIR, value | 1),
+                LCR => {
+                    lcr = value;
+                    set(&mut uart, &mut model, LCR, value);
+                }
+                MCR => {
+                    mcr = value & 0x1f | MCR_OUT2;
+                    set(&mut uart, &mut model, MCR, mcr);
+                }
+                _ => set(&mut uart, &mut model, register, value),
+            }
+        }
+        let interrupts = triggered.swap(0, SeqCst);
+        assert_got!(taken(&uart.irq), interrupts, "access {at}: interrupts");
+        if at % STEP == STEP - 1 {
+            assert_got!(&taker.take(), model.writer(), "access {at}: bytes");
+            model.writer_mut().clear();
+        }
     }
 }
