@@ -83,6 +83,9 @@ pub enum Handler {
     /// An eventfd at a port: what KVM hands on without emulating an instruction.
     #[cfg(target_arch = "x86_64")]
     Port,
+    /// The smallest program there.
+    #[cfg(target_arch = "x86_64")]
+    PortProgram,
 }
 
 /// What kind of guest.
@@ -152,6 +155,14 @@ pub fn all() -> Vec<Row> {
         "out",
         "floor: out to a port's ioeventfd",
         Handler::Port,
+        Write,
+        Machine::Plain,
+    );
+    #[cfg(target_arch = "x86_64")]
+    add(
+        "ebpf-out",
+        "the smallest program, at a port",
+        Handler::PortProgram,
         Write,
         Machine::Plain,
     );
@@ -353,6 +364,13 @@ impl Row {
                 register(guest, &eventfd, &IoEventAddress::Pio(PORT));
                 Box::new(eventfd)
             }
+            #[cfg(target_arch = "x86_64")]
+            Handler::PortProgram => {
+                let device = device::Device::new(guest.vm());
+                let (prog, _) = load(Program::Smallest, Direction::Write)?;
+                device.set_ports(0, &region(PORT, 4, None, Some(&prog)));
+                Box::new(device)
+            }
             Handler::Regions { count, size } => {
                 let (prog, _) = load(Program::Smallest, Direction::Write)?;
                 let devices: Vec<_> = (0..count.div_ceil(REGIONS_PER_DEVICE))
@@ -391,7 +409,7 @@ impl Row {
             }
             Handler::Exit => routine = Routine::ExitLoop,
             #[cfg(target_arch = "x86_64")]
-            Handler::Port => {
+            Handler::Port | Handler::PortProgram => {
                 routine = Routine::OutLoop;
                 args.addr = PORT;
             }
