@@ -41,13 +41,13 @@ use kernel::{
         },
         Vm, //
     },
-    new_mutex,
-    nospec,
+    new_mutex, nospec,
     prelude::*,
     sync::{
         aref::ARef,
         Arc,
-        Mutex, //
+        Mutex,
+        UniqueArc, //
     },
     uapi,
 };
@@ -86,11 +86,7 @@ struct Programs {
 
 impl Programs {
     /// Takes references to the programs that user space has named.
-    fn get(
-        index: usize,
-        region: &uapi::kvm_bpf_user_region,
-        irqs: ARef<Irqs>,
-    ) -> Result<Self> {
+    fn get(index: usize, region: &uapi::kvm_bpf_user_region, irqs: ARef<Irqs>) -> Result<Self> {
         if region.bpf_readfd == NO_FD && region.bpf_writefd == NO_FD {
             return Err(EINVAL);
         }
@@ -206,12 +202,14 @@ impl BpfDevice {
         }
 
         let changing = self.changing.lock();
+        // So that whoever removes the region drops its last reference, this one goes before the
+        // lock does, whatever becomes of the call.
+        let old = self.region(index);
 
-        match self.region(index) {
+        match old {
             Some(region) if region.range() == range => {
                 let replaced = region.replace(programs)?;
 
-                // So that the last reference is not ours.
                 drop(region);
                 drop(changing);
                 // This waits, for a program that sleeps as long as that does.
@@ -226,9 +224,12 @@ impl BpfDevice {
     /// The caller holds `changing`.
     fn add_region(&self, vm: &Vm, index: usize, range: Range, programs: Programs) -> Result {
         self.make_room(index)?;
-        let region = Arc::new(Region::new(vm, range, programs)?, GFP_KERNEL_ACCOUNT)?;
+        // First, so that nothing has to be taken back, which would wait.
+        let place = UniqueArc::new_uninit(GFP_KERNEL_ACCOUNT)?;
+        let region = Arc::from(place.write(Region::new(vm, range, programs)?));
 
-        self.with_slot(index, |slot| *slot = Some(region)).ok_or(ENOMEM)
+        self.with_slot(index, |slot| *slot = Some(region))
+            .ok_or(ENOMEM)
     }
 
     /// Has a place for a region. The caller holds `changing`.
