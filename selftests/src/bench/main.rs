@@ -2,7 +2,7 @@
 
 //! What a guest's access costs, by who handles it.
 //!
-//! usage: `kvm-bpf-bench [--list | --scale | --profile | --shared] [--row NAME]... [ACCESSES]`
+//! usage: `kvm-bpf-bench [--list | --scale | --profile | --shared] [--row NAME[,NAME]...]... [ACCESSES]`
 //!
 //! Prints a table: lines that begin with "#" say what ran where, all others begin with a row's
 //! name and its number. Under QEMU's `-icount` (see `scripts/boot`) the numbers are the host's
@@ -10,7 +10,7 @@
 //! round of 2 ACCESSES less one of ACCESSES, each the median of several; so what a round costs by
 //! itself and a tick of the host's clock in between do not count.
 //!
-//! * `--row NAME` selects a row, and may be given again; `--list` lists them.
+//! * `--row NAME` selects a row, with commas several, and may be given again; `--list` lists them.
 //! * `--scale` measures accesses per second of 1 to n vCPUs, each on a CPU of its own.
 //! * `--profile` runs one row for QEMU's plugin that counts what is executed, `--shared` with two
 //!   vCPUs for the one that looks at stores; both print the kernel's symbols.
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
         Err(message) => {
             eprintln!("kvm-bpf-bench: {message}");
             eprintln!(
-                "usage: kvm-bpf-bench [--list | --scale | --profile | --shared] [--row NAME]... \
+                "usage: kvm-bpf-bench [--list | --scale | --profile | --shared] [--row NAME[,NAME]...]... \
                  [ACCESSES]"
             );
             return ExitCode::from(2);
@@ -87,9 +87,10 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options, String> {
             "--profile" => mode = Mode::Profile,
             "--shared" => mode = Mode::Shared,
             "--row" => {
-                let name = args.next().ok_or("--row wants a name")?;
-                let row = all.iter().find(|row| row.name == name);
-                selected.push(row.ok_or(format!("no row '{name}'; see --list"))?.clone());
+                for name in args.next().ok_or("--row wants names")?.split(',') {
+                    let row = all.iter().find(|row| row.name == name);
+                    selected.push(row.ok_or(format!("no row '{name}'; see --list"))?.clone());
+                }
             }
             _ => match arg.parse() {
                 Ok(count) if count > 0 && accesses.is_none() => accesses = Some(count),
