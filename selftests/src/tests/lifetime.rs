@@ -353,6 +353,7 @@ fn getting_does_not_wait() {
         ..region(ADDR, SIZE, None, None)
     };
     let fast = |index: u64| region(ADDR + index * SIZE, SIZE, Some(&prog), None);
+    let waits = Calls::of("synchronize_srcu_expedited");
     device.set_region(0, &slow);
     device.set_region(1, &fast(1));
     device.set_region(2, &fast(2));
@@ -360,14 +361,12 @@ fn getting_does_not_wait() {
     thread::scope(|scope| {
         let access = scope.spawn(|| vcpu.read(ADDR, 8).exits);
         wait_for("an access inside", 1, || gate.words()[0]);
+        let before = waits.count();
         let replace = scope.spawn(|| device.set_region(0, &fast(0)));
         let remove = scope.spawn(|| device.set_region(1, &NO_REGION));
+        wait_for("calls that wait", before + 2, || waits.count());
         // The range is free before the wait.
-        wait_for(
-            "the region that is removed",
-            Err(Errno(libc::ENOENT)),
-            || device.region(1).map(drop),
-        );
+        assert_got!(device.region(1).map(drop), Err(Errno(libc::ENOENT)));
         device.set_region(3, &fast(1));
         assert_got!(device.region(0).map(|region| region.addr), Ok(ADDR));
         assert_got!(device.region(3).map(|region| region.addr), Ok(ADDR + SIZE));
