@@ -296,6 +296,20 @@ const RULES: &[(Phase, &[&str])] = &[
     (
         Phase::Entry,
         &[
+            // arm64: the timer's interrupt, system registers, RCU's notes.
+            "mtree_load",
+            "irq_set_irqchip_state",
+            "__irq_*",
+            "gic_*",
+            "get_timer_map",
+            "vcpu_read_sys_reg",
+            "vcpu_has_nv",
+            "locate_register",
+            "locate_direct_register",
+            "___ctxt_sys_reg",
+            "handle_hvc",
+            "rcu_qs",
+            "rcu_preempt_need_deferred_qs",
             "svm_*",
             "__svm_*",
             "npf_interception",
