@@ -19,7 +19,7 @@ use kvm_bpf_selftests::harness::{CAP_BPF, Errno, in_a_thread, set_capabilities, 
 use kvm_bpf_selftests::programs::{ret, test_path};
 use libbpf_rs::btf::Btf;
 use libbpf_rs::btf::types::DeclTag;
-use libbpf_rs::{ObjectBuilder, ProgramInput, ReferencesType, libbpf_sys as sys};
+use libbpf_rs::{Object, ObjectBuilder, ProgramInput, ReferencesType, libbpf_sys as sys};
 
 use super::beside_this_program;
 
@@ -187,17 +187,7 @@ fn narrow_loads_of_the_kernels_own_selftest() {
 
     let path = test_path("verifier_ctx");
     let wanted = retvals(&path);
-    let mut object = ObjectBuilder::default()
-        .open_file(&path)
-        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    // The others are for another test, and most of them must not load.
-    for mut program in object.progs_mut() {
-        let added = program.name().to_str().is_some_and(|n| ADDED.contains(&n));
-        program.set_autoload(added);
-    }
-    let object = object
-        .load()
-        .unwrap_or_else(|error| panic!("loading {}: {error:#}", path.display()));
+    let object = load_only(&path, &ADDED);
 
     let mut wrong = Vec::new();
     for name in ADDED {
@@ -232,16 +222,7 @@ fn narrow_loads_as_the_kernels_own_selftest_says() {
 
     let path = test_path("verifier_ctx");
     let wanted = tags(&path, ":test_expect_xlated=");
-    let mut object = ObjectBuilder::default()
-        .open_file(&path)
-        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    for mut program in object.progs_mut() {
-        let added = program.name().to_str().is_some_and(|n| ADDED.contains(&n));
-        program.set_autoload(added);
-    }
-    let object = object
-        .load()
-        .unwrap_or_else(|error| panic!("loading {}: {error:#}", path.display()));
+    let object = load_only(&path, &ADDED);
     for name in ADDED {
         let program = object
             .progs()
@@ -296,17 +277,8 @@ fn with_cap_bpf_alone() {
         in_a_thread(move || {
             let path = test_path(file);
             let wanted = tags(&path, ":test_expect_xlated_unpriv=");
-            let mut object = ObjectBuilder::default()
-                .open_file(&path)
-                .unwrap_or_else(|error| panic!("{file}: {error}"));
-            for mut program in object.progs_mut() {
-                let added = program.name() == name;
-                program.set_autoload(added);
-            }
             set_capabilities(&[CAP_BPF]);
-            let object = object
-                .load()
-                .unwrap_or_else(|error| panic!("wanted {name} to load, got {error:#}"));
+            let object = load_only(&path, &[name]);
             let program = object
                 .progs()
                 .find(|program| program.name() == name)
@@ -314,6 +286,21 @@ fn with_cap_bpf_alone() {
             assert_shown(program.as_fd(), name, &wanted, patterns);
         });
     }
+}
+
+/// Loads these programs of a file; the others are for another test, and most must not load.
+#[track_caller]
+fn load_only(path: &Path, names: &[&str]) -> Object {
+    let mut object = ObjectBuilder::default()
+        .open_file(path)
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    for mut program in object.progs_mut() {
+        let wanted = program.name().to_str().is_some_and(|n| names.contains(&n));
+        program.set_autoload(wanted);
+    }
+    object
+        .load()
+        .unwrap_or_else(|error| panic!("wanted {names:?} to load, got {error:#}"))
 }
 
 /// Whether a line is as a pattern says, in which `{{[0-9]+}}` stands for a number.
