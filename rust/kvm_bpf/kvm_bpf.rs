@@ -5,7 +5,8 @@
 //! A device of type `KVM_DEV_TYPE_BPF` is a set of regions of guest-physical addresses and, on
 //! x86, of ports. Each has up to two programs, one that handles the guest's loads and one that
 //! handles its stores, on the vCPU's thread inside `KVM_RUN`. Where there is no program, or it
-//! returns non-zero, the access goes on to user space.
+//! returns non-zero, the access goes on to user space. Further programs run without an access:
+//! see [`work`].
 //!
 //! User ABI: `Documentation/virt/kvm/devices/bpf.rst`.
 //!
@@ -51,6 +52,10 @@ use kernel::{
     },
     uapi,
 };
+
+mod work;
+
+use work::Works;
 
 module! {
     type: KvmBpf,
@@ -150,6 +155,8 @@ struct BpfDevice {
     /// never to wait for anything, nor for memory.
     #[pin]
     regions: Mutex<KVec<Option<Arc<Region>>>>,
+    #[pin]
+    works: Works,
     irqs: ARef<Irqs>,
 }
 
@@ -159,6 +166,7 @@ impl PinnedDrop for BpfDevice {
         let regions = core::mem::take(&mut *self.regions.lock());
 
         Region::unregister_all(regions.iter().flatten().map(|region| &**region));
+        self.works.clear();
         // After that, so that programs have their interrupts as long as they run. Those that a
         // program has put aside outlive us, but not their eventfds.
         self.irqs.close();
@@ -307,6 +315,8 @@ enum Id {
     /// Regions have one index space, whatever their bus.
     Region(Bus, usize),
     Irq(usize),
+    Work(usize),
+    Run(usize),
 }
 
 impl TryFrom<&Attr<'_>> for Id {
@@ -322,6 +332,8 @@ impl TryFrom<&Attr<'_>> for Id {
                 Ok(Self::Region(Bus::Pio, i as usize))
             }
             (uapi::KVM_DEV_BPF_ATTR_GROUP_IRQ, i) if i < IRQS => Ok(Self::Irq(i as usize)),
+            (uapi::KVM_DEV_BPF_ATTR_GROUP_WORK, i) if i < WORKS => Ok(Self::Work(i as usize)),
+            (uapi::KVM_DEV_BPF_ATTR_GROUP_RUN, i) if i < WORKS => Ok(Self::Run(i as usize)),
             _ => Err(ENXIO),
         }
     }
@@ -329,17 +341,19 @@ impl TryFrom<&Attr<'_>> for Id {
 
 const REGIONS: u64 = uapi::KVM_DEV_BPF_MAX_REGIONS as u64;
 const IRQS: u64 = uapi::KVM_DEV_BPF_MAX_IRQS as u64;
+const WORKS: u64 = uapi::KVM_DEV_BPF_MAX_WORKS as u64;
 
 #[vtable]
 impl Device for BpfDevice {
     const TYPE: u32 = uapi::kvm_device_type_KVM_DEV_TYPE_BPF;
     const NAME: &'static CStr = c"kvm-bpf";
 
-    fn create(_vm: &Vm) -> impl PinInit<Self, Error> {
+    fn create(vm: &Vm) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             changing <- new_mutex!(()),
             regions <- new_mutex!(KVec::new()),
             irqs: Irqs::new()?,
+            works <- Works::new(vm, irqs.clone()),
         })
     }
 
@@ -347,6 +361,8 @@ impl Device for BpfDevice {
         match Id::try_from(attr)? {
             Id::Region(bus, index) => self.set_region(vm, bus, index, &attr.read()?),
             Id::Irq(index) => self.set_irq(index, &attr.read()?),
+            Id::Work(index) => self.works.set(index, &attr.read()?),
+            Id::Run(index) => self.works.run(index, &attr.read()?),
         }
     }
 
@@ -354,7 +370,7 @@ impl Device for BpfDevice {
         match Id::try_from(attr)? {
             Id::Region(bus, index) => attr.write(&self.get_region(bus, index)?),
             // An eventfd that another process may have set has no number to return.
-            Id::Irq(_) => Err(ENXIO),
+            Id::Irq(_) | Id::Work(_) | Id::Run(_) => Err(ENXIO),
         }
     }
 

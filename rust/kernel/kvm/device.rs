@@ -83,6 +83,10 @@ unsafe impl FromBytes for uapi::kvm_bpf_user_region {}
 unsafe impl AsBytes for uapi::kvm_bpf_user_region {}
 // SAFETY: Any bytes make a valid value.
 unsafe impl FromBytes for uapi::kvm_bpf_user_irq {}
+// SAFETY: Any bytes make a valid value.
+unsafe impl FromBytes for uapi::kvm_bpf_user_work {}
+// SAFETY: Any bytes make a valid value.
+unsafe impl FromBytes for uapi::kvm_bpf_user_run {}
 
 /// A device.
 #[vtable]

@@ -5,12 +5,14 @@
 //! C header: [`include/linux/kvm_bpf.h`](srctree/include/linux/kvm_bpf.h).
 //!
 //! There is one program type per direction, so that the verifier knows which way the data goes:
-//! an [`IoRead`] program handles a load, an [`IoWrite`] program a store.
+//! an [`IoRead`] program handles a load, an [`IoWrite`] program a store. An [`IoWork`] program does
+//! what a device has to do without an access.
 
 use super::{
     io::Access,
     irq::Irqs,
-    Vcpu, //
+    Vcpu,
+    Vm, //
 };
 use crate::{
     bindings,
@@ -20,6 +22,7 @@ use crate::{
             Field,
             Rights, //
         },
+        Prog,
         ProgType, //
     },
     bpf_ctx_field,
@@ -79,6 +82,45 @@ unsafe impl ctx::Context for Context<'_> {
     type Inner = bindings::bpf_kvm_io_ctx_kern;
 }
 
+/// What a program is run on that runs without an access.
+///
+/// # Invariants
+///
+/// `irqs` is an [`Irqs`] that is valid for `'a`.
+#[repr(transparent)]
+pub struct WorkContext<'a> {
+    inner: bindings::bpf_kvm_io_ctx_kern,
+    _irqs: PhantomData<&'a Irqs>,
+}
+
+impl<'a> WorkContext<'a> {
+    /// The context for the work with that index, of a device with the interrupts `irqs`.
+    ///
+    /// `arg` is what the program finds in `buf`.
+    #[inline]
+    pub fn new(arg: u64, index: u32, irqs: &'a Irqs) -> Self {
+        // INVARIANT: `irqs` are borrowed for `'a`.
+        Self {
+            inner: bindings::bpf_kvm_io_ctx_kern {
+                buf: arg.to_ne_bytes(),
+                offset: 0,
+                vcpu: ptr::null_mut(),
+                region: index,
+                irqs: ptr::from_ref(irqs).cast(),
+                len: 0,
+            },
+            _irqs: PhantomData,
+        }
+    }
+}
+
+// SAFETY: `WorkContext` is `repr(transparent)`. No field's chain follows a pointer, and programs
+// can change nothing.
+unsafe impl ctx::Context for WorkContext<'_> {
+    type Fake = bindings::bpf_kvm_io_ctx;
+    type Inner = bindings::bpf_kvm_io_ctx_kern;
+}
+
 /// Prepares what kfuncs for sleepable programs need that cannot be done while a program runs.
 ///
 /// To be called before such a program is run.
@@ -88,6 +130,17 @@ unsafe impl ctx::Context for Context<'_> {
 pub fn prepare_sleepable() {
     // SAFETY: No requirements but process context.
     unsafe { bindings::kvm_bpf_kfuncs_prepare() }
+}
+
+/// Takes the clamps of its utilization off the current thread, for one that runs [`IoWork`].
+///
+/// It has them from the thread that made it, where programs may have set them.
+///
+/// Context: process context, may sleep.
+#[inline]
+pub fn unclamp_current() {
+    // SAFETY: No requirements but process context.
+    unsafe { bindings::kvm_bpf_unclamp_current() }
 }
 
 type Kern = bindings::bpf_kvm_io_ctx_kern;
@@ -139,6 +192,37 @@ unsafe impl ProgType for IoWrite {
     const NO_PERFMON: bool = true;
 }
 
+/// Programs that run without an access.
+///
+/// What they return is 0 or 1, and 1 asks to be run again.
+pub struct IoWork;
+
+// SAFETY: The fields are those of `WorkContext`. `include/linux/bpf_types.h` refers to
+// `kvm_io_work_verifier_ops` and `kvm_io_work_prog_ops` below for this type. Helpers and kfuncs
+// are those of `IoRead`, but for one, and rely on `irqs` alone.
+unsafe impl ProgType for IoWork {
+    const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_WORK;
+    type Context<'a> = WorkContext<'a>;
+    const FIELDS: &'static [Field] = &[
+        bpf_ctx_field!(WorkContext<'static>, buf: Rights::Read, Kern.buf),
+        bpf_ctx_field!(WorkContext<'static>, region: Rights::Read, Kern.region),
+    ];
+    const NO_PERFMON: bool = true;
+}
+
+impl Prog<IoWork> {
+    /// Runs the program for a device of `vm`. Returns whether it asks to be run again.
+    ///
+    /// Context: process context, may sleep, on a thread with the VM's memory. It is in a read-side
+    /// section of the VM's SRCU, as a [`Handler`](super::io::Handler) is.
+    #[inline]
+    pub fn run_work(&self, vm: &Vm, ctx: &mut WorkContext<'_>) -> bool {
+        let _guard = vm.srcu().read_lock();
+
+        self.run(ctx) != 0
+    }
+}
+
 /// Returns where in KVM's structures programs and this crate find fields.
 // Not inlined: it is about the structures that the kernel image was built with.
 #[inline(never)]
@@ -180,3 +264,7 @@ static kvm_io_read_prog_ops: bindings::bpf_prog_ops = ctx::prog_ops::<IoRead>();
 static kvm_io_write_verifier_ops: bindings::bpf_verifier_ops = ctx::verifier_ops::<IoWrite>();
 #[no_mangle]
 static kvm_io_write_prog_ops: bindings::bpf_prog_ops = ctx::prog_ops::<IoWrite>();
+#[no_mangle]
+static kvm_io_work_verifier_ops: bindings::bpf_verifier_ops = ctx::verifier_ops::<IoWork>();
+#[no_mangle]
+static kvm_io_work_prog_ops: bindings::bpf_prog_ops = ctx::prog_ops::<IoWork>();

@@ -17,16 +17,25 @@ pub const KVM_DEV_BPF_ATTR_GROUP_IRQ: u32 = 2;
 /// Attribute group, on x86: one region of ports per index, [`kvm_bpf_user_region`]. No index is
 /// in use in both groups of regions.
 pub const KVM_DEV_BPF_ATTR_GROUP_PIO: u32 = 3;
+/// Attribute group: one program per index that runs without a guest's access,
+/// [`kvm_bpf_user_work`]. Its indices are its own.
+pub const KVM_DEV_BPF_ATTR_GROUP_WORK: u32 = 5;
+/// Attribute group: runs the WORK program of that index once, [`kvm_bpf_user_run`].
+pub const KVM_DEV_BPF_ATTR_GROUP_RUN: u32 = 6;
 
 /// How many regions a device has: indices 0 to one below this.
 pub const KVM_DEV_BPF_MAX_REGIONS: u64 = 256;
 /// How many interrupts a device has: indices 0 to one below this.
 pub const KVM_DEV_BPF_MAX_IRQS: u64 = 256;
+/// How many WORK programs a device has: indices 0 to one below this.
+pub const KVM_DEV_BPF_MAX_WORKS: u64 = 16;
 
 /// Program type of read handlers.
 pub const BPF_PROG_TYPE_KVM_IO_READ: u32 = 33;
 /// Program type of write handlers.
 pub const BPF_PROG_TYPE_KVM_IO_WRITE: u32 = 34;
+/// Program type of programs that run without a guest's access.
+pub const BPF_PROG_TYPE_KVM_IO_WORK: u32 = 35;
 
 /// `struct kvm_bpf_user_region`: a range of guest-physical addresses, or ports, and its programs.
 #[repr(C)]
@@ -50,4 +59,26 @@ pub struct kvm_bpf_user_irq {
     pub eventfd: i32,
     /// Must be 0.
     pub flags: u32,
+}
+
+/// `struct kvm_bpf_user_work`: a program that runs without a guest's access.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct kvm_bpf_user_work {
+    /// Program of type [`BPF_PROG_TYPE_KVM_IO_WORK`], or -1 to remove the index's.
+    pub bpf_fd: i32,
+    /// An eventfd whose signals run it too, or -1: it runs by [`KVM_DEV_BPF_ATTR_GROUP_RUN`] alone.
+    pub eventfd: i32,
+    /// Must be 0.
+    pub flags: u32,
+    /// Must be 0.
+    pub pad: u32,
+}
+
+/// `struct kvm_bpf_user_run`: one run of a WORK program.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct kvm_bpf_user_run {
+    /// What the program finds in the context's `buf`.
+    pub arg: u64,
 }

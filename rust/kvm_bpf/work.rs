@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Programs that run without a guest's access.
+//!
+//! A device may have a program for each of a few indices. User space runs one on its own thread
+//! ([`Works::run()`]), and may give it an eventfd: then it also runs whenever that is signalled,
+//! on a thread of the device's.
+//!
+//! # Locks
+//!
+//! [`Works::thread`] is held by who sets and removes programs, and nests like that of regions. Then
+//! the turn of one index, which is held while its program runs, then [`Shared::slots`], which is
+//! never held while anything waits. Signals come under an eventfd's lock and take none of ours.
+
+use super::NO_FD;
+use kernel::{
+    bpf::Prog,
+    eventfd::{
+        Consume,
+        Consumer,
+        EventFd, //
+    },
+    kvm::{
+        irq::Irqs,
+        prog::{
+            self,
+            IoWork,
+            WorkContext, //
+        },
+        Vm, //
+    },
+    new_mutex, nospec,
+    prelude::*,
+    sync::{
+        aref::ARef,
+        atomic::{
+            Atomic,
+            Full,
+            Relaxed, //
+        },
+        lock::{
+            mutex::MutexBackend,
+            Guard, //
+        },
+        Arc,
+        Mutex, //
+    },
+    uapi,
+    vhost_task::{
+        VhostTask,
+        Work, //
+    },
+};
+
+const MAX_WORKS: usize = uapi::KVM_DEV_BPF_MAX_WORKS as usize;
+
+/// What an eventfd's signals have left to do.
+struct Pending {
+    /// Signals that the program has not been told of.
+    count: Atomic<u64>,
+    /// The program has asked to be run again.
+    again: Atomic<bool>,
+}
+
+impl Pending {
+    fn is_any(&self) -> bool {
+        self.count.load(Relaxed) != 0 || self.again.load(Relaxed)
+    }
+}
+
+type Thread = VhostTask<Runner>;
+
+/// Takes the signals of an eventfd.
+struct Signal {
+    pending: Arc<Pending>,
+    thread: Arc<Thread>,
+}
+
+impl Consume for Signal {
+    fn signalled(&self, count: u64) {
+        self.pending.count.add(count, Relaxed);
+        self.thread.wake();
+    }
+}
+
+/// The program of an index.
+struct Slot {
+    prog: ARef<Prog<IoWork>>,
+    signal: Option<Consumer<Signal>>,
+}
+
+impl Slot {
+    fn pending(&self) -> Option<&Arc<Pending>> {
+        self.signal.as_ref().map(|signal| &signal.get().pending)
+    }
+}
+
+struct Slots {
+    slots: [Option<Slot>; MAX_WORKS],
+    /// The index at which to look first for a signal, so that each gets its turn.
+    first: usize,
+}
+
+impl Slots {
+    /// Returns an index whose program has something to do.
+    fn next(&mut self) -> Option<usize> {
+        let is_pending = |&index: &usize| {
+            let slot = self.slots.get(index).and_then(Option::as_ref);
+
+            slot.and_then(Slot::pending)
+                .is_some_and(|pending| pending.is_any())
+        };
+        let mut indices = (0..MAX_WORKS).map(|n| (self.first + n) % MAX_WORKS);
+        let index = indices.find(is_pending)?;
+
+        self.first = (index + 1) % MAX_WORKS;
+        Some(index)
+    }
+}
+
+/// What the device and its thread share.
+#[pin_data]
+struct Shared {
+    vm: ARef<Vm>,
+    irqs: ARef<Irqs>,
+    #[pin]
+    slots: Mutex<Slots>,
+    /// Held while the program of that index runs.
+    #[pin]
+    turns: [Mutex<()>; MAX_WORKS],
+}
+
+impl Shared {
+    /// Calls `f` with the place of a program; [`None`] if there is no such index. User space has
+    /// chosen it.
+    fn with_slot<R>(&self, index: usize, f: impl FnOnce(&mut Option<Slot>) -> R) -> Option<R> {
+        let index = nospec::array_index(index, MAX_WORKS)?;
+
+        self.slots.lock().slots.get_mut(index).map(f)
+    }
+
+    /// Calls `f` with what takes a program's signals; [`None`] if nothing does.
+    fn with_signal<R>(&self, index: usize, f: impl FnOnce(&Consumer<Signal>) -> R) -> Option<R> {
+        self.with_slot(index, |slot| slot.as_ref()?.signal.as_ref().map(f))
+            .flatten()
+    }
+
+    /// Waits until no program of that index runs, and keeps it so.
+    fn turn(&self, index: usize) -> Option<Guard<'_, (), MutexBackend>> {
+        let index = nospec::array_index(index, MAX_WORKS)?;
+
+        Some(self.turns.get(index)?.lock())
+    }
+
+    fn run_prog(&self, index: usize, prog: &Prog<IoWork>, arg: u64) -> bool {
+        // CAST: There are few.
+        let mut ctx = WorkContext::new(arg, index as u32, &self.irqs);
+
+        prog.run_work(&self.vm, &mut ctx)
+    }
+}
+
+/// What the thread does.
+struct Runner {
+    shared: Arc<Shared>,
+    /// It has run.
+    started: Atomic<bool>,
+}
+
+impl Work for Runner {
+    fn work(&self) -> bool {
+        let shared = &self.shared;
+
+        if !self.started.load(Relaxed) {
+            self.started.store(true, Relaxed);
+            prog::unclamp_current();
+        }
+        let Some(index) = shared.slots.lock().next() else {
+            return false;
+        };
+        let _turn = shared.turn(index);
+        // Only now, as it may have been changed or removed meanwhile.
+        let found = shared.with_slot(index, |slot| {
+            let slot = slot.as_ref()?;
+
+            Some((slot.prog.clone(), slot.pending()?.clone()))
+        });
+        let Some((prog, pending)) = found.flatten() else {
+            return true;
+        };
+        let again = pending.again.xchg(false, Full);
+        let count = pending.count.xchg(0, Full);
+
+        if !again && count == 0 {
+            return true;
+        }
+        if shared.run_prog(index, &prog, count) {
+            pending.again.store(true, Relaxed);
+        }
+        shared.with_signal(index, Consumer::take_rest);
+        true
+    }
+}
+
+/// The programs of a device that run without an access.
+#[pin_data]
+pub(crate) struct Works {
+    /// Made with the first eventfd. Held by who sets and removes programs.
+    #[pin]
+    thread: Mutex<Option<Arc<Thread>>>,
+    shared: Arc<Shared>,
+}
+
+impl Works {
+    /// No programs, for a device of `vm` with the interrupts `irqs`.
+    pub(crate) fn new(vm: &Vm, irqs: ARef<Irqs>) -> impl PinInit<Self, Error> + '_ {
+        try_pin_init!(Self {
+            thread <- new_mutex!(None),
+            shared: Arc::pin_init(
+                try_pin_init!(Shared {
+                    vm: vm.into(),
+                    irqs,
+                    slots <- new_mutex!(Slots {
+                        slots: [const { None }; MAX_WORKS],
+                        first: 0,
+                    }),
+                    turns <- pin_init::pin_init_array_from_fn(|_| new_mutex!(())),
+                }),
+                GFP_KERNEL_ACCOUNT,
+            )?,
+        })
+    }
+
+    /// Sets, replaces or removes a program.
+    ///
+    /// When this returns, the one that was there before does not run any more.
+    pub(crate) fn set(&self, index: usize, work: &uapi::kvm_bpf_user_work) -> Result {
+        if work.flags != 0 || work.pad != 0 {
+            return Err(EINVAL);
+        }
+        if work.bpf_fd == NO_FD {
+            return self.remove(index, work);
+        }
+        // CAST: Negative numbers but `NO_FD` become ones that are never open: `EBADF`.
+        let prog = Prog::from_fd(work.bpf_fd as u32)?;
+        let eventfd = match work.eventfd {
+            NO_FD => None,
+            fd => Some(EventFd::from_fd(fd)?),
+        };
+        let mut thread = self.thread.lock();
+        // What is pending stays with its eventfd.
+        let keep = eventfd.as_ref().is_some_and(|eventfd| {
+            let is_same = self
+                .shared
+                .with_signal(index, |signal| signal.is_of(eventfd));
+
+            is_same.unwrap_or(false)
+        });
+        let mut signal = match eventfd {
+            Some(_) if !keep => Some(self.connect(&mut thread, work.eventfd)?),
+            _ => None,
+        };
+        let old = self.shared.with_slot(index, |slot| {
+            let mut old = slot.take();
+
+            if let Some(old) = old.as_mut().filter(|_| keep) {
+                signal = old.signal.take();
+            }
+            *slot = Some(Slot { prog, signal });
+            old
+        });
+
+        drop(thread);
+        // Whose signals, and then whose program, nobody gets any more.
+        drop(old);
+        drop(self.shared.turn(index));
+        Ok(())
+    }
+
+    /// Has the thread, a new one if there is none, run when the eventfd is signalled.
+    ///
+    /// Its index is not known to it: it looks for what is pending.
+    fn connect(&self, thread: &mut Option<Arc<Thread>>, fd: i32) -> Result<Consumer<Signal>> {
+        let pending = Arc::new(
+            Pending {
+                count: Atomic::new(0),
+                again: Atomic::new(false),
+            },
+            GFP_KERNEL_ACCOUNT,
+        )?;
+        let task = match thread {
+            Some(task) => task.clone(),
+            None => Arc::new(
+                VhostTask::new(
+                    c"kvm-bpf",
+                    Runner {
+                        shared: self.shared.clone(),
+                        started: Atomic::new(false),
+                    },
+                )?,
+                GFP_KERNEL_ACCOUNT,
+            )?,
+        };
+        let signal = Consumer::new(
+            fd,
+            Signal {
+                pending,
+                thread: task.clone(),
+            },
+        )?;
+
+        *thread = Some(task);
+        Ok(signal)
+    }
+
+    /// Removes all programs. When this returns none runs any more. For a device that goes.
+    pub(crate) fn clear(&self) {
+        for index in 0..MAX_WORKS {
+            drop(self.shared.with_slot(index, |slot| slot.take()));
+        }
+        // The last reference, as signals had the others: this waits for what it is at.
+        drop(self.thread.lock().take());
+    }
+
+    fn remove(&self, index: usize, work: &uapi::kvm_bpf_user_work) -> Result {
+        if work.eventfd != NO_FD {
+            return Err(EINVAL);
+        }
+        let thread = self.thread.lock();
+        let old = self.shared.with_slot(index, |slot| slot.take());
+
+        drop(thread);
+        drop(old.flatten().ok_or(ENOENT)?);
+        drop(self.shared.turn(index));
+        Ok(())
+    }
+
+    /// Runs a program once, on the current thread, after those who came before.
+    pub(crate) fn run(&self, index: usize, run: &uapi::kvm_bpf_user_run) -> Result {
+        let _turn = self.shared.turn(index);
+        let prog = self
+            .shared
+            .with_slot(index, |slot| slot.as_ref().map(|slot| slot.prog.clone()))
+            .flatten()
+            .ok_or(ENOENT)?;
+
+        if self.shared.run_prog(index, &prog, run.arg) {
+            return Err(EAGAIN);
+        }
+        Ok(())
+    }
+}
