@@ -8,7 +8,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::LazyLock;
 use std::{fmt, mem, ptr};
 
-use kvm_bpf::uapi::{BPF_PROG_TYPE_KVM_IO_READ, BPF_PROG_TYPE_KVM_IO_WRITE};
+use kvm_bpf::uapi::{
+    BPF_PROG_TYPE_KVM_IO_READ, BPF_PROG_TYPE_KVM_IO_WORK, BPF_PROG_TYPE_KVM_IO_WRITE,
+};
 use libbpf_rs::libbpf_sys as sys;
 
 use crate::harness::{Errno, wait_for};
@@ -294,6 +296,8 @@ impl ProgType {
     pub const READ: Self = Self(BPF_PROG_TYPE_KVM_IO_READ);
     /// Handles a guest's writes.
     pub const WRITE: Self = Self(BPF_PROG_TYPE_KVM_IO_WRITE);
+    /// Runs without a guest's access.
+    pub const WORK: Self = Self(BPF_PROG_TYPE_KVM_IO_WORK);
 }
 
 /// What `BPF_PROG_LOAD` takes besides the instructions.
@@ -598,7 +602,7 @@ fn objects(next_id: NextId, fd_by_id: FdById, accept: impl Fn(RawFd) -> bool) ->
     ids
 }
 
-/// Which programs of the two KVM types and which maps of the tests the kernel has.
+/// Which programs of the KVM types and which maps of the tests the kernel has.
 ///
 /// Ids tell better than numbers: the kernel may still be freeing those of an earlier test.
 #[derive(Debug)]
@@ -614,7 +618,10 @@ impl Census {
             programs: objects(
                 sys::bpf_prog_get_next_id,
                 sys::bpf_prog_get_fd_by_id,
-                |fd| matches!(program_type(fd), ProgType::READ | ProgType::WRITE),
+                |fd| {
+                    let kinds = [ProgType::READ, ProgType::WRITE, ProgType::WORK];
+                    kinds.contains(&program_type(fd))
+                },
             ),
             maps: objects(
                 sys::bpf_map_get_next_id,

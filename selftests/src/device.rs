@@ -7,10 +7,12 @@ use std::os::fd::{AsRawFd, RawFd};
 use kvm_bindings::{KVM_CREATE_DEVICE_TEST, kvm_create_device, kvm_device_attr};
 use kvm_bpf::uapi::{
     KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
-    KVM_DEV_TYPE_BPF, kvm_bpf_user_irq, kvm_bpf_user_region,
+    KVM_DEV_BPF_ATTR_GROUP_RUN, KVM_DEV_BPF_ATTR_GROUP_WORK, KVM_DEV_TYPE_BPF, kvm_bpf_user_irq,
+    kvm_bpf_user_region, kvm_bpf_user_run, kvm_bpf_user_work,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
 
 use crate::bpf::Prog;
@@ -69,6 +71,24 @@ pub const NO_REGION: kvm_bpf_user_region = kvm_bpf_user_region {
     size: 0,
     bpf_readfd: -1,
     bpf_writefd: -1,
+};
+
+/// A program that runs without an access, and what signals it.
+pub fn work(prog: Option<&Prog>, eventfd: Option<&EventFd>) -> kvm_bpf_user_work {
+    kvm_bpf_user_work {
+        bpf_fd: prog.map_or(-1, AsRawFd::as_raw_fd),
+        eventfd: eventfd.map_or(-1, AsRawFd::as_raw_fd),
+        flags: 0,
+        pad: 0,
+    }
+}
+
+/// What removes such a program.
+pub const NO_WORK: kvm_bpf_user_work = kvm_bpf_user_work {
+    bpf_fd: -1,
+    eventfd: -1,
+    flags: 0,
+    pad: 0,
 };
 
 /// A device; dropping it closes its fd.
@@ -209,5 +229,24 @@ impl Device {
         let irq = kvm_bpf_user_irq { eventfd, flags: 0 };
         let answer = self.try_set_irq(index, &irq);
         assert_eq!(answer, Ok(()), "setting irq {index} to fd {eventfd}");
+    }
+
+    /// Sets, swaps or removes a program that runs without an access.
+    pub fn try_set_work(&self, index: u64, work: &kvm_bpf_user_work) -> Answer {
+        let addr = (&raw const *work) as u64;
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_WORK, index, addr)
+    }
+
+    /// The same, and the kernel must agree.
+    #[track_caller]
+    pub fn set_work(&self, index: u64, work: &kvm_bpf_user_work) {
+        let answer = self.try_set_work(index, work);
+        assert_eq!(answer, Ok(()), "setting work {index} to {work:?}");
+    }
+
+    /// Runs such a program once, with that in `buf`.
+    pub fn run(&self, index: u64, arg: u64) -> Answer {
+        let run = kvm_bpf_user_run { arg };
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_RUN, index, (&raw const run) as u64)
     }
 }

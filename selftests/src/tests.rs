@@ -76,6 +76,7 @@ mod swap;
 mod uart16550;
 mod vcpufreq;
 mod verifier;
+mod work;
 
 /// Where most tests have their region.
 const ADDR: u64 = 0xd000_0000;
@@ -102,6 +103,7 @@ pub fn all() -> Vec<Trial> {
         lifetime::all(),
         irq::all(),
         kfunc::all(),
+        work::all(),
         fault::all(),
         verifier::all(),
         regbank::all(),

@@ -8,7 +8,7 @@ use kvm_bpf_selftests::bpf::{
     Atomic, Index, Insn, LoadOptions, Map, Prog, ProgType, Reg, add, atomic, load, load_signed,
     lookup, mov, mov_imm, mov_imm64, store, store_imm,
 };
-use kvm_bpf_selftests::device::{Device, region};
+use kvm_bpf_selftests::device::{Device, region, work};
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::programs::{
     CTX_BUF, CTX_LEN, CTX_OFFSET, CTX_REGION, CTX_SIZE, CTX_VCPU_ID, ret,
@@ -32,6 +32,8 @@ const OFFSET: u64 = 0x71a2_c3d8;
 const VCPU_ID: u32 = 0x1c3;
 /// The region's index, likewise with its sign bit set.
 const REGION: u32 = 0xa5;
+/// The work's index.
+const WORK: u32 = 0xb;
 /// Sign-extended when it is stored as 8 bytes.
 const IMM: i32 = 0x8192_a3b4_u32 as i32;
 
@@ -68,12 +70,14 @@ const OPS: [Op; 16] = [
 
 /// Whether the kernel is to accept an access.
 fn model_accepts(kind: ProgType, op: Op, offset: i16, width: usize) -> bool {
+    let read = kind == ProgType::READ;
+    let access = kind != ProgType::WORK;
     // First byte, first byte after, may be loaded, may be stored to.
     let fields = [
-        (CTX_BUF, 8, kind == ProgType::WRITE, kind == ProgType::READ),
-        (CTX_OFFSET, CTX_OFFSET + 8, true, false),
-        (CTX_LEN, CTX_LEN + 1, true, false),
-        (CTX_VCPU_ID, CTX_VCPU_ID + 4, true, false),
+        (CTX_BUF, 8, !read, read),
+        (CTX_OFFSET, CTX_OFFSET + 8, access, false),
+        (CTX_LEN, CTX_LEN + 1, access, false),
+        (CTX_VCPU_ID, CTX_VCPU_ID + 4, access, false),
         (CTX_REGION, CTX_REGION + 4, true, false),
     ];
     let end = offset + width as i16;
@@ -95,13 +99,14 @@ fn model_accepts(kind: ProgType, op: Op, offset: i16, width: usize) -> bool {
 /// The context of the access below, as bytes; reads have no data.
 fn model_context(kind: ProgType) -> [u8; CTX_SIZE as usize] {
     let mut context = [0; CTX_SIZE as usize];
-    if kind == ProgType::WRITE {
+    if kind != ProgType::READ {
         context[..8].copy_from_slice(&PATTERN.to_le_bytes());
     }
     context[8..16].copy_from_slice(&OFFSET.to_le_bytes());
     context[16] = 8;
     context[20..24].copy_from_slice(&VCPU_ID.to_le_bytes());
-    context[24..28].copy_from_slice(&REGION.to_le_bytes());
+    let index = if kind == ProgType::WORK { WORK } else { REGION };
+    context[24..28].copy_from_slice(&index.to_le_bytes());
     context
 }
 
@@ -172,7 +177,8 @@ impl Bench {
         insns
     }
 
-    /// Runs a program once, by a guest's access of 8 bytes.  Returns what a read gave.
+    /// Runs a program once, by a guest's access of 8 bytes or by asking for it.  Returns what a
+    /// read gave.
     #[track_caller]
     fn run(&mut self, kind: ProgType, prog: &Prog) -> u64 {
         self.map.set(0, &[0x5555_5555_5555_5555; 4]);
@@ -182,6 +188,10 @@ impl Bench {
             let read = self.vcpu.read(ADDR + OFFSET, 8);
             assert_got!(read.exits, []);
             read.value
+        } else if kind == ProgType::WORK {
+            self.device.set_work(WORK.into(), &work(Some(prog), None));
+            assert_got!(self.device.run(WORK.into(), PATTERN), Ok(()));
+            0
         } else {
             let range = region(ADDR, SIZE, None, Some(prog));
             self.device.set_region(REGION.into(), &range);
@@ -231,8 +241,10 @@ fn every_access_as_the_model_says() {
     for (kind, sleepable) in [
         (ProgType::READ, false),
         (ProgType::WRITE, false),
+        (ProgType::WORK, false),
         (ProgType::READ, true),
         (ProgType::WRITE, true),
+        (ProgType::WORK, true),
     ] {
         let options = LoadOptions {
             sleepable,
@@ -290,10 +302,11 @@ fn every_access_as_the_model_says() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     // Stores of either kind: 15 each.  Loads of offset, len, vcpu_id, region: 30, of which 29
-    // may extend the sign; of buf 15 and 14.  All by programs of either sort.
+    // may extend the sign; of buf 15 and 14.  Without an access, of region alone: 7 of each.  All
+    // by programs of either sort.
     assert_got!(
         accepted,
-        2 * ((15 + 15 + 30 + 29) + (15 + 14 + 30 + 29)),
+        2 * ((15 + 15 + 30 + 29) + (15 + 14 + 30 + 29) + (15 + 14 + 7 + 7)),
         "accesses accepted"
     );
 }

@@ -91,7 +91,7 @@ fn is_free(id: u32) -> bool {
 }
 
 /// Calls a kfunc that takes the kernel's context and `r2`; `r1` is the program's context.
-fn call_with_context(kfunc: &str) -> [Insn; 5] {
+pub(super) fn call_with_context(kfunc: &str) -> [Insn; 5] {
     [
         mov(R7, R2),
         call_kfunc(required("bpf_cast_to_kern_ctx")),

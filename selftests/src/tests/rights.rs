@@ -13,7 +13,7 @@ use kvm_bpf_selftests::bpf::{
 };
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::Guest;
-use kvm_bpf_selftests::programs::{CTX_OFFSET, ret, test_image, test_path};
+use kvm_bpf_selftests::programs::{CTX_REGION, ret, test_image, test_path};
 use libbpf_rs::{ErrorKind, ObjectBuilder, libbpf_sys as sys};
 
 use super::kfunc::required;
@@ -34,7 +34,7 @@ tests!(
 );
 
 const SCHED_CLS: ProgType = ProgType(sys::BPF_PROG_TYPE_SCHED_CLS);
-const TYPES: [ProgType; 2] = [ProgType::READ, ProgType::WRITE];
+const TYPES: [ProgType; 3] = [ProgType::READ, ProgType::WRITE, ProgType::WORK];
 
 /// Not a power of two: a mask of ones would let an index past the end.
 const ELEMENTS: u32 = 5;
@@ -68,7 +68,7 @@ fn indices_are_masked() {
     let map = Map::new(ELEMENTS, 1);
     for kind in TYPES {
         for load in LOADERS {
-            let prog = load(kind, &look_up_insns(&map, CTX_OFFSET));
+            let prog = load(kind, &look_up_insns(&map, CTX_REGION));
             assert_masked("an array", &prog, mask(R0, R2), true);
         }
     }
@@ -82,7 +82,7 @@ fn indices_of_per_cpu_arrays_are_masked() {
     // Where the JIT knows per-CPU addresses; elsewhere the kernel's function masks.
     let inlined = cfg!(any(target_arch = "x86_64", target_arch = "aarch64"));
     for kind in TYPES {
-        let prog = Prog::load(kind, &look_up_insns(&map, CTX_OFFSET));
+        let prog = Prog::load(kind, &look_up_insns(&map, CTX_REGION));
         assert_masked("a per-CPU array", &prog, mask(R0, R2), inlined);
     }
 }
@@ -98,7 +98,7 @@ fn indices_of_tail_calls_are_masked() {
         Prog::load(kind, &insns)
     };
     for kind in TYPES {
-        let prog = load_call(kind, CTX_OFFSET);
+        let prog = load_call(kind, CTX_REGION);
         assert_masked("a tail call", &prog, mask(R3, R4), true);
     }
     let prog = load_call(SCHED_CLS, 0);
@@ -116,7 +116,7 @@ fn masked_look_ups_find_the_same() {
         }
         let device = Device::new(guest.vm());
         // Declines where there is no element.
-        let mut insns = vec![mov(R6, R1), load(4, R1, R1, CTX_OFFSET)];
+        let mut insns = vec![mov(R6, R1), load(4, R1, R1, CTX_REGION)];
         insns.extend(lookup(&map, Index::Reg(R1)));
         insns.extend([load(8, R1, R0, 0), store(8, R6, 0, R1)]);
         insns.extend(ret(0));
