@@ -10,11 +10,13 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use kvm_bpf::uapi::kvm_bpf_user_irq;
-use kvm_bpf_selftests::bpf::Census;
-use kvm_bpf_selftests::device::{Answer, Device, NO_REGION, region};
+use kvm_bpf_selftests::bpf::{
+    Census, Index, Map, Prog, ProgType, Reg, atomic_add, lookup, mov_imm,
+};
+use kvm_bpf_selftests::device::{Answer, Device, NO_REGION, region, work};
 use kvm_bpf_selftests::guest::Guest;
-use kvm_bpf_selftests::harness::{Errno, skip};
-use kvm_bpf_selftests::programs::answer as constant;
+use kvm_bpf_selftests::harness::{Errno, skip, wait_for};
+use kvm_bpf_selftests::programs::{answer as constant, ret};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ADDR, PATTERN, SIZE, assert_errno};
@@ -25,6 +27,7 @@ tests!(
     replacing_programs,
     unregistering_a_region,
     setting_an_irq_needs_no_memory,
+    setting_work,
 );
 
 /// More than any of these calls allocates.
@@ -225,5 +228,28 @@ fn setting_an_irq_needs_no_memory() {
         });
         assert_got!((set, detached), (Ok(()), Ok(())));
         injector.succeeded(&device);
+    });
+}
+
+/// With an eventfd, so that it makes a thread.
+fn setting_work() {
+    each_allocation(|injector| {
+        let guest = Guest::new();
+        let device = Device::new(guest.vm());
+        let eventfd = EventFd::new(0).expect("eventfd");
+        let runs = Map::new(1, 1);
+        let mut insns = lookup(&runs, Index::Imm(0));
+        insns.extend([mov_imm(Reg::R1, 1), atomic_add(8, Reg::R0, 0, Reg::R1)]);
+        insns.extend(ret(0));
+        let prog = Prog::load(ProgType::WORK, &insns);
+        let wanted = work(Some(&prog), Some(&eventfd));
+        let answer = injector.call(|| device.try_set_work(0, &wanted));
+        if !injector.succeeded(&answer) {
+            // Index and eventfd are still free.
+            assert_errno("running it", device.run(0, 0), libc::ENOENT);
+            device.set_work(0, &wanted);
+        }
+        eventfd.write(1).expect("signalling an eventfd");
+        wait_for("a run", 1, || runs.get(0)[0]);
     });
 }
