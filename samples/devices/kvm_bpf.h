@@ -96,7 +96,7 @@ struct __attribute__((preserve_static_offset)) bpf_kvm_io_ctx;
 
 #define KVM_BPF_NOTE_ITEMS 2
 
-/* Kinds of items; what follows the kinds from 3 on is not settled. */
+/* Kinds of items; what follows the kinds from 3 to 5 is not settled. */
 #define KVM_BPF_NOTE_MMIO_RANGE 1
 #define KVM_BPF_NOTE_PORT_RANGE 2
 #define KVM_BPF_NOTE_READ_PAGE 3
@@ -163,6 +163,112 @@ struct kvm_bpf_note_range {
 		.name = KVM_BPF_NOTE_OWNER,				\
 		.desc = { __VA_ARGS__ },				\
 	}
+/* clang-format on */
+
+#define KVM_BPF_WORK_NAME_LEN 16
+
+struct kvm_bpf_note_work {
+	__u16 kind;
+	/* Bytes behind it. */
+	__u16 len;
+	__u32 index;
+	__u32 flags;
+	char name[KVM_BPF_WORK_NAME_LEN];
+} __attribute__((packed, aligned(4)));
+
+struct kvm_bpf_note_state_version {
+	__u16 kind;
+	/* Bytes behind it. */
+	__u16 len;
+	__u32 version;
+	__u32 oldest;
+} __attribute__((packed, aligned(4)));
+
+/* clang-format off */
+/* A note with one item: "struct type", its kind, its fields. */
+#define KVM_BPF_ITEM(_var, _type, _kind, ...)				\
+	static const struct {						\
+		__u32 namesz;						\
+		__u32 descsz;						\
+		__u32 type;						\
+		char name[sizeof(KVM_BPF_NOTE_OWNER)];			\
+		struct _type desc;					\
+	} __attribute__((packed, aligned(4))) _var			\
+		__attribute__((section(".note.kvm-bpf.mmio-device")))	\
+		__attribute__((used, nodebug)) = {			\
+		.namesz = sizeof(KVM_BPF_NOTE_OWNER),			\
+		.descsz = sizeof(struct _type),				\
+		.type = KVM_BPF_NOTE_ITEMS,				\
+		.name = KVM_BPF_NOTE_OWNER,				\
+		.desc = {						\
+			.kind = (_kind),				\
+			.len = sizeof(struct _type) - 4,		\
+			__VA_ARGS__					\
+		},							\
+	}
+
+/*
+ * KVM_IO_WORK - a program that runs without a guest's access
+ * @index:	0 to 15, each once
+ * @name:	1 to 15 of a to z, 0 to 9 and _, each once
+ *
+ * Before a function, as KVM_IO_READ is; of ctx it may use buf, as a write program
+ * may, and region, which is @index:
+ *
+ *	KVM_IO_WORK(0, reset)
+ *	int device_reset(struct bpf_kvm_io_ctx *ctx)
+ *	{
+ *		registers = 0;
+ *		return 0;
+ *	}
+ *
+ * It returns 0, or 1 if there is more to do: then it runs again.  The VMM runs it by
+ * its name, with a number that it finds in ctx->buf, and may have an eventfd run it,
+ * with the count of its signals there.  These names have a meaning:
+ *
+ *	reset		The device is as at first again: the guest restarts.
+ *	save		State goes into the maps that the VMM saves, from all that
+ *			the VMM cannot: what is left of timers, say.  No vCPU runs.
+ *			The device goes on as if nothing had been.
+ *	restore		These maps have come from elsewhere: start timers, take
+ *			interrupts.  No vCPU runs.
+ *	replaced	The programs are new, and what maps they share with those
+ *			before them has what these have left.  vCPUs may run.
+ *	input		Line (__u32)data of the device's inputs is at level data >> 32,
+ *			1 or 0, with data = *(__u64 *)ctx->buf.  vCPUs may run.
+ *
+ * Others are between the device and its VMM.
+ */
+#define KVM_IO_WORK_ITEM(_index, _name)					\
+	_Static_assert((_index) >= 0 && (_index) < 16, "index of a WORK program"); \
+	_Static_assert(sizeof(#_name) > 1 &&				\
+		       sizeof(#_name) <= KVM_BPF_WORK_NAME_LEN,		\
+		       "name of a WORK program");			\
+	KVM_BPF_ITEM(kvm_bpf_work_##_name, kvm_bpf_note_work,		\
+		     KVM_BPF_NOTE_WORK_NAME,				\
+		     .index = (_index), .name = #_name)
+#define KVM_IO_WORK(index, name)					\
+	KVM_IO_WORK_ITEM(index, name);					\
+	SEC("kvm_io_work/" #name)
+#define KVM_IO_WORK_SLEEPABLE(index, name)				\
+	KVM_IO_WORK_ITEM(index, name);					\
+	SEC("kvm_io_work.s/" #name)
+
+/*
+ * KVM_BPF_STATE_VERSION - which states the device can load
+ * @version:	of the state that it saves itself
+ * @oldest:	that it can load, at most @version
+ *
+ * A device without has version 0.  The VMM loads a state with other fields than
+ * the device has only if this is there: fields go by their names, new ones have what
+ * a new device has, and one that is gone must have been 0.  Write it once per file.
+ */
+#define KVM_BPF_STATE_VERSION(_version, _oldest)			\
+	_Static_assert((_oldest) >= 0 && (_oldest) <= (_version),	\
+		       "versions of the state");			\
+	KVM_BPF_ITEM(kvm_bpf_state_version, kvm_bpf_note_state_version,	\
+		     KVM_BPF_NOTE_STATE_VERSION,			\
+		     .version = (_version), .oldest = (_oldest))
 /* clang-format on */
 
 /* libbpf has it from 1.2. */

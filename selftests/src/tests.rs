@@ -160,7 +160,7 @@ fn beside_this_program(name: &str) -> Command {
 /// Element 0 of a program's array.
 fn element(image: &Image, map: &str) -> Vec<u8> {
     let map = image.map(map).expect("the program's map");
-    MapCore::lookup(&map, &[0; 4], MapFlags::ANY)
+    MapCore::lookup(map, &[0; 4], MapFlags::ANY)
         .expect("BPF_MAP_LOOKUP_ELEM")
         .expect("element 0")
 }

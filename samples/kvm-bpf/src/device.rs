@@ -2,21 +2,27 @@
 
 //! The KVM device: regions of programs, and interrupts.
 
-use std::fmt;
+use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::{fmt, io};
 
 use kvm_bindings::{kvm_create_device, kvm_device_attr};
 use kvm_ioctls::{DeviceFd, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::image::{self, Image, OpenImage};
+use crate::image::{self, Image, OpenImage, Work};
 use crate::maps::{MapChanges, OnLoss};
 use crate::note::{Note, Range, Space};
+use crate::state::{self, State};
 use crate::uapi::{
     KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
-    KVM_DEV_TYPE_BPF, kvm_bpf_user_irq, kvm_bpf_user_region,
+    KVM_DEV_BPF_ATTR_GROUP_RUN, KVM_DEV_BPF_ATTR_GROUP_WORK, KVM_DEV_TYPE_BPF, kvm_bpf_user_irq,
+    kvm_bpf_user_region, kvm_bpf_user_run, kvm_bpf_user_work,
 };
+
+/// How often a program may say that there is more to do, before it counts as one that never ends.
+const MAX_RUNS: u32 = 1 << 20;
 
 /// Why a device operation failed.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +84,48 @@ pub enum Error {
         #[source]
         source: errno::Error,
     },
+    /// The host's KVM has no WORK programs.
+    #[error("this host's KVM runs programs for a guest's accesses only (an older kernel)")]
+    NoWork,
+    /// The WORK program or its eventfd is refused.
+    #[error("cannot set WORK program {index}")]
+    SetWork {
+        /// Its index.
+        index: u64,
+        /// The kernel's error.
+        #[source]
+        source: errno::Error,
+    },
+    /// The WORK program cannot be removed.
+    #[error("cannot remove WORK program {index}")]
+    UnsetWork {
+        /// Its index.
+        index: u64,
+        /// The kernel's error.
+        #[source]
+        source: errno::Error,
+    },
+    /// The WORK program cannot be run.
+    #[error("cannot run WORK program {index}")]
+    Run {
+        /// Its index.
+        index: u64,
+        /// The kernel's error.
+        #[source]
+        source: errno::Error,
+    },
+    /// A WORK program always has more to do.
+    #[error("WORK program {0} does not come to an end")]
+    Endless(String),
+    /// The device has no WORK program of that name.
+    #[error("the device has no WORK program {0}")]
+    NoSuchWork(String),
+    /// An eventfd cannot be kept for programs to come.
+    #[error("cannot duplicate an eventfd")]
+    Duplicate(#[source] io::Error),
+    /// The state cannot be saved or restored.
+    #[error(transparent)]
+    State(#[from] state::Error),
     /// The new file describes another device than the one it should replace.
     #[error("the new file is not the same device: {new:?} instead of {running:?}")]
     OtherDevice {
@@ -249,6 +297,51 @@ impl Device {
             .map_err(|source| Error::UnsetIrq { index, source })
     }
 
+    /// Sets the program that [`Self::run`] runs, and that also runs when `eventfd` is signalled.
+    ///
+    /// Set again with the same eventfd, the index goes over to the new program, and no signal is
+    /// lost; with another one, signals that no program has seen yet are. The device takes the
+    /// signals of the eventfd: nobody else may wait for it.
+    pub fn set_work(
+        &self,
+        index: u64,
+        program: BorrowedFd<'_>,
+        eventfd: Option<&EventFd>,
+    ) -> Result<()> {
+        let work = kvm_bpf_user_work {
+            bpf_fd: program.as_raw_fd(),
+            eventfd: eventfd.map_or(-1, AsRawFd::as_raw_fd),
+            ..Default::default()
+        };
+        let group = KVM_DEV_BPF_ATTR_GROUP_WORK;
+        self.set_attr(group, index, &work)
+            .map_err(|source| match self.has_attr(group, 0) {
+                true => Error::SetWork { index, source },
+                false => Error::NoWork,
+            })
+    }
+
+    /// Removes a program, and waits for its end where it runs.
+    pub fn unset_work(&self, index: u64) -> Result<()> {
+        let none = kvm_bpf_user_work {
+            bpf_fd: -1,
+            eventfd: -1,
+            ..Default::default()
+        };
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_WORK, index, &none)
+            .map_err(|source| Error::UnsetWork { index, source })
+    }
+
+    /// Runs a program once, on the calling thread; it finds `arg` in its context's `buf`.
+    pub fn run(&self, index: u64, arg: u64) -> Result<Ran> {
+        let run = kvm_bpf_user_run { arg };
+        match self.set_attr(KVM_DEV_BPF_ATTR_GROUP_RUN, index, &run) {
+            Ok(()) => Ok(Ran::Done),
+            Err(errno) if errno.errno() == libc::EAGAIN => Ok(Ran::More),
+            Err(source) => Err(Error::Run { index, source }),
+        }
+    }
+
     fn has_attr(&self, group: u32, attr: u64) -> bool {
         let attr = kvm_device_attr {
             group,
@@ -277,12 +370,23 @@ fn raw_or_none(fd: Option<BorrowedFd<'_>>) -> i32 {
     fd.map_or(-1, |fd| fd.as_raw_fd())
 }
 
+/// What a run of a WORK program came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ran {
+    /// It did all there was to do.
+    Done,
+    /// There is more to do: it wants to run again.
+    More,
+}
+
 /// A device that one object file describes: a single region, its programs and its maps.
 #[derive(Debug)]
 pub struct ImageDevice {
     device: Device,
     place: Place,
     image: Image,
+    /// By the name of the WORK program, what also runs it.
+    eventfds: BTreeMap<String, EventFd>,
 }
 
 impl ImageDevice {
@@ -290,12 +394,15 @@ impl ImageDevice {
     ///
     /// So whatever they need is there before: what the VMM puts into maps, and the interrupts.
     pub fn new(device: Device, place: Place, image: Image) -> Result<Self> {
-        set_image(&device, place, &image)?;
-        Ok(ImageDevice {
+        let device = ImageDevice {
             device,
             place,
             image,
-        })
+            eventfds: BTreeMap::new(),
+        };
+        device.set_works(&device.image)?;
+        device.set_region(&device.image)?;
+        Ok(device)
     }
 
     /// Goes over to the programs of a new file while the guest runs.
@@ -318,7 +425,7 @@ impl ImageDevice {
     }
 
     fn check(&self, new: &Note) -> Result<()> {
-        if new == self.image.note() {
+        if new.is_same_device(self.image.note()) {
             return Ok(());
         }
         Err(Error::OtherDevice {
@@ -327,13 +434,142 @@ impl ImageDevice {
         })
     }
 
-    /// Goes over to the programs of what [`Self::load`] returned while the guest runs.
+    /// Goes over to the programs of what [`Self::load`] returned while the guest runs, and runs its
+    /// WORK program `replaced`.
+    ///
+    /// On an error the device goes on as it was, but for one of `replaced` itself.
     pub fn swap(&mut self, replacement: Replacement) -> Result<MapChanges> {
         // It may be another device's.
         self.check(replacement.image.note())?;
-        set_image(&self.device, self.place, &replacement.image)?;
-        self.image = replacement.image;
+        let new = replacement.image;
+        let set = |new| {
+            self.free_eventfds(new)?;
+            self.set_works(new)?;
+            self.set_region(new)
+        };
+        if let Err(error) = set(&new) {
+            // They were set before: that the kernel refuses them now is less news than the first.
+            let _ = self.unset_works(&new, &self.image);
+            let _ = self.set_works(&self.image);
+            return Err(error);
+        }
+        let old = std::mem::replace(&mut self.image, new);
+        self.unset_works(&old, &self.image)?;
+        let kept = |name: &String| self.image.work(name).is_some();
+        self.eventfds.retain(|name, _| kept(name));
+        self.run("replaced", 0)?;
         Ok(replacement.changes)
+    }
+
+    fn set_region(&self, image: &Image) -> Result<()> {
+        let range = only_region(image.note(), self.place.space())?;
+        self.device.set_region(
+            range.region.into(),
+            self.place,
+            range.size,
+            image.read_program(),
+            image.write_program(),
+        )
+    }
+
+    fn set_works(&self, image: &Image) -> Result<()> {
+        image.works().try_for_each(|work| self.set_work(work))
+    }
+
+    fn set_work(&self, work: Work<'_>) -> Result<()> {
+        let eventfd = self.eventfds.get(work.name);
+        self.device
+            .set_work(work.index.into(), work.program, eventfd)
+    }
+
+    /// An eventfd is one program's: has the old one give up those that go to another index.
+    fn free_eventfds(&self, new: &Image) -> Result<()> {
+        let moves = |old: &Work<'_>| {
+            let new = new.work(old.name);
+            self.eventfds.contains_key(old.name) && new.is_some_and(|new| new.index != old.index)
+        };
+        self.image
+            .works()
+            .filter(moves)
+            .try_for_each(|work| self.device.unset_work(work.index.into()))
+    }
+
+    /// Removes those of `old` that have no successor.
+    fn unset_works(&self, old: &Image, new: &Image) -> Result<()> {
+        let is_gone = |index| !new.works().any(|work| work.index == index);
+        old.works()
+            .filter(|work| is_gone(work.index))
+            .try_for_each(|work| self.device.unset_work(work.index.into()))
+    }
+
+    /// Has a WORK program also run when `eventfd` is signalled, or no more.
+    ///
+    /// It may be the eventfd of one of the device's interrupts, so that the device's other programs
+    /// have it run. It stays with the name when the programs are replaced.
+    pub fn set_work_eventfd(&mut self, name: &str, eventfd: Option<&EventFd>) -> Result<()> {
+        let no_such = || Error::NoSuchWork(name.to_string());
+        let work = self.image.work(name).ok_or_else(no_such)?;
+        self.device
+            .set_work(work.index.into(), work.program, eventfd)?;
+        match eventfd.map(EventFd::try_clone).transpose() {
+            Ok(Some(eventfd)) => self.eventfds.insert(name.to_string(), eventfd),
+            Ok(None) => self.eventfds.remove(name),
+            Err(error) => return Err(Error::Duplicate(error)),
+        };
+        Ok(())
+    }
+
+    /// Runs the WORK program of that name, until it has no more to do; returns whether there is one.
+    pub fn run(&self, name: &str, arg: u64) -> Result<bool> {
+        let Some(work) = self.image.work(name) else {
+            return Ok(false);
+        };
+        for _ in 0..MAX_RUNS {
+            if self.device.run(work.index.into(), arg)? == Ran::Done {
+                return Ok(true);
+            }
+        }
+        Err(Error::Endless(name.to_string()))
+    }
+
+    /// Puts the device into the state of a new one, where it has a WORK program `reset`; returns
+    /// whether it has.
+    pub fn reset(&self) -> Result<bool> {
+        self.run("reset", 0)
+    }
+
+    /// Has an input of the device be at a level, where it has a WORK program `input`; returns
+    /// whether it has.
+    pub fn input(&self, line: u32, level: bool) -> Result<bool> {
+        self.run("input", u64::from(line) | u64::from(level) << 32)
+    }
+
+    /// The state of the device, after a run of its WORK program `save` where it has one.
+    ///
+    /// No vCPU may be in `KVM_RUN`. The device can go on afterwards. Calls neither bpf(2) nor libbpf.
+    pub fn save(&self) -> Result<State> {
+        if !self.run("save", 0)?
+            && let Some((map, what)) = self.image.runs_later()
+        {
+            let map = map.to_string();
+            return Err(state::Error::TimersWithoutSave { map, what }.into());
+        }
+        Ok(state::save(self.image.note(), self.image.states())?)
+    }
+
+    /// Has the device go on from a saved state, with a run of its WORK program `restore` where it
+    /// has one.
+    ///
+    /// No vCPU may be in `KVM_RUN`. On an error the state maps are as before; if it is one of
+    /// `restore` itself, what else that did is done. Calls neither bpf(2) nor libbpf.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        let maps = self.image.states();
+        let before = state::restore(self.image.note(), maps, state)?;
+        if let Err(error) = self.run("restore", 0) {
+            state::undo(maps, &before);
+            return Err(error);
+        }
+        Ok(())
     }
 
     /// Where it is.
@@ -373,15 +609,4 @@ pub fn only_region(note: &Note, space: Space) -> Result<Range> {
         [range] => Err(Error::WrongSpace(range.space)),
         ref ranges => Err(Error::SeveralRanges(ranges.len())),
     }
-}
-
-fn set_image(device: &Device, place: Place, image: &Image) -> Result<()> {
-    let range = only_region(image.note(), place.space())?;
-    device.set_region(
-        range.region.into(),
-        place,
-        range.size,
-        image.read_program(),
-        image.write_program(),
-    )
 }

@@ -2,6 +2,7 @@
 
 //! A device's object file: opened, edited, loaded into the kernel.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,18 +10,25 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
 use libbpf_rs::{
-    AsRawLibbpf, Map, MapCore, Object, ObjectBuilder, OpenMapMut, OpenObject, OpenProgramMut,
-    libbpf_sys,
+    AsRawLibbpf, MapCore, MapHandle, ObjectBuilder, OpenMap, OpenMapMut, OpenObject,
+    OpenProgramMut, libbpf_sys,
 };
 
 use crate::maps::{Layout, MapChanges, OnLoss, short_name};
 use crate::note::{self, Note};
-use crate::uapi::{BPF_PROG_TYPE_KVM_IO_READ, BPF_PROG_TYPE_KVM_IO_WRITE};
+use crate::state::StateMap;
+use crate::uapi::{
+    BPF_PROG_TYPE_KVM_IO_READ, BPF_PROG_TYPE_KVM_IO_WORK, BPF_PROG_TYPE_KVM_IO_WRITE,
+};
 
 /// Sections of read handlers: as they are, and those that may sleep.
 const READ_SECTIONS: [&str; 2] = ["kvm_io_read", "kvm_io_read.s"];
 /// Sections of write handlers, likewise.
 const WRITE_SECTIONS: [&str; 2] = ["kvm_io_write", "kvm_io_write.s"];
+
+/// What the sections of programs that run without a guest's access begin with, likewise; a name
+/// follows.
+const WORK_SECTIONS: [&str; 2] = ["kvm_io_work/", "kvm_io_work.s/"];
 
 /// Room for the verifier's log of one program; the kernel keeps the end.
 const VERIFIER_LOG_LEN: usize = 1 << 20;
@@ -46,9 +54,15 @@ pub enum Error {
     /// There is neither a read nor a write handler.
     #[error("no program in section {} or {}", READ_SECTIONS[0], WRITE_SECTIONS[0])]
     NoProgram,
-    /// Two programs handle the same direction.
-    #[error("programs {0} and {1} handle the same direction")]
+    /// Two programs are for the same.
+    #[error("programs {0} and {1} handle the same direction, or have the same name")]
     TwoPrograms(String, String),
+    /// A WORK program has no index.
+    #[error("the device note has no WORK program {0}, as section {prefix}{0} does", prefix = WORK_SECTIONS[0])]
+    UnnamedWork(String),
+    /// An index has no WORK program.
+    #[error("the device note has WORK program {0}, but there is no section {prefix}{0}", prefix = WORK_SECTIONS[0])]
+    MissingWork(String),
     /// A program is in a section that means nothing for a device.
     #[error("program {program} is in section {section}, which is no handler's")]
     UnknownSection {
@@ -56,6 +70,15 @@ pub enum Error {
         program: String,
         /// Its section.
         section: String,
+    },
+    /// A map with state cannot be mapped into memory.
+    #[error("map {map} cannot be mapped, so that its state could be saved")]
+    MapState {
+        /// The map.
+        map: String,
+        /// The kernel's error.
+        #[source]
+        source: io::Error,
     },
     /// libbpf does not take a program's type, flags or log buffer.
     #[error("cannot set up program {program}")]
@@ -108,23 +131,31 @@ pub enum Error {
     Load(#[source] libbpf_rs::Error),
 }
 
+/// What a program is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Direction {
+enum Role<'a> {
     Read,
     Write,
+    /// A WORK program of that name.
+    Work(&'a str),
 }
 
-/// What the name of a program's section says: direction, and whether it may sleep.
-fn handler(section: &str) -> Option<(Direction, bool)> {
-    for (direction, sections) in [
-        (Direction::Read, READ_SECTIONS),
-        (Direction::Write, WRITE_SECTIONS),
-    ] {
-        if let Some(sleepable) = sections.iter().position(|&name| name == section) {
-            return Some((direction, sleepable == 1));
-        }
-    }
-    None
+/// What the name of a program's section says: its role, and whether it may sleep.
+fn role(section: &str) -> Option<(Role<'_>, bool)> {
+    let work = |prefix| section.strip_prefix(prefix).map(Role::Work);
+    [false, true]
+        .into_iter()
+        .zip(
+            READ_SECTIONS
+                .into_iter()
+                .zip(WRITE_SECTIONS)
+                .zip(WORK_SECTIONS),
+        )
+        .find_map(|(sleepable, ((read, write), prefix))| match section {
+            _ if section == read => Some((Role::Read, sleepable)),
+            _ if section == write => Some((Role::Write, sleepable)),
+            _ => work(prefix).map(|role| (role, sleepable)),
+        })
 }
 
 /// Opens a file to read, if it is a regular one.
@@ -154,8 +185,24 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// The programs that handle reads and writes, by [`Direction`].
-type Handlers<T> = [Option<T>; 2];
+/// What a file has for each role.
+#[derive(Debug)]
+struct Programs<T> {
+    read: Option<T>,
+    write: Option<T>,
+    /// By index.
+    works: BTreeMap<u32, T>,
+}
+
+impl<T> Programs<T> {
+    fn new() -> Self {
+        Programs {
+            read: None,
+            write: None,
+            works: BTreeMap::new(),
+        }
+    }
+}
 
 /// An object file before it is loaded, when its data can still be edited.
 #[derive(Debug)]
@@ -219,16 +266,16 @@ impl OpenImage {
     /// read-only data, is not.
     pub fn reuse_maps(&mut self, from: &Image, on_loss: OnLoss) -> Result<MapChanges, Error> {
         if on_loss == OnLoss::Refuse {
-            let [read, write] = self.handlers()?;
-            if from.read.is_some() && read.is_none() {
+            let programs = self.programs()?;
+            if from.programs.read.is_some() && programs.read.is_none() {
                 return Err(Error::LostDirection("reads"));
             }
-            if from.write.is_some() && write.is_none() {
+            if from.programs.write.is_some() && programs.write.is_none() {
                 return Err(Error::LostDirection("writes"));
             }
         }
 
-        let layouts = Layout::of_object(&self.object)?;
+        let layouts = Layout::of_object(&mut self.object)?;
         let mut changes = MapChanges::default();
         for old in &from.layouts {
             let new = layouts.iter().find(|new| new.name == old.name);
@@ -273,25 +320,53 @@ impl OpenImage {
         Ok(changes)
     }
 
-    /// The names of the programs that handle reads and writes.
+    /// The names of the programs.
     ///
     /// A program that libbpf does not load, as one in `SEC("?kvm_io_write")`, is as if not there.
-    fn handlers(&self) -> Result<Handlers<String>, Error> {
-        let mut handlers: Handlers<String> = [None, None];
-        for program in self.object.progs().filter(|program| program.autoload()) {
+    fn programs(&self) -> Result<Programs<String>, Error> {
+        let mut programs = Programs::new();
+        let mut unused: Vec<_> = self.note.works.iter().collect();
+        for program in self.object.progs() {
             let name = program.name().to_string_lossy().into_owned();
             let section = program.section().to_string_lossy().into_owned();
-            let Some((direction, _)) = handler(&section) else {
-                return Err(Error::UnknownSection {
-                    program: name,
-                    section,
-                });
+            let role = role(&section);
+            if let Some((Role::Work(work), _)) = role {
+                unused.retain(|item| item.name != work);
+            }
+            if !program.autoload() {
+                continue;
+            }
+            let first = match role {
+                Some((Role::Read, _)) => programs.read.replace(name.clone()),
+                Some((Role::Write, _)) => programs.write.replace(name.clone()),
+                Some((Role::Work(work), _)) => {
+                    let index = self.work_index(work)?;
+                    programs.works.insert(index, name.clone())
+                }
+                None => {
+                    return Err(Error::UnknownSection {
+                        program: name,
+                        section,
+                    });
+                }
             };
-            if let Some(first) = handlers[direction as usize].replace(name.clone()) {
+            if let Some(first) = first {
                 return Err(Error::TwoPrograms(first, name));
             }
         }
-        Ok(handlers)
+        match unused.first() {
+            Some(item) => Err(Error::MissingWork(item.name.clone())),
+            None => Ok(programs),
+        }
+    }
+
+    /// The index that the note gives a WORK program.
+    fn work_index(&self, name: &str) -> Result<u32, Error> {
+        let item = self.note.works.iter().find(|item| item.name == name);
+        match item {
+            Some(item) => Ok(item.index),
+            None => Err(Error::UnnamedWork(name.to_string())),
+        }
     }
 
     /// Creates the maps and loads the programs.
@@ -299,27 +374,26 @@ impl OpenImage {
     /// libbpf also prints warnings on stderr when this fails; call
     /// [`libbpf_rs::set_print`] to send them elsewhere.
     pub fn load(mut self) -> Result<Image, Error> {
-        if self.handlers()?.iter().all(Option::is_none) {
+        let names = self.programs()?;
+        if names.read.is_none() && names.write.is_none() {
             return Err(Error::NoProgram);
         }
         let layouts = match self.layouts.take() {
             Some(layouts) => layouts,
-            None => Layout::of_object(&self.object)?,
+            None => Layout::of_object(&mut self.object)?,
         };
+        let initial = self.initial_values();
         let mut logs = Vec::new();
         for mut program in self.object.progs_mut() {
             let section = program.section().to_string_lossy().into_owned();
-            let Some((direction, sleepable)) = handler(&section).filter(|_| program.autoload())
-            else {
+            let Some((role, sleepable)) = role(&section).filter(|_| program.autoload()) else {
                 continue;
             };
             let name = program.name().to_string_lossy().into_owned();
             let mut log = vec![0; VERIFIER_LOG_LEN];
-            set_up(&mut program, direction, sleepable, &mut log).map_err(|source| {
-                Error::SetUp {
-                    program: name.clone(),
-                    source,
-                }
+            set_up(&mut program, role, sleepable, &mut log).map_err(|source| Error::SetUp {
+                program: name.clone(),
+                source,
             })?;
             logs.push((name, log));
         }
@@ -328,21 +402,53 @@ impl OpenImage {
             .object
             .load()
             .map_err(|source| load_error(source, &logs))?;
-        let mut fds: Handlers<OwnedFd> = [None, None];
+        let mut programs = Programs::new();
         for program in object.progs().filter(|program| program.autoload()) {
-            if let Some((direction, _)) = program.section().to_str().and_then(handler) {
-                let fd = program.as_fd().try_clone_to_owned();
-                fds[direction as usize] = Some(fd.map_err(|error| Error::Load(error.into()))?);
+            let fd = program.as_fd().try_clone_to_owned();
+            let fd = fd.map_err(|error| Error::Load(error.into()))?;
+            match program.section().to_str().and_then(role) {
+                Some((Role::Read, _)) => programs.read = Some(fd),
+                Some((Role::Write, _)) => programs.write = Some(fd),
+                Some((Role::Work(work), _)) => {
+                    let item = self.note.works.iter().find(|item| item.name == work);
+                    programs.works.extend(item.map(|item| (item.index, fd)));
+                }
+                None => {}
             }
         }
-        let [read, write] = fds;
+        let maps = object
+            .maps()
+            .map(|map| MapHandle::try_from(&map))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(Error::Load)?;
+        let mut states = Vec::new();
+        for layout in layouts.iter().filter(|layout| layout.is_state) {
+            let Some(map) = find_map(&maps, &layout.name) else {
+                continue;
+            };
+            let initial = initial.get(&layout.name).map_or(&[][..], Vec::as_slice);
+            let state = StateMap::new(layout, map.as_fd(), initial);
+            states.push(state.map_err(|source| Error::MapState {
+                map: layout.name.clone(),
+                source,
+            })?);
+        }
         Ok(Image {
             note: self.note,
-            object,
-            read,
-            write,
+            programs,
+            maps,
             layouts,
+            states,
         })
+    }
+
+    /// What global data has at first, by section.
+    fn initial_values(&self) -> BTreeMap<String, Vec<u8>> {
+        let of_map = |map: OpenMap<'_>| {
+            let name = short_name(&map.name().to_string_lossy()).to_string();
+            Some((name, map.initial_value()?.to_vec()))
+        };
+        self.object.maps().filter_map(of_map).collect()
     }
 }
 
@@ -351,16 +457,22 @@ fn is_named(full: &str, name: &str) -> bool {
     full == name || short_name(full) == name
 }
 
+fn find_map<'a>(maps: &'a [MapHandle], name: &str) -> Option<&'a MapHandle> {
+    maps.iter()
+        .find(|map| is_named(&map.name().to_string_lossy(), name))
+}
+
 /// Sets what libbpf would know by itself, had it heard of our program types.
 fn set_up(
     program: &mut OpenProgramMut<'_>,
-    direction: Direction,
+    role: Role<'_>,
     sleepable: bool,
     log: &mut [u8],
 ) -> io::Result<()> {
-    let prog_type = match direction {
-        Direction::Read => BPF_PROG_TYPE_KVM_IO_READ,
-        Direction::Write => BPF_PROG_TYPE_KVM_IO_WRITE,
+    let prog_type = match role {
+        Role::Read => BPF_PROG_TYPE_KVM_IO_READ,
+        Role::Write => BPF_PROG_TYPE_KVM_IO_WRITE,
+        Role::Work(_) => BPF_PROG_TYPE_KVM_IO_WORK,
     };
     let flags = if sleepable {
         libbpf_sys::BPF_F_SLEEPABLE
@@ -405,14 +517,28 @@ fn load_error(source: libbpf_rs::Error, logs: &[(String, Vec<u8>)]) -> Error {
 }
 
 /// A loaded object: its programs are verified, its maps exist.
+///
+/// libbpf is done with it: what is here are file descriptors, and memory of the maps with state.
 #[derive(Debug)]
 pub struct Image {
     note: Note,
-    object: Object,
-    read: Option<OwnedFd>,
-    write: Option<OwnedFd>,
-    /// What the maps with state are like.
+    programs: Programs<OwnedFd>,
+    maps: Vec<MapHandle>,
+    /// What the maps are like that do not belong to the programs.
     layouts: Vec<Layout>,
+    /// Those of them that are saved.
+    states: Vec<StateMap>,
+}
+
+/// A program that runs without a guest's access.
+#[derive(Clone, Copy, Debug)]
+pub struct Work<'a> {
+    /// Its index in the device.
+    pub index: u32,
+    /// Its name, which says what it is for.
+    pub name: &'a str,
+    /// The program.
+    pub program: BorrowedFd<'a>,
 }
 
 impl Image {
@@ -423,21 +549,46 @@ impl Image {
 
     /// The program that handles guest reads.
     pub fn read_program(&self) -> Option<BorrowedFd<'_>> {
-        self.read.as_ref().map(OwnedFd::as_fd)
+        self.programs.read.as_ref().map(OwnedFd::as_fd)
     }
 
     /// The program that handles guest writes.
     pub fn write_program(&self) -> Option<BorrowedFd<'_>> {
-        self.write.as_ref().map(OwnedFd::as_fd)
+        self.programs.write.as_ref().map(OwnedFd::as_fd)
+    }
+
+    /// The programs that run without a guest's access.
+    pub fn works(&self) -> impl Iterator<Item = Work<'_>> {
+        self.note.works.iter().filter_map(|item| {
+            Some(Work {
+                index: item.index,
+                name: &item.name,
+                program: self.programs.works.get(&item.index)?.as_fd(),
+            })
+        })
+    }
+
+    /// The one of that name.
+    pub fn work(&self, name: &str) -> Option<Work<'_>> {
+        self.works().find(|work| work.name == name)
     }
 
     /// The map of that name, to read or change the device's state.
     ///
     /// Maps of global data are found by the name of their section.
-    pub fn map(&self, name: &str) -> Option<Map<'_>> {
-        self.object
-            .maps()
-            .find(|map| is_named(&map.name().to_string_lossy(), name))
+    pub fn map(&self, name: &str) -> Option<&MapHandle> {
+        find_map(&self.maps, name)
+    }
+
+    pub(crate) fn states(&self) -> &[StateMap] {
+        &self.states
+    }
+
+    /// A map with something that runs later by itself, and what that is.
+    pub(crate) fn runs_later(&self) -> Option<(&str, &'static str)> {
+        self.layouts
+            .iter()
+            .find_map(|layout| Some((layout.name.as_str(), layout.runs_later?)))
     }
 }
 
@@ -446,13 +597,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sections_name_handlers() {
-        assert_eq!(handler("kvm_io_read"), Some((Direction::Read, false)));
-        assert_eq!(handler("kvm_io_read.s"), Some((Direction::Read, true)));
-        assert_eq!(handler("kvm_io_write"), Some((Direction::Write, false)));
-        assert_eq!(handler("kvm_io_write.s"), Some((Direction::Write, true)));
-        for other in ["", "kvm_io", "kvm_io_read.", "kvm_io_reads", "socket"] {
-            assert_eq!(handler(other), None, "{other}");
+    fn sections_name_roles() {
+        assert_eq!(role("kvm_io_read"), Some((Role::Read, false)));
+        assert_eq!(role("kvm_io_read.s"), Some((Role::Read, true)));
+        assert_eq!(role("kvm_io_write"), Some((Role::Write, false)));
+        assert_eq!(role("kvm_io_write.s"), Some((Role::Write, true)));
+        assert_eq!(role("kvm_io_work/save"), Some((Role::Work("save"), false)));
+        assert_eq!(role("kvm_io_work.s/x"), Some((Role::Work("x"), true)));
+        for other in [
+            "",
+            "kvm_io",
+            "kvm_io_read.",
+            "kvm_io_reads",
+            "kvm_io_work",
+            "socket",
+        ] {
+            assert_eq!(role(other), None, "{other}");
         }
     }
 

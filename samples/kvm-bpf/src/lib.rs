@@ -48,9 +48,12 @@ pub mod device;
 pub mod image;
 mod maps;
 pub mod note;
+mod schema;
+pub mod state;
 pub mod uapi;
 
 pub use device::{Device, ImageDevice, Place, Replacement};
-pub use image::{Image, OpenImage};
+pub use image::{Image, OpenImage, Work};
 pub use maps::{MapChanges, OnLoss};
 pub use note::Note;
+pub use state::State;

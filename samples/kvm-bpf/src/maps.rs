@@ -2,21 +2,13 @@
 
 //! Which maps of a running device go on when its programs are replaced.
 
-use std::ffi::OsStr;
 use std::fmt;
 
-use libbpf_rs::btf::types::{
-    Array, Composite, DataSec, Enum, Enum64, Fwd, Int, IntEncoding, MemberAttr,
-};
-use libbpf_rs::btf::{Btf, BtfKind, BtfType, HasSize, TypeId};
+use libbpf_rs::btf::Btf;
 use libbpf_rs::{AsRawLibbpf, MapType, OpenMap, OpenObject, libbpf_sys};
 
 use crate::image::Error;
-
-/// How deep types may be nested; the kernel's own limit.
-const MAX_DEPTH: usize = 32;
-/// How many facts there may be of one map: types that contain each other often have many.
-const MAX_FACTS: usize = 1 << 16;
+use crate::schema::Type;
 
 /// What to do where a new file would lose what the running device has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,49 +54,103 @@ impl fmt::Display for MapChanges {
     }
 }
 
-/// A map with state, and all that must be the same for another to go on with its content.
+/// Structures that make something run later.
+const ASYNC: [&str; 3] = ["bpf_timer", "bpf_wq", "bpf_task_work"];
+/// Structures that the kernel looks after, so that user space cannot map what has one.
+const KERNELS: [&str; 7] = [
+    "bpf_spin_lock",
+    "bpf_res_spin_lock",
+    "bpf_refcount",
+    "bpf_list_head",
+    "bpf_list_node",
+    "bpf_rb_root",
+    "bpf_rb_node",
+];
+
+/// A map that does not belong to the programs, and all that must be the same for another to go on
+/// with its content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     /// Its name, or the section whose global data it holds.
     pub name: String,
     facts: Vec<String>,
+    /// What its values are, where the object says so.
+    pub value: Type,
+    pub entries: usize,
+    /// Whether it is state that user space saves: it can map it.
+    pub is_state: bool,
+    /// What in its values runs later by itself.
+    pub runs_later: Option<&'static str>,
 }
 
 impl Layout {
-    /// Those of an object's maps that hold state.
+    /// Those of an object's maps that do not belong to its programs. Global data that user space
+    /// could map becomes such that it can.
     ///
     /// Of an object that carries no map over yet: libbpf replaces what it knows of such a map by
     /// what the kernel does, with the type ids of the object that created it.
-    pub fn of_object(object: &OpenObject) -> Result<Vec<Self>, Error> {
-        // SAFETY: the object lives as long as `object` is borrowed.
-        let raw = unsafe { object.as_libbpf_object().as_ref() };
-        let btf = Btf::from_bpf_object(raw).map_err(Error::Open)?;
-        let layouts = object
-            .maps()
-            .filter(|map| map.autocreate() && !belongs_to_programs(map))
-            .map(|map| Layout::of_map(&map, btf.as_ref()))
-            .collect::<Result<Vec<_>, _>>()?;
+    pub fn of_object(object: &mut OpenObject) -> Result<Vec<Self>, Error> {
+        let layouts = Self::read_all(object)?;
         for (at, layout) in layouts.iter().enumerate() {
             if layouts[..at].iter().any(|other| other.name == layout.name) {
                 return Err(Error::SameName(layout.name.clone()));
             }
         }
-        Ok(layouts)
+        // libbpf asks for that only where a variable is not static.
+        for mut map in object.maps_mut() {
+            let full = map.name().to_string_lossy().into_owned();
+            let flags = map.map_flags() | libbpf_sys::BPF_F_MMAPABLE;
+            let of_map = |layout: &&Layout| layout.name == short_name(&full);
+            if layouts
+                .iter()
+                .find(of_map)
+                .is_some_and(Layout::is_plain_data)
+            {
+                map.set_map_flags(flags).map_err(Error::Open)?;
+            }
+        }
+        Self::read_all(object)
+    }
+
+    fn read_all(object: &OpenObject) -> Result<Vec<Self>, Error> {
+        // SAFETY: the object lives as long as `object` is borrowed.
+        let raw = unsafe { object.as_libbpf_object().as_ref() };
+        let btf = Btf::from_bpf_object(raw).map_err(Error::Open)?;
+        object
+            .maps()
+            .filter(|map| map.autocreate() && !belongs_to_programs(map))
+            .map(|map| Layout::of_map(&map, btf.as_ref()))
+            .collect()
+    }
+
+    /// Whether it is a section of global data without anything that the kernel looks after.
+    fn is_plain_data(&self) -> bool {
+        let is_data = self.name == ".bss" || self.name.starts_with(".data");
+        is_data
+            && self.runs_later.is_none()
+            && self.value.contains(&KERNELS).is_none()
+            && !self.value.has_tagged_pointer()
     }
 
     fn of_map(map: &OpenMap<'_>, btf: Option<&Btf<'_>>) -> Result<Self, Error> {
         let name = short_name(&map.name().to_string_lossy()).to_string();
-        let mut facts = Facts {
-            btf,
-            all: Vec::new(),
+        let mut facts = Vec::new();
+        let Some(values) = add_map(map, btf, "", &mut facts) else {
+            return Err(Error::MapTypes(name));
         };
-        match facts.add_map(map, "") {
-            Some(()) => Ok(Layout {
-                name,
-                facts: facts.all,
-            }),
-            None => Err(Error::MapTypes(name)),
-        }
+        let is_array = map.map_type() == MapType::Array;
+        let runs_later = values.iter().find_map(|ty| ty.contains(&ASYNC));
+        // The kernel ignores types of another size.
+        let size = map.value_size() as usize;
+        let value = values.into_iter().next().filter(|ty| ty.size == size);
+        Ok(Layout {
+            name,
+            facts,
+            entries: map.max_entries() as usize,
+            is_state: is_array && map.map_flags() & libbpf_sys::BPF_F_MMAPABLE != 0,
+            runs_later,
+            value: value.unwrap_or_else(|| Type::bytes(size)),
+        })
     }
 
     /// Why a map like this cannot go on with the content of one like `old`.
@@ -141,169 +187,50 @@ fn belongs_to_programs(map: &OpenMap<'_>) -> bool {
         || matches!(map.map_type(), MapType::ProgArray | MapType::StructOps)
 }
 
-/// Facts of a map, one after the other: sizes, and what is where in its types, with names but
-/// without the numbers of types, which each object has its own of.
-struct Facts<'a> {
-    btf: Option<&'a Btf<'a>>,
-    all: Vec<String>,
-}
-
-impl<'a> Facts<'a> {
-    /// Adds those of a map; none if its types are nested too deeply, or hold too much.
-    fn add_map(&mut self, map: &OpenMap<'_>, prefix: &str) -> Option<()> {
-        let raw = map.as_libbpf_object().as_ptr();
-        // SAFETY: `raw` is the map that `map` borrows; the calls only read from it.
-        let (number, extra, key, value, inner) = unsafe {
-            (
-                libbpf_sys::bpf_map__type(raw),
-                libbpf_sys::bpf_map__map_extra(raw),
-                libbpf_sys::bpf_map__btf_key_type_id(raw),
-                libbpf_sys::bpf_map__btf_value_type_id(raw),
-                libbpf_sys::bpf_map__inner_map(raw).as_ref(),
-            )
-        };
-        self.all.extend([
-            format!("{prefix}type {:?} ({number})", map.map_type()),
-            format!("{prefix}key of {} bytes", map.key_size()),
-            format!("{prefix}value of {} bytes", map.value_size()),
-            format!("{prefix}{} entries", map.max_entries()),
-            format!("{prefix}flags {:#x}", map.map_flags()),
-            format!("{prefix}extra {extra:#x}"),
-        ]);
-        for (what, id) in [("key", key), ("value", value)] {
-            // 0 is no type: the size has to do then.
-            if id != 0 {
-                let path = format!("{prefix}{what}");
-                self.add(self.type_by_id(id.into())?, &path, &path, 0)?;
+/// Adds what there is to say of a map: sizes, and what is where in its types. Returns the type of
+/// its values, and behind it that of the values of maps inside; none if one is nested too deeply, or
+/// holds too much.
+fn add_map(
+    map: &OpenMap<'_>,
+    btf: Option<&Btf<'_>>,
+    prefix: &str,
+    facts: &mut Vec<String>,
+) -> Option<Vec<Type>> {
+    let raw = map.as_libbpf_object().as_ptr();
+    // SAFETY: `raw` is the map that `map` borrows; the calls only read from it.
+    let (number, extra, key, value, inner) = unsafe {
+        (
+            libbpf_sys::bpf_map__type(raw),
+            libbpf_sys::bpf_map__map_extra(raw),
+            libbpf_sys::bpf_map__btf_key_type_id(raw),
+            libbpf_sys::bpf_map__btf_value_type_id(raw),
+            libbpf_sys::bpf_map__inner_map(raw).as_ref(),
+        )
+    };
+    facts.extend([
+        format!("{prefix}type {:?} ({number})", map.map_type()),
+        format!("{prefix}key of {} bytes", map.key_size()),
+        format!("{prefix}value of {} bytes", map.value_size()),
+        format!("{prefix}{} entries", map.max_entries()),
+        format!("{prefix}flags {:#x}", map.map_flags()),
+        format!("{prefix}extra {extra:#x}"),
+    ]);
+    let mut values = vec![Type::bytes(map.value_size() as usize)];
+    for (what, id) in [("key", key), ("value", value)] {
+        // 0 is no type: the size has to do then.
+        if id != 0 {
+            let path = format!("{prefix}{what}");
+            let ty = Type::from_btf(btf?, id.into())?;
+            ty.describe(&path, &path, facts);
+            if what == "value" {
+                values[0] = ty;
             }
-        }
-        match inner {
-            Some(inner) => self.add_map(&OpenMap::new(inner), "inner "),
-            None => Some(()),
         }
     }
-
-    fn type_by_id(&self, id: TypeId) -> Option<BtfType<'a>> {
-        self.btf?.type_by_id(id)
+    if let Some(inner) = inner {
+        values.extend(add_map(&OpenMap::new(inner), btf, "inner ", facts)?);
     }
-
-    /// Adds those of a type; `what` is `path` with its place in what it is part of.
-    fn add(&mut self, ty: BtfType<'a>, path: &str, what: &str, depth: usize) -> Option<()> {
-        if depth > MAX_DEPTH || self.all.len() >= MAX_FACTS {
-            return None;
-        }
-        let (ty, tags) = look_through(ty)?;
-        let name = |ty: BtfType<'_>| ty.name().unwrap_or_default().to_string_lossy().into_owned();
-        let depth = depth + 1;
-        match ty.kind() {
-            BtfKind::Int => {
-                let int = Int::try_from(ty).ok()?;
-                let encoding = match int.encoding {
-                    IntEncoding::None => "unsigned",
-                    IntEncoding::Signed => "signed",
-                    IntEncoding::Char => "char",
-                    IntEncoding::Bool => "bool",
-                };
-                self.push(format!("{what}: {} bits, {encoding}", int.bits));
-            }
-            BtfKind::Struct | BtfKind::Union => {
-                let composite = Composite::try_from(ty).ok()?;
-                let kind = format!("{:?}", ty.kind()).to_lowercase();
-                let size = composite.size();
-                self.push(format!("{what}: {kind} {} of {size} bytes", name(ty)));
-                for member in composite.iter() {
-                    let name = member.name.unwrap_or_default().to_string_lossy();
-                    let path = format!("{path}.{name}");
-                    let what = match member.attr {
-                        MemberAttr::Normal { offset } => format!("{path} at bit {offset}"),
-                        MemberAttr::BitField { size, offset } => {
-                            format!("{path} at bit {offset}, {size} of them")
-                        }
-                    };
-                    self.add(self.type_by_id(member.ty)?, &path, &what, depth)?;
-                }
-            }
-            BtfKind::DataSec => {
-                let section = DataSec::try_from(ty).ok()?;
-                for variable in section.iter() {
-                    let ty = self.type_by_id(variable.ty)?;
-                    let path = format!("variable {}", name(ty));
-                    let what = format!("{path} at byte {}", variable.offset);
-                    // A variable refers to its type.
-                    self.add(ty.next_type()?, &path, &what, depth)?;
-                }
-            }
-            BtfKind::Array => {
-                let array = Array::try_from(ty).ok()?;
-                self.push(format!("{what}: array of {}", array.capacity()));
-                let path = format!("{path}[]");
-                self.add(array.contained_type(), &path, &path, depth)?;
-            }
-            BtfKind::Enum | BtfKind::Enum64 => {
-                let (size, values): (_, Vec<_>) = match Enum::try_from(ty) {
-                    Ok(all) => {
-                        let values = all.iter().map(|one| value_of(one.name, one.value));
-                        (all.size(), values.collect())
-                    }
-                    Err(ty) => {
-                        let all = Enum64::try_from(ty).ok()?;
-                        let values = all.iter().map(|one| value_of(one.name, one.value));
-                        (all.size(), values.collect())
-                    }
-                };
-                self.push(format!("{what}: enum of {size} bytes"));
-                for value in values {
-                    self.push(format!("{path}: {value}"));
-                }
-            }
-            // What it points to is the kernel's, and its name says all.
-            BtfKind::Ptr => {
-                let (to, tags) = look_through(ty.next_type()?)?;
-                self.push(format!(
-                    "{what}: pointer to {tags}{:?} {}",
-                    to.kind(),
-                    name(to)
-                ));
-            }
-            BtfKind::Fwd => {
-                let kind = Fwd::try_from(ty).ok()?.kind();
-                self.push(format!("{what}: undefined {kind:?} {}", name(ty)));
-            }
-            kind => self.push(format!("{what}: {kind:?} {}", name(ty))),
-        }
-        if !tags.is_empty() {
-            self.push(format!("{what}: tags {tags}"));
-        }
-        Some(())
-    }
-
-    fn push(&mut self, fact: String) {
-        self.all.push(fact);
-    }
-}
-
-/// An enumerator.
-fn value_of(name: Option<&OsStr>, value: impl fmt::Display) -> String {
-    format!("{} is {value}", name.unwrap_or_default().to_string_lossy())
-}
-
-/// The type behind names of types and qualifiers, and the tags on the way, each with a blank.
-///
-/// None if there are more than a good object has.
-fn look_through<'a>(mut ty: BtfType<'a>) -> Option<(BtfType<'a>, String)> {
-    let mut tags = String::new();
-    for _ in 0..MAX_DEPTH {
-        match ty.kind() {
-            BtfKind::TypeTag => {
-                tags += &ty.name()?.to_string_lossy();
-                tags.push(' ');
-            }
-            BtfKind::Typedef | BtfKind::Const | BtfKind::Volatile | BtfKind::Restrict => {}
-            _ => return Some((ty, tags)),
-        }
-        ty = ty.next_type()?;
-    }
-    None
+    Some(values)
 }
 
 #[cfg(test)]
@@ -330,6 +257,10 @@ mod tests {
         let layout = |facts: &[&str]| Layout {
             name: "state".to_string(),
             facts: facts.iter().map(|fact| fact.to_string()).collect(),
+            value: Type::bytes(8),
+            entries: 1,
+            is_state: false,
+            runs_later: None,
         };
         let old = layout(&["flags 0x0", "value: 8 bits, bool"]);
         assert_eq!(old.difference(&old), None);

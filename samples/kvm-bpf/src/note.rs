@@ -13,8 +13,9 @@
 //! | 8 | bytes of MMIO space, which is region 0: 1 to `i32::MAX`, or 0 where the next note has a range |
 //! | rest | device-tree `compatible` strings, each ending in NUL, at least one |
 //!
-//! A second note, of type [`TYPE_ITEMS`], may say more, in either order. It is a list of items,
-//! each at a multiple of 4 bytes, with zeroes in between and behind:
+//! Notes of type [`TYPE_ITEMS`], any number of them, may say more, before or behind it. Each is a
+//! list of items, every one at a multiple of 4 bytes, with zeroes in between and behind; together
+//! they are one list:
 //!
 //! | bytes | meaning |
 //! | --- | --- |
@@ -26,13 +27,21 @@
 //! below 256), flags (4, 0 so far) and the size in bytes (8; of ports, at most 65536). Where a range
 //! goes is the VMM's choice. No index is there twice, region 0 of the first note included.
 //!
+//! [`kind::WORK_NAME`] has 24 bytes: the index of a WORK program (4 bytes, below 16), flags (4, 0 so
+//! far) and its name (16, with zeroes behind it: 1 to 15 of `a` to `z`, `0` to `9` and `_`). The
+//! program is in section `kvm_io_work/NAME`. No index and no name is there twice.
+//!
+//! [`kind::STATE_VERSION`], at most once, has 8 bytes: the version of the device's state (4 bytes),
+//! and the oldest whose state it can load (4, not above the version).
+//!
 //! `samples/devices/kvm_bpf.h` writes it from C.
 
 use object::elf::{EM_BPF, FileHeader64};
 use object::read::elf::{FileHeader, SectionHeader};
 use object::{Endianness, elf};
+use serde::{Deserialize, Serialize};
 
-use crate::uapi::{KVM_DEV_BPF_MAX_IRQS, KVM_DEV_BPF_MAX_REGIONS};
+use crate::uapi::{KVM_DEV_BPF_MAX_IRQS, KVM_DEV_BPF_MAX_REGIONS, KVM_DEV_BPF_MAX_WORKS};
 
 /// Section that holds the note.
 pub const SECTION: &str = ".note.kvm-bpf.mmio-device";
@@ -42,11 +51,11 @@ pub const OWNER: &str = "kvm-bpf";
 pub const TYPE: u32 = 1;
 /// The newest layout this crate reads.
 pub const VERSION: u32 = 1;
-/// Type of the note with the list of items.
+/// Type of the notes with a list of items.
 pub const TYPE_ITEMS: u32 = 2;
 
-/// Kinds of items. This crate reads the ranges; the other numbers are settled, what follows
-/// them is not.
+/// Kinds of items. This crate reads ranges, names of WORK programs and the version of the state; the
+/// other numbers are settled, what follows them is not.
 pub mod kind {
     /// A range of guest-physical addresses.
     pub const MMIO_RANGE: u16 = 1;
@@ -71,11 +80,17 @@ const FIXED_LEN: usize = 16;
 /// Bytes of an item before what its kind says, and of what a range says.
 const ITEM_LEN: usize = 4;
 const RANGE_LEN: usize = 16;
+/// Bytes that the name of a WORK program has room in, and what an item with it says.
+const NAME_LEN: usize = 16;
+const WORK_LEN: usize = 8 + NAME_LEN;
+/// Bytes of what a version of the state says.
+const STATE_VERSION_LEN: usize = 8;
 /// Ports that there are.
 const MAX_PORTS: u64 = 0x1_0000;
 
 /// Where a region is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Space {
     /// At guest-physical addresses.
     Memory,
@@ -94,6 +109,24 @@ pub struct Range {
     pub size: u64,
 }
 
+/// A program that runs without a guest's access.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct WorkName {
+    /// Its index in the device, 0 to 15.
+    pub index: u32,
+    /// Its name, which says what it is for.
+    pub name: String,
+}
+
+/// Which states of a device another of its kind can load.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct StateVersion {
+    /// Version of the state that this device saves.
+    pub version: u32,
+    /// The oldest version that it can load, at most `version`.
+    pub oldest: u32,
+}
+
 /// What the note says about a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Note {
@@ -104,8 +137,12 @@ pub struct Note {
     pub nr_irqs: u32,
     /// Device-tree `compatible` strings, most specific first; at least one.
     pub compatible: Vec<String>,
-    /// The ranges of the second note, in its order.
+    /// The ranges of the lists, in their order.
     pub ranges: Vec<Range>,
+    /// The WORK programs of the lists, in their order.
+    pub works: Vec<WorkName>,
+    /// Versions of the state, where the lists have them.
+    pub state_version: Option<StateVersion>,
 }
 
 /// Why a file has no usable note.
@@ -137,7 +174,7 @@ pub enum Error {
     /// The note's content is wrong.
     #[error("bad device note: {0}")]
     BadNote(String),
-    /// The second note has something that this crate does not know and must.
+    /// A list has something that this crate does not know and must.
     #[error("the device needs what this does not know: kind {0:#x} of its note")]
     UnknownKind(u16),
 }
@@ -169,25 +206,36 @@ impl Note {
             return Err(Error::NoNote);
         }
         let mut notes = section.notes(endian, file)?.ok_or(Error::NoNote)?;
-        let (mut device, mut items) = (None, None);
+        let (mut device, mut lists) = (None, Vec::new());
         while let Some(note) = notes.next()? {
-            let r#type = note.n_type(endian);
-            let found = match r#type {
-                _ if note.name() != OWNER.as_bytes() => continue,
-                TYPE => &mut device,
-                TYPE_ITEMS => &mut items,
-                _ => continue,
-            };
-            if found.replace(note.desc()).is_some() {
-                return Err(Error::BadNote(format!("two of type {type}")));
+            match note.n_type(endian) {
+                _ if note.name() != OWNER.as_bytes() => {}
+                TYPE if device.is_some() => {
+                    return Err(Error::BadNote(format!("two of type {TYPE}")));
+                }
+                TYPE => device = Some(note.desc()),
+                TYPE_ITEMS => lists.push(note.desc()),
+                _ => {}
             }
         }
         let mut note = Self::from_desc(device.ok_or(Error::NoNote)?)?;
-        if let Some(items) = items {
-            note.ranges = parse_items(items)?;
+        for list in lists {
+            note.add_items(list)?;
         }
         note.check_regions()?;
+        note.check_works()?;
         Ok(note)
+    }
+
+    /// Whether both describe the same device to a guest. What programs there are besides its
+    /// handlers, and which state they can load, may differ.
+    pub fn is_same_device(&self, other: &Self) -> bool {
+        let seen = |note: &Self| Note {
+            works: Vec::new(),
+            state_version: None,
+            ..note.clone()
+        };
+        seen(self) == seen(other)
     }
 
     /// All regions.
@@ -212,6 +260,19 @@ impl Note {
             let same = |other: &&Range| other.region == range.region;
             if regions[..at].iter().any(|other| same(&other)) {
                 return Err(Error::BadNote(format!("region {} twice", range.region)));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_works(&self) -> Result<(), Error> {
+        for (at, work) in self.works.iter().enumerate() {
+            let before = &self.works[..at];
+            if before.iter().any(|other| other.index == work.index) {
+                return Err(Error::BadNote(format!("WORK index {} twice", work.index)));
+            }
+            if before.iter().any(|other| other.name == work.name) {
+                return Err(Error::BadNote(format!("WORK name {:?} twice", work.name)));
             }
         }
         Ok(())
@@ -268,52 +329,69 @@ impl Note {
             nr_irqs,
             compatible,
             ranges: Vec::new(),
+            works: Vec::new(),
+            state_version: None,
         })
     }
-}
 
-/// Reads the list of items; returns the ranges.
-fn parse_items(desc: &[u8]) -> Result<Vec<Range>, Error> {
-    let bad = |reason: String| Err(Error::BadNote(reason));
+    /// Reads a list of items.
+    fn add_items(&mut self, desc: &[u8]) -> Result<(), Error> {
+        let bad = |reason: String| Err(Error::BadNote(reason));
 
-    let mut ranges = Vec::new();
-    let mut at = 0;
-    while at < desc.len() {
-        let (Some(kind), Some(len)) = (read_u16(desc, at), read_u16(desc, at + 2)) else {
-            return bad(format!(
-                "item at {at}: {} bytes have no room for one",
-                desc.len() - at
-            ));
-        };
-        let start = at + ITEM_LEN;
-        let end = start + usize::from(len);
-        let Some(payload) = desc.get(start..end) else {
-            return bad(format!(
-                "item at {at}: {len} bytes, {} are there",
-                desc.len() - start
-            ));
-        };
-        let space = match kind & !REQUIRED {
-            kind::MMIO_RANGE => Some(Space::Memory),
-            kind::PORT_RANGE => Some(Space::Ports),
-            _ if kind & REQUIRED != 0 => return Err(Error::UnknownKind(kind)),
-            0 => return bad(format!("item at {at}: kind 0")),
-            _ => None,
-        };
-        if let Some(space) = space {
-            match parse_range(space, payload) {
-                Ok(range) => ranges.push(range),
-                Err(reason) => return bad(format!("item at {at}: {reason}")),
+        let mut at = 0;
+        while at < desc.len() {
+            let (Some(kind), Some(len)) = (read_u16(desc, at), read_u16(desc, at + 2)) else {
+                return bad(format!(
+                    "item at {at}: {} bytes have no room for one",
+                    desc.len() - at
+                ));
+            };
+            let start = at + ITEM_LEN;
+            let end = start + usize::from(len);
+            let Some(payload) = desc.get(start..end) else {
+                return bad(format!(
+                    "item at {at}: {len} bytes, {} are there",
+                    desc.len() - start
+                ));
+            };
+            let added = match kind & !REQUIRED {
+                kind::MMIO_RANGE => self.add_range(Space::Memory, payload),
+                kind::PORT_RANGE => self.add_range(Space::Ports, payload),
+                kind::WORK_NAME => self.add_work(payload),
+                kind::STATE_VERSION => self.add_state_version(payload),
+                _ if kind & REQUIRED != 0 => return Err(Error::UnknownKind(kind)),
+                0 => Err("kind 0".to_string()),
+                _ => Ok(()),
+            };
+            if let Err(reason) = added {
+                return bad(format!("item at {at}: {reason}"));
+            }
+            at = end.next_multiple_of(4);
+            // The last one may end without.
+            let padding = &desc[end..at.min(desc.len())];
+            if padding.iter().any(|&byte| byte != 0) {
+                return bad(format!("not 0 between items, at {end}"));
             }
         }
-        at = end.next_multiple_of(4);
-        // The last one may end without.
-        let padding = &desc[end..at.min(desc.len())];
-        if padding.iter().any(|&byte| byte != 0) {
-            return bad(format!("not 0 between items, at {end}"));
+        Ok(())
+    }
+
+    fn add_range(&mut self, space: Space, payload: &[u8]) -> Result<(), String> {
+        self.ranges.push(parse_range(space, payload)?);
+        Ok(())
+    }
+
+    fn add_work(&mut self, payload: &[u8]) -> Result<(), String> {
+        self.works.push(parse_work(payload)?);
+        Ok(())
+    }
+
+    fn add_state_version(&mut self, payload: &[u8]) -> Result<(), String> {
+        match self.state_version.replace(parse_state_version(payload)?) {
+            None => Ok(()),
+            Some(_) => Err("a second version of the state".to_string()),
         }
     }
-    Ok(ranges)
 }
 
 fn parse_range(space: Space, payload: &[u8]) -> Result<Range, String> {
@@ -348,6 +426,60 @@ fn parse_range(space: Space, payload: &[u8]) -> Result<Range, String> {
         region,
         size,
     })
+}
+
+fn parse_work(payload: &[u8]) -> Result<WorkName, String> {
+    let (Some(index), Some(flags), Some(name), WORK_LEN) = (
+        read_u32(payload, 0),
+        read_u32(payload, 4),
+        payload.get(8..),
+        payload.len(),
+    ) else {
+        return Err(format!(
+            "a WORK program of {} bytes, not {WORK_LEN}",
+            payload.len()
+        ));
+    };
+    if u64::from(index) >= KVM_DEV_BPF_MAX_WORKS {
+        return Err(format!(
+            "WORK index {index}, not below {KVM_DEV_BPF_MAX_WORKS}"
+        ));
+    }
+    if flags != 0 {
+        return Err(format!("unknown flags {flags:#x} of a WORK program"));
+    }
+    let len = name.iter().position(|&byte| byte == 0).unwrap_or(NAME_LEN);
+    let (name, rest) = name.split_at(len);
+    let is_good = |byte: &u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_');
+    let is_short = (1..NAME_LEN).contains(&len);
+    if !is_short || !name.iter().all(is_good) || rest.iter().any(|&byte| byte != 0) {
+        return Err(format!(
+            "WORK name \"{}\", not 1 to {} of a to z, 0 to 9 and _",
+            name.escape_ascii(),
+            NAME_LEN - 1
+        ));
+    }
+    Ok(WorkName {
+        index,
+        name: name.iter().map(|&byte| char::from(byte)).collect(),
+    })
+}
+
+fn parse_state_version(payload: &[u8]) -> Result<StateVersion, String> {
+    let (Some(version), Some(oldest), STATE_VERSION_LEN) =
+        (read_u32(payload, 0), read_u32(payload, 4), payload.len())
+    else {
+        return Err(format!(
+            "a version of the state of {} bytes, not {STATE_VERSION_LEN}",
+            payload.len()
+        ));
+    };
+    if oldest > version {
+        return Err(format!(
+            "version {version} of the state loads none older than {oldest}"
+        ));
+    }
+    Ok(StateVersion { version, oldest })
 }
 
 fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
@@ -461,6 +593,8 @@ mod tests {
                 nr_irqs: 2,
                 compatible: vec!["a,b".into(), "c".into()],
                 ranges: vec![],
+                works: vec![],
+                state_version: None,
             }
         );
     }
@@ -652,6 +786,122 @@ mod tests {
         assert_eq!(parsed.regions(), [first, wanted[0], wanted[1]]);
     }
 
+    fn work(index: u32, flags: u32, name: &[u8]) -> Vec<u8> {
+        let mut payload = [index, flags].map(u32::to_le_bytes).concat();
+        payload.extend(name);
+        payload.resize(WORK_LEN, 0);
+        item(kind::WORK_NAME, &payload)
+    }
+
+    fn version(version: u32, oldest: u32) -> Vec<u8> {
+        let payload = [version, oldest].map(u32::to_le_bytes).concat();
+        item(kind::STATE_VERSION, &payload)
+    }
+
+    fn named(index: u32, name: &str) -> WorkName {
+        WorkName {
+            index,
+            name: name.to_string(),
+        }
+    }
+
+    #[test]
+    fn reads_names_and_versions() {
+        let ports = range(kind::PORT_RANGE, 0, 0, 8);
+        let items = [
+            ports.clone(),
+            work(15, 0, b"save"),
+            version(7, 3),
+            work(0, 0, b"a_name_of_15_ch"),
+        ];
+        let parsed = parse_items_of(&items.concat()).unwrap();
+        let wanted = [named(15, "save"), named(0, "a_name_of_15_ch")];
+        assert_eq!(parsed.works, wanted);
+        let wanted = StateVersion {
+            version: 7,
+            oldest: 3,
+        };
+        assert_eq!(parsed.state_version, Some(wanted));
+        assert_eq!(parsed.ranges.len(), 1);
+
+        // They are no part of what a guest sees.
+        let without = parse_items_of(&ports).unwrap();
+        assert!(without.is_same_device(&parsed));
+        let other = parse_items_of(&range(kind::PORT_RANGE, 0, 0, 16)).unwrap();
+        assert!(!other.is_same_device(&parsed));
+        for zero in [version(0, 0), version(u32::MAX, u32::MAX)] {
+            assert!(parse_items_of(&[ports.clone(), zero].concat()).is_ok());
+        }
+    }
+
+    /// As the macros write them: each has a list of its own.
+    #[test]
+    fn puts_lists_together() {
+        let lists = [
+            work(1, 0, b"reset"),
+            range(kind::PORT_RANGE, 3, 0, 8),
+            version(1, 0),
+            Vec::new(),
+            work(2, 0, b"save"),
+        ];
+        let whole = parse_items_of(&lists.concat()).unwrap();
+        let mut notes = Vec::new();
+        for (at, list) in lists.iter().enumerate() {
+            if at == 2 {
+                notes.extend(note(b"kvm-bpf\0", TYPE, &desc(1, 0, 0, b"x\0")));
+            }
+            notes.extend(note(b"kvm-bpf\0", TYPE_ITEMS, list));
+        }
+        assert_eq!(Note::from_elf(&elf(&notes)), Ok(whole));
+        // What is wrong in the last of them is wrong.
+        notes.extend(note(b"kvm-bpf\0", TYPE_ITEMS, &work(1, 0, b"input")));
+        let refused = Note::from_elf(&elf(&notes)).unwrap_err().to_string();
+        assert!(refused.contains("WORK index 1 twice"), "{refused}");
+    }
+
+    #[test]
+    fn refuses_bad_names_and_versions() {
+        assert_bad_items(&work(16, 0, b"save"), "WORK index 16, not below 16");
+        assert_bad_items(&work(0, 1, b"save"), "flags 0x1 of a WORK");
+        for name in [
+            &b""[..],
+            b"sixteen_letters_",
+            b"Save",
+            b"sa-ve",
+            b"sa ve",
+            b"sa\xffve",
+            b"sa\0ve",
+            b"\0save",
+            b".save",
+            b"/",
+        ] {
+            assert_bad_items(&work(0, 0, name), "WORK name");
+        }
+        for len in [0, 8, 23, 25, 28] {
+            let wanted = format!("WORK program of {len} bytes, not 24");
+            assert_bad_items(&item(kind::WORK_NAME, &vec![b'a'; len]), &wanted);
+        }
+        let save = work(3, 0, b"save");
+        let same = [save.clone(), work(3, 0, b"reset")];
+        assert_bad_items(
+            &[range(1, 0, 0, 8), same.concat()].concat(),
+            "index 3 twice",
+        );
+        let same = [save, work(4, 0, b"save")];
+        assert_bad_items(
+            &[range(1, 0, 0, 8), same.concat()].concat(),
+            "\"save\" twice",
+        );
+
+        assert_bad_items(&version(1, 2), "none older than 2");
+        for len in [0, 4, 7, 9, 12] {
+            let wanted = format!("state of {len} bytes, not 8");
+            assert_bad_items(&item(kind::STATE_VERSION, &vec![0; len]), &wanted);
+        }
+        let twice = [version(1, 1), version(1, 1)].concat();
+        assert_bad_items(&twice, "item at 12: a second version");
+    }
+
     #[test]
     fn skips_unknown_kinds() {
         let good = range(kind::PORT_RANGE, 0, 0, 8);
@@ -660,8 +910,6 @@ mod tests {
             kind::READ_PAGE,
             kind::DOORBELL,
             kind::WINDOW,
-            kind::WORK_NAME,
-            kind::STATE_VERSION,
             8,
             REQUIRED - 1,
         ] {
@@ -724,9 +972,9 @@ mod tests {
         };
         // The first note's memory is region 0.
         refused(&[first.clone(), items(0)], "region 0 twice");
-        refused(&[first.clone(), items(1), items(2)], "two of type 2");
+        refused(&[first.clone(), items(1), items(1)], "region 1 twice");
         refused(&[first.clone(), first.clone()], "two of type 1");
-        // The second note alone is none.
+        // A list alone is no device.
         assert_eq!(Note::from_elf(&elf(&items(1))), Err(Error::NoNote));
     }
 

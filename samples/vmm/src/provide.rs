@@ -13,7 +13,7 @@ use std::fs;
 
 use kvm_bpf::Image;
 use kvm_bpf_vmm::userspace::time_of_day_offset_ns;
-use libbpf_rs::{Map, MapCore, MapFlags, MapType};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 
 /// Entries of a table of frequencies.
 pub const PERF_TABLE_MAX: usize = 64;
@@ -68,7 +68,7 @@ impl Provided {
         };
         if let Some(map) = map("arm,pl031", "clock", 8, 1) {
             let offset = self.clock_offset_ns.to_ne_bytes();
-            fill_map(&map, [offset]).map_err(|error| ("clock", error))?;
+            fill_map(map, [offset]).map_err(|error| ("clock", error))?;
         }
         if let Some(map) = map(
             "qemu,virtual-cpufreq",
@@ -77,7 +77,7 @@ impl Provided {
             PERF_TABLE_MAX as u32,
         ) {
             let table = self.perf_table.iter().map(|khz| khz.to_ne_bytes());
-            fill_map(&map, table).map_err(|error| ("perf_table", error))?;
+            fill_map(map, table).map_err(|error| ("perf_table", error))?;
         }
         Ok(())
     }
@@ -85,7 +85,7 @@ impl Provided {
 
 /// Puts values into the first entries of an array.
 fn fill_map<const N: usize>(
-    map: &Map<'_>,
+    map: &MapHandle,
     values: impl IntoIterator<Item = [u8; N]>,
 ) -> Result<(), libbpf_rs::Error> {
     (0u32..)

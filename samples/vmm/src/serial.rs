@@ -84,13 +84,13 @@ impl Serial {
         }
     }
 
-    fn take_from(&mut self, name: &str, map: libbpf_rs::Map<'_>) -> Result<(), Error> {
+    fn take_from(&mut self, name: &str, map: &MapHandle) -> Result<(), Error> {
         let failed = |error| Error::TakeOutput(name.to_string(), error);
         let id = map.info().map_err(|error| failed(other(error)))?.info.id;
         if id == self.map {
             return Ok(());
         }
-        let map = MapHandle::try_from(&map).map_err(|error| failed(other(error)))?;
+        let map = MapHandle::try_from(map).map_err(|error| failed(other(error)))?;
         let (stop, mut to) = (self.stop.clone(), self.to.clone());
         let mut builder = RingBufferBuilder::new();
         let write_on = move |bytes: &[u8]| {
@@ -148,7 +148,7 @@ fn dropped(image: &Image) -> Option<u64> {
 }
 
 /// The ring buffer of a serial port.
-fn ring(image: &Image) -> Option<libbpf_rs::Map<'_>> {
+fn ring(image: &Image) -> Option<&MapHandle> {
     if !Serial::is_one(image.note()) {
         return None;
     }

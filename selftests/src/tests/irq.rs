@@ -831,7 +831,7 @@ fn kept_irq_and_a_state_that_is_restored() {
 
     let map = kept.image.map("kept").expect("the program's map");
     let state = element(&kept.image, "kept");
-    libbpf_rs::MapCore::update(&map, &[0; 4], &state, libbpf_rs::MapFlags::ANY)
+    libbpf_rs::MapCore::update(map, &[0; 4], &state, libbpf_rs::MapFlags::ANY)
         .expect("BPF_MAP_UPDATE_ELEM");
     sleep(2 * LONG);
     assert_got!(answer(&kept.image).1, 0, "callbacks of the timer");

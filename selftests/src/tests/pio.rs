@@ -367,7 +367,7 @@ fn every_port_there_is() {
     device.set_ports(0, &region(0, 0x1_0000, Some(&read), None));
     for port in [0, 1, 0x20, 0x64, 0x3f8, 0xcf8, 0xfffc] {
         assert_in(&mut vcpu, port, 4, PATTERN);
-        assert_got!(recorder.of_len(4).offset, port.into());
+        assert_got!(recorder.of_len(4).offset, u64::from(port));
     }
     assert_in(&mut vcpu, 0xffff, 1, PATTERN);
     assert_out_exits(&mut vcpu, 0xffff, 1);

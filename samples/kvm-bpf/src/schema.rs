@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What is where in the maps of an object: its types, read from BTF once and without the numbers
+//! that each object has its own of.
+
+use std::fmt;
+
+use libbpf_rs::btf::types::{
+    Array, Composite, DataSec, Enum, Enum64, Float, Fwd, Int, IntEncoding, MemberAttr,
+};
+use libbpf_rs::btf::{Btf, BtfKind, BtfType, HasSize, TypeId};
+use sha2::{Digest, Sha256};
+
+/// How deep types may be nested; the kernel's own limit.
+pub(crate) const MAX_DEPTH: usize = 32;
+/// How many types, fields and enumerators there may be in one map: types that contain each other
+/// often have many.
+const MAX_PARTS: usize = 1 << 16;
+
+/// A type, with all that it contains.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Type {
+    pub kind: Kind,
+    /// Bytes of a value; 0 if that is not known.
+    pub size: usize,
+    /// Tags of the type, each with a blank behind it.
+    tags: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Int {
+        bits: u8,
+        encoding: Encoding,
+    },
+    Enum {
+        is_signed: bool,
+        values: Vec<Enumerator>,
+    },
+    Array {
+        count: usize,
+        element: Box<Type>,
+    },
+    Struct {
+        name: String,
+        fields: Vec<Field>,
+    },
+    Union {
+        name: String,
+        fields: Vec<Field>,
+    },
+    /// Global data: all variables of a section.
+    Section(Vec<Field>),
+    Pointer {
+        /// What it points to, by name: that is the kernel's, and its name says all.
+        to: String,
+        /// Whether what it points to has a tag.
+        is_tagged: bool,
+    },
+    /// Bytes of which no more is known; how to call them.
+    Bytes(String),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Encoding {
+    Unsigned,
+    Signed,
+    Char,
+    Bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Enumerator {
+    pub name: String,
+    pub value: i128,
+}
+
+/// A member of a struct or union, or a variable of a section.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Field {
+    /// Empty for an anonymous struct or union.
+    pub name: String,
+    /// Bits before it in what it is part of.
+    pub offset: usize,
+    /// How many bits it has, if that is not a matter of its type.
+    pub bits: Option<u8>,
+    pub ty: Type,
+}
+
+impl Type {
+    /// The type of that number; none if it is not there, is nested too deeply or holds too much.
+    pub fn from_btf(btf: &Btf<'_>, id: TypeId) -> Option<Self> {
+        let mut reader = Reader { btf, parts: 0 };
+        reader.read(btf.type_by_id(id)?, 0)
+    }
+
+    /// Bytes whose type nobody has written down.
+    pub fn bytes(size: usize) -> Self {
+        Type {
+            kind: Kind::Bytes("bytes".to_string()),
+            size,
+            tags: String::new(),
+        }
+    }
+
+    /// Whether it contains, anywhere, a structure of one of these names; returns which.
+    pub fn contains<'n>(&self, names: &[&'n str]) -> Option<&'n str> {
+        match &self.kind {
+            Kind::Array { element, .. } => element.contains(names),
+            Kind::Struct { name, fields } | Kind::Union { name, fields } => names
+                .iter()
+                .copied()
+                .find(|wanted| wanted == name)
+                .or_else(|| fields.iter().find_map(|field| field.ty.contains(names))),
+            Kind::Section(fields) => fields.iter().find_map(|field| field.ty.contains(names)),
+            _ => None,
+        }
+    }
+
+    /// Whether it contains, anywhere, a pointer with a tag: the kernel looks after such.
+    pub fn has_tagged_pointer(&self) -> bool {
+        match &self.kind {
+            Kind::Array { element, .. } => element.has_tagged_pointer(),
+            Kind::Struct { fields, .. } | Kind::Union { fields, .. } | Kind::Section(fields) => {
+                fields.iter().any(|field| field.ty.has_tagged_pointer())
+            }
+            Kind::Pointer { is_tagged, .. } => *is_tagged,
+            _ => false,
+        }
+    }
+
+    /// Adds a line for each part of it, in order, with its place: the same lines say the same type.
+    ///
+    /// `what` is `path` with its place in what it is part of.
+    pub fn describe(&self, path: &str, what: &str, lines: &mut Vec<String>) {
+        let size = self.size;
+        match &self.kind {
+            Kind::Int { bits, encoding } => lines.push(format!("{what}: {bits} bits, {encoding}")),
+            Kind::Enum { values, .. } => {
+                lines.push(format!("{what}: enum of {size} bytes"));
+                for Enumerator { name, value } in values {
+                    lines.push(format!("{path}: {name} is {value}"));
+                }
+            }
+            Kind::Array { count, element } => {
+                lines.push(format!("{what}: array of {count}"));
+                let path = format!("{path}[]");
+                element.describe(&path, &path, lines);
+            }
+            Kind::Struct { name, fields } => {
+                lines.push(format!("{what}: struct {name} of {size} bytes"));
+                describe_members(fields, path, lines);
+            }
+            Kind::Union { name, fields } => {
+                lines.push(format!("{what}: union {name} of {size} bytes"));
+                describe_members(fields, path, lines);
+            }
+            Kind::Section(variables) => {
+                for variable in variables {
+                    let path = format!("variable {}", variable.name);
+                    let what = format!("{path} at byte {}", variable.offset / 8);
+                    variable.ty.describe(&path, &what, lines);
+                }
+            }
+            Kind::Pointer { to, .. } => lines.push(format!("{what}: pointer to {to}")),
+            Kind::Bytes(name) => lines.push(format!("{what}: {name}")),
+        }
+        if !self.tags.is_empty() {
+            lines.push(format!("{what}: tags {}", self.tags));
+        }
+    }
+}
+
+fn describe_members(fields: &[Field], path: &str, lines: &mut Vec<String>) {
+    for field in fields {
+        let path = format!("{path}.{}", field.name);
+        let what = match field.bits {
+            None => format!("{path} at bit {}", field.offset),
+            Some(bits) => format!("{path} at bit {}, {bits} of them", field.offset),
+        };
+        field.ty.describe(&path, &what, lines);
+    }
+}
+
+impl fmt::Display for Encoding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Encoding::Unsigned => "unsigned",
+            Encoding::Signed => "signed",
+            Encoding::Char => "char",
+            Encoding::Bool => "bool",
+        })
+    }
+}
+
+/// The hash of a map's content, as text: of what its entries are and how many there are.
+pub(crate) fn hash(ty: &Type, entries: usize) -> String {
+    let mut lines = vec![format!("{entries} entries of {} bytes", ty.size)];
+    ty.describe("value", "value", &mut lines);
+    let mut hash = Sha256::new();
+    for line in lines {
+        hash.update(line);
+        hash.update("\n");
+    }
+    format!("sha256:{:x}", hash.finalize())
+}
+
+struct Reader<'a> {
+    btf: &'a Btf<'a>,
+    parts: usize,
+}
+
+impl<'a> Reader<'a> {
+    fn by_id(&self, id: TypeId) -> Option<BtfType<'a>> {
+        self.btf.type_by_id(id)
+    }
+
+    fn count(&mut self, more: usize) -> Option<()> {
+        self.parts += more;
+        (self.parts <= MAX_PARTS).then_some(())
+    }
+
+    fn read(&mut self, ty: BtfType<'a>, depth: usize) -> Option<Type> {
+        if depth > MAX_DEPTH {
+            return None;
+        }
+        self.count(1)?;
+        let (ty, tags) = look_through(ty)?;
+        let depth = depth + 1;
+        let (kind, size) = match ty.kind() {
+            BtfKind::Int => {
+                let int = Int::try_from(ty).ok()?;
+                let encoding = match int.encoding {
+                    IntEncoding::None => Encoding::Unsigned,
+                    IntEncoding::Signed => Encoding::Signed,
+                    IntEncoding::Char => Encoding::Char,
+                    IntEncoding::Bool => Encoding::Bool,
+                };
+                let bits = int.bits;
+                (Kind::Int { bits, encoding }, int.size())
+            }
+            BtfKind::Enum | BtfKind::Enum64 => {
+                let (is_signed, size, values) = match Enum::try_from(ty) {
+                    Ok(all) => {
+                        let values = all.iter().map(|one| enumerator(one.name, one.value.into()));
+                        (all.is_signed(), all.size(), values.collect::<Vec<_>>())
+                    }
+                    Err(ty) => {
+                        let all = Enum64::try_from(ty).ok()?;
+                        let values = all.iter().map(|one| enumerator(one.name, one.value));
+                        (all.is_signed(), all.size(), values.collect())
+                    }
+                };
+                self.count(values.len())?;
+                (Kind::Enum { is_signed, values }, size)
+            }
+            BtfKind::Array => {
+                let array = Array::try_from(ty).ok()?;
+                let element = Box::new(self.read(array.contained_type(), depth)?);
+                let count = array.capacity();
+                let size = element.size.checked_mul(count)?;
+                (Kind::Array { count, element }, size)
+            }
+            kind @ (BtfKind::Struct | BtfKind::Union) => {
+                let composite = Composite::try_from(ty).ok()?;
+                let mut fields = Vec::new();
+                for member in composite.iter() {
+                    let (offset, bits) = match member.attr {
+                        MemberAttr::Normal { offset } => (offset, None),
+                        MemberAttr::BitField { size, offset } => (offset, Some(size)),
+                    };
+                    fields.push(Field {
+                        name: text(member.name),
+                        offset: offset.try_into().ok()?,
+                        bits,
+                        ty: self.read(self.by_id(member.ty)?, depth)?,
+                    });
+                }
+                let name = name_of(ty);
+                let kind = match kind {
+                    BtfKind::Struct => Kind::Struct { name, fields },
+                    _ => Kind::Union { name, fields },
+                };
+                (kind, composite.size())
+            }
+            BtfKind::DataSec => {
+                let section = DataSec::try_from(ty).ok()?;
+                let mut variables = Vec::new();
+                for variable in section.iter() {
+                    let ty = self.by_id(variable.ty)?;
+                    variables.push(Field {
+                        name: name_of(ty),
+                        offset: usize::try_from(variable.offset).ok()?.checked_mul(8)?,
+                        bits: None,
+                        // A variable refers to its type.
+                        ty: self.read(ty.next_type()?, depth)?,
+                    });
+                }
+                (Kind::Section(variables), section.size())
+            }
+            BtfKind::Ptr => {
+                let (to, tags) = look_through(ty.next_type()?)?;
+                let is_tagged = !tags.is_empty();
+                let to = format!("{tags}{:?} {}", to.kind(), name_of(to));
+                (Kind::Pointer { to, is_tagged }, size_of::<u64>())
+            }
+            BtfKind::Fwd => {
+                let kind = Fwd::try_from(ty).ok()?.kind();
+                let name = format!("undefined {kind:?} {}", name_of(ty));
+                (Kind::Bytes(name), 0)
+            }
+            kind => {
+                let size = Float::try_from(ty).map_or(0, |float| float.size());
+                (Kind::Bytes(format!("{kind:?} {}", name_of(ty))), size)
+            }
+        };
+        Some(Type { kind, size, tags })
+    }
+}
+
+fn text(name: Option<&std::ffi::OsStr>) -> String {
+    name.unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn name_of(ty: BtfType<'_>) -> String {
+    text(ty.name())
+}
+
+fn enumerator(name: Option<&std::ffi::OsStr>, value: i128) -> Enumerator {
+    let name = text(name);
+    Enumerator { name, value }
+}
+
+/// The type behind names of types and qualifiers, and the tags on the way, each with a blank.
+///
+/// None if there are more than a good object has.
+fn look_through<'a>(mut ty: BtfType<'a>) -> Option<(BtfType<'a>, String)> {
+    let mut tags = String::new();
+    for _ in 0..MAX_DEPTH {
+        match ty.kind() {
+            BtfKind::TypeTag => {
+                tags += &ty.name()?.to_string_lossy();
+                tags.push(' ');
+            }
+            BtfKind::Typedef | BtfKind::Const | BtfKind::Volatile | BtfKind::Restrict => {}
+            _ => return Some((ty, tags)),
+        }
+        ty = ty.next_type()?;
+    }
+    None
+}

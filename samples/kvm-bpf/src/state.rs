@@ -1,0 +1,1141 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A device's state, apart from the host that it is on.
+//!
+//! State is what is in a device's state maps: arrays that user space can map
+//! (`BPF_MAP_TYPE_ARRAY` with `BPF_F_MMAPABLE`), and the sections of global data `.bss` and `.data`.
+//! What is in other maps, the device's WORK program `save` puts there and `restore` takes from there.
+//! The library maps them when it loads the object, so it saves and restores without bpf(2).
+//!
+//! [`State`] has all fields by their names, from the object's BTF: as JSON,
+//!
+//! ```json
+//! {
+//!   "clock": { "boottime_ns": 81234567890, "monotonic_ns": 71234567890, "realtime_ns": "1795686667123456789" },
+//!   "device": { "compatible": ["kvm-bpf,test"], "nr_irqs": 1, "regions": [{ "region": 0, "size": 4096, "space": "memory" }], "state_version": 2 },
+//!   "format": "kvm-bpf-state",
+//!   "maps": [
+//!     { "name": ".bss", "schema": "sha256:b1c5...", "values": [{ "count": 7, "mode": "IDLE", "serial": "0011aaff" }] }
+//!   ],
+//!   "version": 1
+//! }
+//! ```
+//!
+//! A map has a value per entry. What is a number in C is one here, or decimal text where a JavaScript
+//! reader would round it (beyond 2^53 - 1); text may be hexadecimal too (`0x1f`). An enum is the name
+//! of its value, or the number of one without. Arrays of bytes are hexadecimal digits, two per byte,
+//! and so are unions and floats; other arrays are lists. Members of anonymous structs count as those
+//! of what these are in; an anonymous union goes by the names of its members, with `|` in between.
+//! Pointers and padding are not saved. Maps and fields are sorted: the same state has the same text.
+//!
+//! A state is not to be trusted: it may come from anywhere. Sizes are limited, and it is restored as
+//! a whole or not at all.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::{fmt, slice};
+
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+use crate::image::open_regular;
+use crate::maps::Layout;
+use crate::note::{Note, Space, StateVersion};
+use crate::schema::{self, Encoding, Field, Kind, Type};
+
+/// The most bytes of a state as JSON.
+pub const MAX_FILE_SIZE: u64 = 64 << 20;
+/// The most values in a state, those that contain others included.
+pub const MAX_VALUES: usize = 1 << 20;
+/// How deep values may be in each other: types of maps are less.
+const MAX_DEPTH: usize = 2 * schema::MAX_DEPTH;
+
+/// What is in [`State`]'s JSON, and the newest version of it.
+const FORMAT: &str = "kvm-bpf-state";
+const VERSION: u32 = 1;
+
+/// The greatest number that JavaScript, and so many a reader of JSON, does not round.
+const MAX_NUMBER: i128 = (1 << 53) - 1;
+
+/// Why a state cannot be saved, read or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be read or written, or is not a regular one.
+    #[error("cannot access the file of the state")]
+    File(#[source] io::Error),
+    /// The state is larger than one of a device.
+    #[error("the state has more than {} MiB, {MAX_VALUES} values or {MAX_DEPTH} levels", MAX_FILE_SIZE >> 20)]
+    Size,
+    /// The text is no JSON, or not of a state.
+    #[error("not the state of a device")]
+    Json(#[source] serde_json::Error),
+    /// A clock of the host cannot be read.
+    #[error("cannot read the host's clocks")]
+    Clock(#[source] io::Error),
+    /// Something in a map would be lost: the device cannot say what it is.
+    #[error(
+        "map {map} has a {what}, and the device no WORK program \"save\" that saves what it is for"
+    )]
+    TimersWithoutSave {
+        /// The map.
+        map: String,
+        /// What runs later: `bpf_timer`, say.
+        what: &'static str,
+    },
+    /// The state is of another device.
+    #[error("the state is of another device: {saved:?} instead of {running:?}")]
+    OtherDevice {
+        /// The device that was saved.
+        saved: Box<Identity>,
+        /// The device that should go on.
+        running: Box<Identity>,
+    },
+    /// The device does not load states of that version.
+    #[error("the state has version {saved}, the device loads {oldest} to {newest}")]
+    Version {
+        /// The state's version.
+        saved: u32,
+        /// The oldest that the device loads.
+        oldest: u32,
+        /// The newest, the device's own.
+        newest: u32,
+    },
+    /// A map cannot be saved, or not go on with what was saved.
+    #[error("{path}: {why}")]
+    Map {
+        /// The map, and where in it: `regs[3].mode`.
+        path: String,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// A device's state. See the [module](self) for what it looks like as JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "Envelope", try_from = "Envelope")]
+pub struct State {
+    /// The host's clocks when it was saved.
+    pub clock: Clock,
+    /// Which device it is of.
+    pub device: Identity,
+    /// What is in the maps, by name.
+    pub maps: BTreeMap<String, MapState>,
+}
+
+/// The host's clocks, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Clock {
+    /// `CLOCK_BOOTTIME`: since the host's boot.
+    #[serde(with = "number")]
+    pub boottime_ns: u64,
+    /// `CLOCK_MONOTONIC`: the same without the time that the host was suspended.
+    #[serde(with = "number")]
+    pub monotonic_ns: u64,
+    /// `CLOCK_REALTIME`: since 1970, UTC.
+    #[serde(with = "number")]
+    pub realtime_ns: u64,
+}
+
+/// What a device is to a guest, and the version of its state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identity {
+    /// Device-tree `compatible` strings.
+    pub compatible: Vec<String>,
+    /// Number of interrupts.
+    pub nr_irqs: u32,
+    /// Its regions.
+    pub regions: Vec<Region>,
+    /// Version of its state; 0 where the device does not say.
+    pub state_version: u32,
+}
+
+/// A region of the device, without its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Region {
+    /// Its index.
+    pub region: u32,
+    /// Bytes or ports.
+    #[serde(with = "number")]
+    pub size: u64,
+    /// Memory or ports.
+    pub space: Space,
+}
+
+/// What is in a map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MapState {
+    /// Hash of the types of what is in it, as `sha256:` and digits.
+    pub schema: String,
+    /// The value of each entry.
+    pub values: Vec<Value>,
+}
+
+/// A value in a map.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Value {
+    /// Of a `bool`.
+    Bool(bool),
+    /// At most 2^53 - 1 in size.
+    Number(i64),
+    /// A greater number, the name of an enum's value, or bytes as hexadecimal digits.
+    Text(String),
+    /// An array.
+    List(Vec<Value>),
+    /// A struct by its fields, or a section by its variables.
+    Fields(BTreeMap<String, Value>),
+}
+
+/// [`State`] as it is written, in the order of the alphabet.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Envelope {
+    clock: Clock,
+    device: Identity,
+    format: String,
+    maps: Vec<NamedMap>,
+    version: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NamedMap {
+    name: String,
+    schema: String,
+    values: Vec<Value>,
+}
+
+impl From<State> for Envelope {
+    fn from(state: State) -> Self {
+        let named = |(name, MapState { schema, values })| NamedMap {
+            name,
+            schema,
+            values,
+        };
+        Envelope {
+            clock: state.clock,
+            device: state.device,
+            format: FORMAT.to_string(),
+            maps: state.maps.into_iter().map(named).collect(),
+            version: VERSION,
+        }
+    }
+}
+
+impl TryFrom<Envelope> for State {
+    type Error = String;
+
+    fn try_from(envelope: Envelope) -> std::result::Result<Self, String> {
+        let Envelope {
+            format, version, ..
+        } = envelope;
+        if format != FORMAT || version != VERSION {
+            return Err(format!(
+                "format {format:?}, version {version}, instead of {FORMAT:?}, {VERSION}"
+            ));
+        }
+        let mut maps = BTreeMap::new();
+        for NamedMap {
+            name,
+            schema,
+            values,
+        } in envelope.maps
+        {
+            if maps.contains_key(&name) {
+                return Err(format!("map {name:?} twice"));
+            }
+            maps.insert(name, MapState { schema, values });
+        }
+        Ok(State {
+            clock: envelope.clock,
+            device: envelope.device,
+            maps,
+        })
+    }
+}
+
+/// 64-bit numbers of which readers may round the greater ones.
+mod number {
+    use super::*;
+    use serde::Serializer;
+
+    pub fn serialize<S: Serializer>(
+        number: &u64,
+        serializer: S,
+    ) -> std::result::Result<S::Ok, S::Error> {
+        Value::from_number((*number).into()).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> std::result::Result<u64, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        let number = value.to_number().and_then(|number| number.try_into().ok());
+        number.ok_or_else(|| de::Error::custom("not a number of 64 bits"))
+    }
+}
+
+impl Value {
+    fn from_number(number: i128) -> Self {
+        match i64::try_from(number) {
+            Ok(small) if number.abs() <= MAX_NUMBER => Value::Number(small),
+            _ => Value::Text(number.to_string()),
+        }
+    }
+
+    /// The number that it is, or that its text says.
+    fn to_number(&self) -> Option<i128> {
+        match self {
+            Value::Number(number) => Some((*number).into()),
+            Value::Text(text) => match text.strip_prefix("0x") {
+                // No sign: from_str_radix() would take one.
+                Some(digits) if digits.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
+                    i128::from_str_radix(digits, 16).ok()
+                }
+                Some(_) => None,
+                None => text.parse().ok(),
+            },
+            _ => None,
+        }
+    }
+
+    /// Whether a device that does not know it may do without it.
+    fn is_zero(&self) -> bool {
+        match self {
+            Value::Bool(is_set) => !is_set,
+            Value::Number(number) => *number == 0,
+            Value::Text(text) => text.bytes().all(|byte| byte == b'0'),
+            Value::List(values) => values.iter().all(Value::is_zero),
+            Value::Fields(fields) => fields.values().all(Value::is_zero),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Value {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct OfValue;
+
+        impl<'de> Visitor<'de> for OfValue {
+            type Value = Value;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("true, false, a whole number, text, a list or fields")
+            }
+
+            fn visit_bool<E>(self, value: bool) -> std::result::Result<Value, E> {
+                Ok(Value::Bool(value))
+            }
+
+            fn visit_i64<E>(self, value: i64) -> std::result::Result<Value, E> {
+                Ok(Value::from_number(value.into()))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> std::result::Result<Value, E> {
+                Ok(Value::from_number(value.into()))
+            }
+
+            fn visit_str<E>(self, value: &str) -> std::result::Result<Value, E> {
+                Ok(Value::Text(value.to_string()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(
+                self,
+                mut list: A,
+            ) -> std::result::Result<Value, A::Error> {
+                let mut values = Vec::new();
+                while let Some(value) = list.next_element()? {
+                    values.push(value);
+                }
+                Ok(Value::List(values))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> std::result::Result<Value, A::Error> {
+                let mut fields = BTreeMap::new();
+                while let Some((name, value)) = map.next_entry::<String, _>()? {
+                    if fields.contains_key(&name) {
+                        return Err(de::Error::custom(format!("field {name:?} twice")));
+                    }
+                    fields.insert(name, value);
+                }
+                Ok(Value::Fields(fields))
+            }
+        }
+
+        deserializer.deserialize_any(OfValue)
+    }
+}
+
+impl State {
+    /// Reads JSON.
+    pub fn from_json(json: &[u8]) -> Result<Self> {
+        check_size(json)?;
+        serde_json::from_slice(json).map_err(Error::Json)
+    }
+
+    /// Writes JSON, the same text for the same state.
+    pub fn to_json(&self) -> Result<Vec<u8>> {
+        let mut json = serde_json::to_vec_pretty(self).map_err(Error::Json)?;
+        json.push(b'\n');
+        // What is written can be read.
+        check_size(&json)?;
+        Ok(json)
+    }
+
+    /// Reads a file of JSON: a regular one of at most [`MAX_FILE_SIZE`] bytes.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let file = open_regular(path).map_err(Error::File)?;
+        let mut json = Vec::new();
+        file.take(MAX_FILE_SIZE + 1)
+            .read_to_end(&mut json)
+            .map_err(Error::File)?;
+        Self::from_json(&json)
+    }
+
+    /// Writes JSON into a new file.
+    pub fn to_file(&self, path: &Path) -> Result<()> {
+        let json = self.to_json()?;
+        let mut file = File::create_new(path).map_err(Error::File)?;
+        file.write_all(&json)
+            .and_then(|()| file.sync_all())
+            .map_err(Error::File)
+    }
+}
+
+/// Refuses JSON that would become more than a device's state has, before it takes memory.
+fn check_size(json: &[u8]) -> Result<()> {
+    let (mut depth, mut values, mut in_text) = (0_usize, 0, false);
+    let mut bytes = json.iter();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'"' => in_text = !in_text,
+            b'\\' if in_text => {
+                bytes.next();
+            }
+            _ if in_text => {}
+            b'[' | b'{' => (depth, values) = (depth + 1, values + 1),
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            b',' => values += 1,
+            _ => {}
+        }
+        if depth > MAX_DEPTH || values > MAX_VALUES {
+            return Err(Error::Size);
+        }
+    }
+    match json.len() as u64 > MAX_FILE_SIZE {
+        true => Err(Error::Size),
+        false => Ok(()),
+    }
+}
+
+impl Clock {
+    /// The host's clocks now.
+    pub fn now() -> Result<Self> {
+        let read = |clock| {
+            let mut time = libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            // SAFETY: the kernel writes no more than the structure.
+            match unsafe { libc::clock_gettime(clock, &mut time) } {
+                0 => Ok(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64),
+                _ => Err(Error::Clock(io::Error::last_os_error())),
+            }
+        };
+        Ok(Clock {
+            boottime_ns: read(libc::CLOCK_BOOTTIME)?,
+            monotonic_ns: read(libc::CLOCK_MONOTONIC)?,
+            realtime_ns: read(libc::CLOCK_REALTIME)?,
+        })
+    }
+}
+
+impl Identity {
+    /// That of the device that a note describes.
+    pub fn of_note(note: &Note) -> Self {
+        let mut regions: Vec<_> = note
+            .regions()
+            .iter()
+            .map(|range| Region {
+                region: range.region,
+                size: range.size,
+                space: range.space,
+            })
+            .collect();
+        regions.sort_by_key(|region| region.region);
+        Identity {
+            compatible: note.compatible.clone(),
+            nr_irqs: note.nr_irqs,
+            regions,
+            state_version: note.state_version.unwrap_or_default().version,
+        }
+    }
+}
+
+/// A map with state, and the memory that it is in.
+#[derive(Debug)]
+pub(crate) struct StateMap {
+    shape: Shape,
+    memory: Memory,
+}
+
+/// What a map with state has, and where.
+#[derive(Debug)]
+struct Shape {
+    name: String,
+    ty: Type,
+    entries: usize,
+    schema: String,
+    /// What it has in a new device; zeroes behind that.
+    initial: Vec<u8>,
+}
+
+impl StateMap {
+    /// Maps the memory of an array. Its entries have `initial` at first, or zeroes.
+    pub fn new(layout: &Layout, map: BorrowedFd<'_>, initial: &[u8]) -> io::Result<Self> {
+        let shape = Shape::new(&layout.name, layout.value.clone(), layout.entries, initial);
+        let memory = Memory::new(map, shape.len())?;
+        Ok(StateMap { shape, memory })
+    }
+}
+
+impl Shape {
+    fn new(name: &str, ty: Type, entries: usize, initial: &[u8]) -> Self {
+        Shape {
+            name: name.to_string(),
+            schema: schema::hash(&ty, entries),
+            ty,
+            entries,
+            initial: initial.to_vec(),
+        }
+    }
+
+    /// Bytes from one entry to the next.
+    fn stride(&self) -> usize {
+        self.ty.size.next_multiple_of(8)
+    }
+
+    /// Bytes of all entries.
+    fn len(&self) -> usize {
+        self.stride().saturating_mul(self.entries)
+    }
+
+    fn new_bytes(&self) -> Vec<u8> {
+        let mut bytes = self.initial.clone();
+        bytes.resize(self.len(), 0);
+        bytes
+    }
+
+    fn save(&self, bytes: &[u8], room: &mut usize) -> Result<MapState> {
+        let mut values = Vec::new();
+        for (at, bytes) in bytes.chunks_exact(self.stride()).enumerate() {
+            let value = encode(&self.ty, &bytes[..self.ty.size], room);
+            values.push(value.map_err(|fault| fault.at(at).within(&self.name))?);
+        }
+        Ok(MapState {
+            schema: self.schema.clone(),
+            values,
+        })
+    }
+
+    /// The bytes of a saved map; of another schema if `may_convert`.
+    fn restore(&self, saved: &MapState, may_convert: bool) -> Result<Vec<u8>> {
+        let fault = |why: String| Fault::new(why).within(&self.name);
+        let is_same = saved.schema == self.schema;
+        if !is_same && !may_convert {
+            return Err(fault(format!(
+                "its fields are not those that were saved, and the device loads no others \
+                 (schema {} instead of {})",
+                self.schema, saved.schema
+            )));
+        }
+        let count = saved.values.len();
+        if is_same && count != self.entries {
+            return Err(fault(format!("{count} values instead of {}", self.entries)));
+        }
+        let mut bytes = self.new_bytes();
+        for (at, value) in saved.values.iter().enumerate() {
+            let within = |fault: Fault| fault.at(at).within(&self.name);
+            if at >= self.entries {
+                if !value.is_zero() {
+                    return Err(within(Fault::new("there is no such entry any more")));
+                }
+                continue;
+            }
+            let start = at * self.stride();
+            let bytes = &mut bytes[start..start + self.ty.size];
+            decode(&self.ty, value, bytes, !is_same).map_err(within)?;
+        }
+        Ok(bytes)
+    }
+}
+
+/// What the state maps have now.
+pub(crate) fn save(note: &Note, maps: &[StateMap]) -> Result<State> {
+    let mut room = MAX_VALUES;
+    let mut saved = BTreeMap::new();
+    for StateMap { shape, memory } in maps {
+        saved.insert(shape.name.clone(), shape.save(&memory.copy(), &mut room)?);
+    }
+    Ok(State {
+        clock: Clock::now()?,
+        device: Identity::of_note(note),
+        maps: saved,
+    })
+}
+
+/// What the state maps are to have, one after the other; nothing is changed yet.
+fn plan<'a>(
+    note: &Note,
+    shapes: impl Iterator<Item = &'a Shape> + Clone,
+    state: &State,
+) -> Result<Vec<Vec<u8>>> {
+    let running = Identity::of_note(note);
+    let saved = Identity {
+        state_version: running.state_version,
+        ..state.device.clone()
+    };
+    if saved != running {
+        return Err(Error::OtherDevice {
+            saved: Box::new(state.device.clone()),
+            running: Box::new(running),
+        });
+    }
+    let StateVersion { version, oldest } = note.state_version.unwrap_or_default();
+    let saved = state.device.state_version;
+    if !(oldest..=version).contains(&saved) {
+        return Err(Error::Version {
+            saved,
+            oldest,
+            newest: version,
+        });
+    }
+    let may_convert = note.state_version.is_some();
+    for (name, map) in &state.maps {
+        let is_lost = !may_convert || !map.values.iter().all(Value::is_zero);
+        if is_lost && !shapes.clone().any(|shape| shape.name == *name) {
+            return Err(Fault::new("the device has no such map").within(name));
+        }
+    }
+    shapes
+        .map(|shape| match state.maps.get(&shape.name) {
+            Some(map) => shape.restore(map, may_convert),
+            None if may_convert => Ok(shape.new_bytes()),
+            None => Err(Fault::new("the state has no such map").within(&shape.name)),
+        })
+        .collect()
+}
+
+/// What the state maps had before a state was restored.
+#[derive(Debug)]
+pub(crate) struct Before(Vec<Vec<u8>>);
+
+/// Puts a state into the maps: all of it, or on an error nothing.
+pub(crate) fn restore(note: &Note, maps: &[StateMap], state: &State) -> Result<Before> {
+    let new = plan(note, maps.iter().map(|map| &map.shape), state)?;
+    let before = maps.iter().map(|map| map.memory.copy()).collect();
+    write(maps, &new);
+    Ok(Before(before))
+}
+
+/// Puts back what the maps had.
+pub(crate) fn undo(maps: &[StateMap], before: &Before) {
+    write(maps, &before.0);
+}
+
+fn write(maps: &[StateMap], bytes: &[Vec<u8>]) {
+    for (map, bytes) in maps.iter().zip(bytes) {
+        map.memory.write(bytes);
+    }
+}
+
+/// The memory of an array, which programs may read and write at any time.
+#[derive(Debug)]
+struct Memory {
+    start: NonNull<AtomicU64>,
+    words: usize,
+}
+
+// SAFETY: the memory is this process's until it is dropped, and all access is atomic.
+unsafe impl Send for Memory {}
+// SAFETY: likewise.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn new(map: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
+        // SAFETY: a new mapping takes nothing from anyone; the map's file holds its memory.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                map.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Memory {
+            start: NonNull::new(start.cast()).expect("no mapping is at address 0"),
+            words: len / size_of::<u64>(),
+        })
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping has as many words, lives as long as `self`, and begins at a page.
+        unsafe { slice::from_raw_parts(self.start.as_ptr(), self.words) }
+    }
+
+    fn copy(&self) -> Vec<u8> {
+        let words = self.words().iter();
+        words
+            .flat_map(|word| word.load(Relaxed).to_ne_bytes())
+            .collect()
+    }
+
+    fn write(&self, bytes: &[u8]) {
+        for (word, bytes) in self.words().iter().zip(bytes.chunks_exact(8)) {
+            let bytes = bytes.try_into().expect("chunks of 8 bytes");
+            word.store(u64::from_ne_bytes(bytes), Relaxed);
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nobody borrows it any more.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.words * size_of::<u64>()) };
+    }
+}
+
+/// What is wrong with a value, and where in its map.
+#[derive(Debug)]
+struct Fault {
+    path: String,
+    why: String,
+}
+
+impl Fault {
+    fn new(why: impl Into<String>) -> Self {
+        Fault {
+            path: String::new(),
+            why: why.into(),
+        }
+    }
+
+    fn wanted(what: impl fmt::Display, value: &Value) -> Self {
+        let mut text = serde_json::to_string(value).unwrap_or_default();
+        if text.len() > 40 {
+            text = text.chars().take(40).chain("...".chars()).collect();
+        }
+        Self::new(format!("{text} is not {what}"))
+    }
+
+    /// In an element of an array.
+    fn at(mut self, index: usize) -> Self {
+        self.path = format!("[{index}]{}", self.path);
+        self
+    }
+
+    /// In a field.
+    fn of(mut self, name: &str) -> Self {
+        self.path = format!(".{name}{}", self.path);
+        self
+    }
+
+    fn within(self, map: &str) -> Error {
+        Error::Map {
+            path: format!("{map}{}", self.path),
+            why: self.why,
+        }
+    }
+}
+
+/// How a value of a type is written.
+enum Form<'a> {
+    Bool,
+    /// Of an int or enum, signed or not.
+    Number {
+        is_signed: bool,
+        names: &'a [schema::Enumerator],
+    },
+    /// As hexadecimal digits.
+    Bytes,
+    List(&'a Type, usize),
+    Fields(&'a [Field]),
+    /// Not at all.
+    Nothing,
+}
+
+/// The form of a type, or why it has none.
+fn form(ty: &Type) -> std::result::Result<Form<'_>, Fault> {
+    let is_number = matches!(ty.size, 1 | 2 | 4 | 8);
+    Ok(match &ty.kind {
+        Kind::Int { bits, encoding } if is_number && usize::from(*bits) == 8 * ty.size => {
+            match encoding {
+                Encoding::Bool => Form::Bool,
+                _ => Form::Number {
+                    is_signed: *encoding == Encoding::Signed,
+                    names: &[],
+                },
+            }
+        }
+        Kind::Enum { is_signed, values } if is_number => Form::Number {
+            is_signed: *is_signed,
+            names: values,
+        },
+        Kind::Array { count, element } => match (form(element)?, &element.kind) {
+            (Form::Number { .. }, Kind::Int { .. }) if element.size == 1 => Form::Bytes,
+            (Form::Nothing, _) => Form::Nothing,
+            _ => Form::List(element, *count),
+        },
+        Kind::Struct { fields, .. } | Kind::Section(fields) => Form::Fields(fields),
+        Kind::Pointer { .. } => Form::Nothing,
+        Kind::Union { .. } if has_pointer(ty) => {
+            return Err(Fault::new("a union with a pointer cannot be saved"));
+        }
+        Kind::Union { .. } | Kind::Int { .. } | Kind::Enum { .. } | Kind::Bytes(_) => Form::Bytes,
+    })
+}
+
+fn has_pointer(ty: &Type) -> bool {
+    match &ty.kind {
+        Kind::Pointer { .. } => true,
+        Kind::Array { element, .. } => has_pointer(element),
+        Kind::Struct { fields, .. } | Kind::Union { fields, .. } | Kind::Section(fields) => {
+            fields.iter().any(|field| has_pointer(&field.ty))
+        }
+        _ => false,
+    }
+}
+
+/// A field under the name that it has in a state.
+struct Named<'a> {
+    name: String,
+    /// Bits before it.
+    offset: usize,
+    bits: Option<u8>,
+    ty: &'a Type,
+}
+
+/// All fields that are saved; those of anonymous structs are those of what these are in.
+fn named_fields(fields: &[Field]) -> std::result::Result<Vec<Named<'_>>, Fault> {
+    fn add<'a>(fields: &'a [Field], offset: usize, all: &mut Vec<Named<'a>>) {
+        for field in fields {
+            let offset = offset + field.offset;
+            let name = match (&field.name, &field.ty.kind) {
+                (name, Kind::Struct { fields, .. }) if name.is_empty() => {
+                    add(fields, offset, all);
+                    continue;
+                }
+                (name, Kind::Union { fields, .. }) if name.is_empty() => {
+                    let mut members = Vec::new();
+                    add(fields, 0, &mut members);
+                    let names: Vec<_> = members.into_iter().map(|member| member.name).collect();
+                    names.join("|")
+                }
+                (name, _) => name.clone(),
+            };
+            // Bits without a name are padding.
+            if !name.is_empty() {
+                all.push(Named {
+                    name,
+                    offset,
+                    bits: field.bits,
+                    ty: &field.ty,
+                });
+            }
+        }
+    }
+
+    let mut all = Vec::new();
+    add(fields, 0, &mut all);
+    let mut saved = Vec::new();
+    for field in all {
+        let form = form(field.ty).map_err(|fault| fault.of(&field.name))?;
+        if !matches!(form, Form::Nothing) {
+            saved.push(field);
+        }
+    }
+    Ok(saved)
+}
+
+/// The bytes at `offset`, or why they are not there: types may say anything.
+fn part(bytes: &[u8], offset: usize, len: usize) -> std::result::Result<&[u8], Fault> {
+    let end = offset.checked_add(len);
+    end.and_then(|end| bytes.get(offset..end))
+        .ok_or_else(|| Fault::new("it reaches out of what it is in"))
+}
+
+fn part_mut(bytes: &mut [u8], offset: usize, len: usize) -> std::result::Result<&mut [u8], Fault> {
+    let end = offset.checked_add(len);
+    end.and_then(|end| bytes.get_mut(offset..end))
+        .ok_or_else(|| Fault::new("it reaches out of what it is in"))
+}
+
+/// Up to 64 bits anywhere, and where their bytes are: at most 9 of them.
+fn bit_bytes(offset: usize, bits: u8) -> std::result::Result<(usize, usize), Fault> {
+    if !(1..=64).contains(&bits) {
+        return Err(Fault::new(format!("a field of {bits} bits")));
+    }
+    let start = offset / 8;
+    let end = (offset + usize::from(bits)).div_ceil(8);
+    Ok((start, end - start))
+}
+
+fn from_le(bytes: &[u8]) -> u128 {
+    bytes
+        .iter()
+        .rev()
+        .fold(0, |number, &byte| number << 8 | u128::from(byte))
+}
+
+/// `bits` bits as a number.
+fn extended(number: u128, bits: usize, is_signed: bool) -> i128 {
+    let number = (number & ((1 << bits) - 1)) as i128;
+    match is_signed && number >> (bits - 1) != 0 {
+        true => number - (1 << bits),
+        false => number,
+    }
+}
+
+fn to_hex(bytes: &[u8]) -> String {
+    use fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let digit = |byte: u8| char::from(byte).to_digit(16);
+    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+    if !rest.is_empty() {
+        return None;
+    }
+    let pair = |[high, low]: &[u8; 2]| Some((digit(*high)? << 4 | digit(*low)?) as u8);
+    pairs.iter().map(pair).collect()
+}
+
+/// The value of a type that bytes are; `room` is how many values there may be.
+fn encode(ty: &Type, bytes: &[u8], room: &mut usize) -> std::result::Result<Value, Fault> {
+    *room = room
+        .checked_sub(1)
+        .ok_or_else(|| Fault::new(format!("more than {MAX_VALUES} values of the state")))?;
+    let own = part(bytes, 0, ty.size)?;
+    Ok(match form(ty)? {
+        Form::Bool => Value::Bool(own[0] != 0),
+        Form::Number { is_signed, names } => {
+            name_number(extended(from_le(own), 8 * ty.size, is_signed), names)
+        }
+        Form::Bytes => Value::Text(to_hex(own)),
+        Form::List(element, count) => {
+            let mut values = Vec::new();
+            for at in 0..count {
+                let value = part(own, at * element.size, element.size)
+                    .and_then(|bytes| encode(element, bytes, room));
+                values.push(value.map_err(|fault| fault.at(at))?);
+            }
+            Value::List(values)
+        }
+        Form::Fields(fields) => {
+            let mut values = BTreeMap::new();
+            for field in named_fields(fields)? {
+                let value = encode_field(&field, own, room);
+                let value = value.map_err(|fault| fault.of(&field.name))?;
+                if values.insert(field.name.clone(), value).is_some() {
+                    return Err(Fault::new("two fields of that name").of(&field.name));
+                }
+            }
+            Value::Fields(values)
+        }
+        Form::Nothing => return Err(Fault::new("a pointer cannot be saved")),
+    })
+}
+
+fn name_number(number: i128, names: &[schema::Enumerator]) -> Value {
+    match names.iter().find(|one| one.value == number) {
+        Some(one) => Value::Text(one.name.clone()),
+        None => Value::from_number(number),
+    }
+}
+
+fn encode_field(
+    field: &Named<'_>,
+    bytes: &[u8],
+    room: &mut usize,
+) -> std::result::Result<Value, Fault> {
+    let Some(bits) = field.bits else {
+        return encode(
+            field.ty,
+            part(bytes, field.offset / 8, field.ty.size)?,
+            room,
+        );
+    };
+    let (start, len) = bit_bytes(field.offset, bits)?;
+    let number = from_le(part(bytes, start, len)?) >> (field.offset % 8);
+    let bits = usize::from(bits);
+    match form(field.ty)? {
+        Form::Bool => Ok(Value::Bool(extended(number, bits, false) != 0)),
+        Form::Number { is_signed, names } => {
+            Ok(name_number(extended(number, bits, is_signed), names))
+        }
+        _ => Err(Fault::new("bits of a type that has none")),
+    }
+}
+
+/// Puts a value of a type into bytes. Of another schema if `convert`: what the value does not have
+/// stays as it is, and what the type does not have must be 0.
+fn decode(
+    ty: &Type,
+    value: &Value,
+    bytes: &mut [u8],
+    convert: bool,
+) -> std::result::Result<(), Fault> {
+    let own = part_mut(bytes, 0, ty.size)?;
+    match form(ty)? {
+        Form::Bool => {
+            let Value::Bool(is_set) = value else {
+                return Err(Fault::wanted("true or false", value));
+            };
+            own.fill(0);
+            own[0] = (*is_set).into();
+        }
+        Form::Number { is_signed, names } => {
+            let number = number_of(value, 8 * ty.size, is_signed, names)?;
+            own.copy_from_slice(&number.to_le_bytes()[..own.len()]);
+        }
+        Form::Bytes => {
+            let new = match value {
+                Value::Text(text) => from_hex(text),
+                _ => None,
+            };
+            let is_array = matches!(ty.kind, Kind::Array { .. });
+            let is_good = |new: &Vec<u8>| {
+                let rest = new.get(own.len()..).unwrap_or_default();
+                new.len() == own.len() || convert && is_array && rest.iter().all(|&byte| byte == 0)
+            };
+            let Some(new) = new.filter(is_good) else {
+                let what = format!("{} bytes as hexadecimal digits", own.len());
+                return Err(Fault::wanted(what, value));
+            };
+            let len = new.len().min(own.len());
+            own[..len].copy_from_slice(&new[..len]);
+        }
+        Form::List(element, count) => {
+            let Value::List(values) = value else {
+                return Err(Fault::wanted(format_args!("a list of {count}"), value));
+            };
+            if !convert && values.len() != count {
+                let why = format!("{} elements instead of {count}", values.len());
+                return Err(Fault::new(why));
+            }
+            for (at, value) in values.iter().enumerate() {
+                let result = match at < count {
+                    true => part_mut(own, at * element.size, element.size)
+                        .and_then(|bytes| decode(element, value, bytes, convert)),
+                    false if value.is_zero() => Ok(()),
+                    false => Err(Fault::new(
+                        "there is no such element any more, and it is not 0",
+                    )),
+                };
+                result.map_err(|fault| fault.at(at))?;
+            }
+        }
+        Form::Fields(fields) => {
+            let Value::Fields(values) = value else {
+                return Err(Fault::wanted("fields", value));
+            };
+            let fields = named_fields(fields)?;
+            for (name, value) in values {
+                let result = match fields.iter().find(|field| field.name == *name) {
+                    Some(field) => decode_field(field, value, own, convert),
+                    None if convert && value.is_zero() => Ok(()),
+                    None if convert => Err(Fault::new(
+                        "there is no such field any more, and it is not 0",
+                    )),
+                    None => Err(Fault::new("there is no such field")),
+                };
+                result.map_err(|fault| fault.of(name))?;
+            }
+            let is_missing = |field: &&Named<'_>| !values.contains_key(&field.name);
+            if let Some(field) = fields.iter().find(is_missing).filter(|_| !convert) {
+                return Err(Fault::new("the state does not have it").of(&field.name));
+            }
+        }
+        Form::Nothing => return Err(Fault::new("a pointer cannot be restored")),
+    }
+    Ok(())
+}
+
+/// The number that a value is, if so many bits can hold it.
+fn number_of(
+    value: &Value,
+    bits: usize,
+    is_signed: bool,
+    names: &[schema::Enumerator],
+) -> std::result::Result<i128, Fault> {
+    let by_name = match value {
+        Value::Text(text) => names.iter().find(|one| one.name == *text),
+        _ => None,
+    };
+    let number = match by_name {
+        Some(one) => Some(one.value),
+        None => value.to_number(),
+    };
+    let (min, max) = match is_signed {
+        true => (-(1 << (bits - 1)), (1 << (bits - 1)) - 1),
+        false => (0, (1 << bits) - 1),
+    };
+    let fits = |number: &i128| (min..=max).contains(number);
+    number.filter(fits).ok_or_else(|| {
+        let sign = if is_signed { "" } else { "un" };
+        let names = match names {
+            [] => "",
+            _ => ", nor the name of one",
+        };
+        Fault::wanted(
+            format_args!("a number of {bits} bits, {sign}signed{names}"),
+            value,
+        )
+    })
+}
+
+fn decode_field(
+    field: &Named<'_>,
+    value: &Value,
+    bytes: &mut [u8],
+    convert: bool,
+) -> std::result::Result<(), Fault> {
+    let Some(bits) = field.bits else {
+        let own = part_mut(bytes, field.offset / 8, field.ty.size)?;
+        return decode(field.ty, value, own, convert);
+    };
+    let (start, len) = bit_bytes(field.offset, bits)?;
+    let own = part_mut(bytes, start, len)?;
+    let number = match (form(field.ty)?, value) {
+        (Form::Bool, Value::Bool(is_set)) => (*is_set).into(),
+        (Form::Bool, _) => return Err(Fault::wanted("true or false", value)),
+        (Form::Number { is_signed, names }, _) => number_of(value, bits.into(), is_signed, names)?,
+        _ => return Err(Fault::new("bits of a type that has none")),
+    };
+    let shift = field.offset % 8;
+    let mask = ((1_u128 << bits) - 1) << shift;
+    let new = from_le(own) & !mask | (number as u128) << shift & mask;
+    own.copy_from_slice(&new.to_le_bytes()[..len]);
+    Ok(())
+}
