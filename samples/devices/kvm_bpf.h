@@ -228,10 +228,11 @@ struct kvm_bpf_note_state_version {
  *
  *	reset		The device is as at first again: the guest restarts.
  *	save		State goes into the maps that the VMM saves, from all that
- *			the VMM cannot: what is left of timers, say.  No vCPU runs.
- *			The device goes on as if nothing had been.
- *	restore		These maps have come from elsewhere: start timers, take
- *			interrupts.  No vCPU runs.
+ *			the VMM cannot: what is left of timers, say, which are
+ *			cancelled.  No vCPU runs.  Nothing changes afterwards.
+ *	restore		These maps have come from elsewhere, or the device goes on
+ *			here after "save": start timers, take interrupts.  No vCPU
+ *			runs.
  *	replaced	The programs are new, and what maps they share with those
  *			before them has what these have left.  vCPUs may run.
  *	input		Line (__u32)data of the device's inputs is at level data >> 32,

@@ -25,7 +25,9 @@
  *
  * All state is in the map "pl031", and nothing in it depends on when this host
  * has booted: that is in "clock" alone, which the VMM sets.  So a VMM may put
- * the state of another host there.  Time has passed since, as for any clock.
+ * the state of another host there, and run "restore", which starts the timer.
+ * Time has passed since, as for any clock: an alarm that was due meanwhile rings.
+ * "reset" is that of the machine, through which the clock runs on.
  *
  * RIS is an event: it is set when DR becomes equal to MR, by the passing of
  * time or by a write of either, and stays until ICR clears it.  A match that
@@ -78,7 +80,6 @@ struct {
 } clock SEC(".maps");
 
 struct pl031 {
-	struct bpf_spin_lock lock;
 	__u32 mr;
 	__u32 lr;
 	/* DR less the counter. */
@@ -91,12 +92,24 @@ struct pl031 {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct pl031);
 } pl031 SEC(".maps");
 
-/* What rings is this host's, and no state: apart from it. */
+/* What locks and what rings is this host's, and no state: apart from it. */
+
+struct rtc_lock {
+	struct bpf_spin_lock lock;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct rtc_lock);
+} locks SEC(".maps");
 
 /* Fires at the next alarm; too early or without need does no harm. */
 struct alarm {
@@ -128,6 +141,13 @@ static __always_inline struct pl031 *rtc_state(void)
 	__u32 zero = 0;
 
 	return bpf_map_lookup_elem(&pl031, &zero);
+}
+
+static __always_inline struct rtc_lock *rtc_lock(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&locks, &zero);
 }
 
 static __always_inline struct alarm *rtc_timer(void)
@@ -258,17 +278,18 @@ static __always_inline __u64 look_at_clock(void)
  * the counter is no reason to go back, so look again.  If that is behind too,
  * somebody has moved the counter once more, or the clock has been set back.
  */
-static __always_inline _Bool lock_and_advance(struct pl031 *rtc)
+static __always_inline _Bool lock_and_advance(struct pl031 *rtc,
+					      struct rtc_lock *lock)
 {
 	__u64 counter = look_at_clock();
 	__u64 seen;
 
-	bpf_spin_lock(&rtc->lock);
+	bpf_spin_lock(&lock->lock);
 	if (counter < rtc->counter) {
 		seen = rtc->counter;
-		bpf_spin_unlock(&rtc->lock);
+		bpf_spin_unlock(&lock->lock);
 		counter = look_at_clock();
-		bpf_spin_lock(&rtc->lock);
+		bpf_spin_lock(&lock->lock);
 		if (counter < rtc->counter && rtc->counter != seen)
 			counter = rtc->counter;
 	}
@@ -286,8 +307,10 @@ static __always_inline void signal_irq(struct bpf_kvm_io_ctx *ctx)
  * alarm: two vCPUs may start it in the other order than they changed the
  * registers.  Who starts it last finds it right.
  */
-static __always_inline void start_timer(struct pl031 *rtc, struct alarm *alarm,
-					__u64 clock_ns, __u64 alarm_ns)
+static __always_inline void start_timer(struct pl031 *rtc,
+					struct rtc_lock *lock,
+					struct alarm *alarm, __u64 clock_ns,
+					__u64 alarm_ns)
 {
 	for (int try = 0; try < START_TRIES; try++) {
 		__u64 started = alarm_ns;
@@ -295,9 +318,9 @@ static __always_inline void start_timer(struct pl031 *rtc, struct alarm *alarm,
 		if (!alarm_ns)
 			break;
 		bpf_timer_start(&alarm->timer, alarm_ns, BPF_F_TIMER_ABS);
-		bpf_spin_lock(&rtc->lock);
+		bpf_spin_lock(&lock->lock);
 		alarm_ns = rtc_alarm(rtc, clock_ns);
-		bpf_spin_unlock(&rtc->lock);
+		bpf_spin_unlock(&lock->lock);
 		if (alarm_ns == started)
 			break;
 	}
@@ -307,30 +330,28 @@ static int on_timer(void *map, __u32 *key, struct alarm *alarm)
 {
 	struct alarm_irq *kept = rtc_irq();
 	__u64 clock_ns = clock_offset();
+	struct rtc_lock *lock = rtc_lock();
 	struct pl031 *rtc = rtc_state();
 	struct bpf_kvm_irq *irq;
 	__u64 alarm_ns;
 	_Bool raised;
 
-	if (!rtc || !kept)
+	if (!rtc || !lock || !kept)
 		return 0;
-	raised = lock_and_advance(rtc);
+	raised = lock_and_advance(rtc, lock);
 	alarm_ns = rtc_alarm(rtc, clock_ns);
-	bpf_spin_unlock(&rtc->lock);
+	bpf_spin_unlock(&lock->lock);
 
 	irq = kept->irq;
 	if (raised && irq && bpf_ksym_exists(bpf_kvm_irq_signal_kept))
 		bpf_kvm_irq_signal_kept(irq);
-	start_timer(rtc, alarm, clock_ns, alarm_ns);
+	start_timer(rtc, lock, alarm, clock_ns, alarm_ns);
 	return 0;
 }
 
 /*
  * Prepare for on_timer(), each time anew, so that the callback is the latest
- * program's and the interrupt the latest device's.  When the programs are
- * replaced the kernel keeps the old one for its callback, until the guest's
- * first write while the interrupt is enabled and not pending brings in the new
- * one.
+ * program's and the interrupt the latest device's.
  */
 static __always_inline void prepare_timer(struct bpf_kvm_io_ctx *ctx,
 					  struct alarm *alarm)
@@ -355,21 +376,22 @@ static __always_inline void prepare_timer(struct bpf_kvm_io_ctx *ctx,
 KVM_IO_READ
 int pl031_read(struct bpf_kvm_io_ctx *ctx)
 {
+	struct rtc_lock *lock = rtc_lock();
 	struct pl031 *rtc = rtc_state();
 	__u64 offset = ctx->offset;
 	_Bool raised;
 	__u32 value;
 
-	if (!rtc || ctx->len != 4 || offset & 3)
+	if (!rtc || !lock || ctx->len != 4 || offset & 3)
 		return 0;
 	if (offset >= ID_FIRST && offset <= ID_LAST) {
 		*(__u64 *)ctx->buf = IDS >> (offset - ID_FIRST) * 2 & 0xff;
 		return 0;
 	}
 
-	raised = lock_and_advance(rtc);
+	raised = lock_and_advance(rtc, lock);
 	value = rtc_read(rtc, offset);
-	bpf_spin_unlock(&rtc->lock);
+	bpf_spin_unlock(&lock->lock);
 
 	*(__u64 *)ctx->buf = value;
 	if (raised)
@@ -380,6 +402,7 @@ int pl031_read(struct bpf_kvm_io_ctx *ctx)
 KVM_IO_WRITE
 int pl031_write(struct bpf_kvm_io_ctx *ctx)
 {
+	struct rtc_lock *lock = rtc_lock();
 	__u64 clock_ns = clock_offset();
 	struct pl031 *rtc = rtc_state();
 	struct alarm *alarm = rtc_timer();
@@ -388,22 +411,96 @@ int pl031_write(struct bpf_kvm_io_ctx *ctx)
 	__u64 alarm_ns;
 	_Bool raised;
 
-	if (!rtc || !alarm || ctx->len != 4)
+	if (!rtc || !lock || !alarm || ctx->len != 4)
 		return 0;
 
 	/* If time raises the interrupt, the write can only lower it again: the
 	 * edge has been, and is signalled. */
-	raised = lock_and_advance(rtc);
+	raised = lock_and_advance(rtc, lock);
 	raised |= rtc_write(rtc, offset, data);
 	alarm_ns = rtc_alarm(rtc, clock_ns);
-	bpf_spin_unlock(&rtc->lock);
+	bpf_spin_unlock(&lock->lock);
 
 	if (raised)
 		signal_irq(ctx);
 	if (alarm_ns) {
 		prepare_timer(ctx, alarm);
-		start_timer(rtc, alarm, clock_ns, alarm_ns);
+		start_timer(rtc, lock, alarm, clock_ns, alarm_ns);
 	}
+	return 0;
+}
+
+/* Ring if it is time to, and start the timer for the next time. */
+static __always_inline void go_on(struct bpf_kvm_io_ctx *ctx)
+{
+	struct rtc_lock *lock = rtc_lock();
+	__u64 clock_ns = clock_offset();
+	struct pl031 *rtc = rtc_state();
+	struct alarm *alarm = rtc_timer();
+	__u64 alarm_ns;
+	_Bool raised;
+
+	if (!rtc || !lock || !alarm)
+		return;
+	raised = lock_and_advance(rtc, lock);
+	alarm_ns = rtc_alarm(rtc, clock_ns);
+	bpf_spin_unlock(&lock->lock);
+
+	/* Also if there is no alarm: no old callback is to run any more. */
+	prepare_timer(ctx, alarm);
+	if (raised)
+		signal_irq(ctx);
+	start_timer(rtc, lock, alarm, clock_ns, alarm_ns);
+}
+
+/* A timer that rings no more; waits for a callback that runs. */
+static __always_inline void stop_timer(void)
+{
+	struct alarm *alarm = rtc_timer();
+
+	if (alarm)
+		bpf_timer_cancel(&alarm->timer);
+}
+
+KVM_IO_WORK(0, reset)
+int pl031_reset(struct bpf_kvm_io_ctx *ctx)
+{
+	struct rtc_lock *lock = rtc_lock();
+	struct pl031 *rtc = rtc_state();
+
+	if (!rtc || !lock)
+		return 0;
+	stop_timer();
+	bpf_spin_lock(&lock->lock);
+	rtc->mr = 0;
+	rtc->lr = 0;
+	rtc->imsc = 0;
+	rtc->ris = 0;
+	bpf_spin_unlock(&lock->lock);
+	return 0;
+}
+
+/* The state is in its map already, and stays as it is from here. */
+KVM_IO_WORK(1, save)
+int pl031_save(struct bpf_kvm_io_ctx *ctx)
+{
+	stop_timer();
+	return 0;
+}
+
+KVM_IO_WORK(2, restore)
+int pl031_restore(struct bpf_kvm_io_ctx *ctx)
+{
+	go_on(ctx);
+	return 0;
+}
+
+KVM_IO_WORK(3, replaced)
+int pl031_replaced(struct bpf_kvm_io_ctx *ctx)
+{
+	/* An old callback may be running. */
+	stop_timer();
+	go_on(ctx);
 	return 0;
 }
 

@@ -13,7 +13,7 @@
  * Registers are little endian.  Every naturally aligned access of 1, 2, 4 or 8
  * bytes reaches exactly the bytes it names.  Anything else, a write to a
  * read-only register included, reads as 0, is ignored when written, and is
- * counted.
+ * counted.  A reset of the machine clears SCRATCH; what is counted goes on.
  */
 #include "kvm_bpf.h"
 
@@ -44,6 +44,7 @@ struct regbank {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct regbank);
@@ -52,6 +53,7 @@ struct {
 /* Accesses per vCPU; only the vCPU's own thread writes its entry. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, MAX_VCPUS);
 	__type(key, __u32);
 	__type(value, __u64);
@@ -172,6 +174,16 @@ int regbank_write(struct bpf_kvm_io_ctx *ctx)
 
 unknown:
 	__sync_fetch_and_add(&state->unknown_writes, 1);
+	return 0;
+}
+
+KVM_IO_WORK(0, reset)
+int regbank_reset(struct bpf_kvm_io_ctx *ctx)
+{
+	struct regbank *state = regbank_state();
+
+	if (state)
+		state->scratch = 0;
 	return 0;
 }
 

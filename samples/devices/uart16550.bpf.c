@@ -82,7 +82,6 @@ struct {
 } output SEC(".maps");
 
 struct uart {
-	struct bpf_spin_lock lock;
 	__u8 ier;
 	__u8 fcr;
 	__u8 lcr;
@@ -96,10 +95,22 @@ struct uart {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, struct uart);
 } uart SEC(".maps");
+
+struct uart_lock {
+	struct bpf_spin_lock lock;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct uart_lock);
+} locks SEC(".maps");
 
 /* Bytes for which there was no room. */
 struct {
@@ -114,6 +125,13 @@ static __always_inline struct uart *uart_state(void)
 	__u32 zero = 0;
 
 	return bpf_map_lookup_elem(&uart, &zero);
+}
+
+static __always_inline struct uart_lock *uart_lock(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&locks, &zero);
 }
 
 static __always_inline void send(__u8 byte)
@@ -252,16 +270,17 @@ static __always_inline _Bool uart_set(struct uart *u, __u64 port, __u8 byte)
 KVM_IO_READ
 int uart16550_read(struct bpf_kvm_io_ctx *ctx)
 {
+	struct uart_lock *lock = uart_lock();
 	struct uart *u = uart_state();
 	__u64 port = ctx->offset;
 	__u8 byte;
 
-	if (!u || ctx->len != 1)
+	if (!u || !lock || ctx->len != 1)
 		return 0;
 	/* No read turns the interrupt on. */
-	bpf_spin_lock(&u->lock);
+	bpf_spin_lock(&lock->lock);
 	byte = uart_get(u, port);
-	bpf_spin_unlock(&u->lock);
+	bpf_spin_unlock(&lock->lock);
 	*(__u64 *)ctx->buf = byte;
 	return 0;
 }
@@ -269,22 +288,37 @@ int uart16550_read(struct bpf_kvm_io_ctx *ctx)
 KVM_IO_WRITE
 int uart16550_write(struct bpf_kvm_io_ctx *ctx)
 {
+	struct uart_lock *lock = uart_lock();
 	struct uart *u = uart_state();
 	__u8 byte = *(__u64 *)ctx->buf;
 	__u64 port = ctx->offset;
 	_Bool before, after, is_data;
 
-	if (!u || ctx->len != 1)
+	if (!u || !lock || ctx->len != 1)
 		return 0;
-	bpf_spin_lock(&u->lock);
+	bpf_spin_lock(&lock->lock);
 	before = uart_irq(u);
 	is_data = uart_set(u, port, byte);
 	after = uart_irq(u);
-	bpf_spin_unlock(&u->lock);
+	bpf_spin_unlock(&lock->lock);
 	if (is_data)
 		send(byte);
 	if (after && !before && bpf_ksym_exists(bpf_kvm_irq_signal))
 		bpf_kvm_irq_signal(ctx, UART_IRQ);
+	return 0;
+}
+
+KVM_IO_WORK(0, reset)
+int uart16550_reset(struct bpf_kvm_io_ctx *ctx)
+{
+	struct uart_lock *lock = uart_lock();
+	struct uart *u = uart_state();
+
+	if (!u || !lock)
+		return 0;
+	bpf_spin_lock(&lock->lock);
+	*u = (struct uart){};
+	bpf_spin_unlock(&lock->lock);
 	return 0;
 }
 

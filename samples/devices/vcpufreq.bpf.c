@@ -84,6 +84,7 @@ struct vcpufreq {
 /* By page. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
 	__uint(max_entries, MAX_CPUS);
 	__type(key, __u32);
 	__type(value, struct vcpufreq);
@@ -239,6 +240,38 @@ int vcpufreq_write(struct bpf_kvm_io_ctx *ctx)
 	case PERFTBL_SEL:
 		page->sel = data;
 		break;
+	}
+	return 0;
+}
+
+static __always_inline struct vcpufreq *page_of(__u32 number)
+{
+	return bpf_map_lookup_elem(&vcpus, &number);
+}
+
+KVM_IO_WORK(0, reset)
+int vcpufreq_reset(struct bpf_kvm_io_ctx *ctx)
+{
+	for (__u32 number = 0; number < MAX_CPUS; number++) {
+		struct vcpufreq *page = page_of(number);
+
+		if (page)
+			*page = (struct vcpufreq){};
+	}
+	return 0;
+}
+
+/* The threads of this VM have no clamps yet. */
+KVM_IO_WORK(1, restore)
+int vcpufreq_restore(struct bpf_kvm_io_ctx *ctx)
+{
+	for (__u32 number = 0; number < MAX_CPUS; number++) {
+		struct vcpufreq *page = page_of(number);
+
+		if (!page)
+			continue;
+		page->clamped = 0;
+		page->error = 0;
 	}
 	return 0;
 }

@@ -469,9 +469,10 @@ pub struct Map {
 /// Name of every [`Map`], to count them by.
 const MAP_NAME: &CStr = c"kvm_bpf_test";
 /// The maps of those of `samples/devices` that tests load.
-const SAMPLE_MAP_NAMES: [&CStr; 9] = [
+const SAMPLE_MAP_NAMES: [&CStr; 10] = [
     c"clock",
     c"pl031",
+    c"locks",
     c"alarms",
     c"alarm_irqs",
     c"perf_table",

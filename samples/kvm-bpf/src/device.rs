@@ -546,7 +546,8 @@ impl ImageDevice {
 
     /// The state of the device, after a run of its WORK program `save` where it has one.
     ///
-    /// No vCPU may be in `KVM_RUN`. The device can go on afterwards. Calls neither bpf(2) nor libbpf.
+    /// No vCPU may be in `KVM_RUN`, from before until [`Self::resume`], where the device goes on
+    /// here. Calls neither bpf(2) nor libbpf.
     pub fn save(&self) -> Result<State> {
         if !self.run("save", 0)?
             && let Some((map, what)) = self.image.runs_later()
@@ -555,6 +556,11 @@ impl ImageDevice {
             return Err(state::Error::TimersWithoutSave { map, what }.into());
         }
         Ok(state::save(self.image.note(), self.image.states())?)
+    }
+
+    /// Has the device go on after [`Self::save`], with its WORK program `restore` where it has one.
+    pub fn resume(&self) -> Result<()> {
+        self.run("restore", 0).map(drop)
     }
 
     /// Has the device go on from a saved state, with a run of its WORK program `restore` where it

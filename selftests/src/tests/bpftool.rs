@@ -22,7 +22,7 @@ tests!(
     links_devices,
 );
 
-const TYPES: [&str; 2] = ["kvm_io_read", "kvm_io_write"];
+const TYPES: [&str; 3] = ["kvm_io_read", "kvm_io_write", "kvm_io_work"];
 
 fn run(args: &[&str]) -> Output {
     beside_this_program("bpftool")
@@ -107,6 +107,11 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("a path of UTF-8")
 }
 
+fn note(path: &Path) -> Note {
+    let file = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    Note::from_elf(&file).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
 /// For people and for programs it says of a pinned program what type it has.
 #[track_caller]
 fn assert_shows(pin: &str, kind: &str, name: &str) {
@@ -124,15 +129,26 @@ fn assert_shows(pin: &str, kind: &str, name: &str) {
 
 /// All sample devices: handlers that may sleep and such that may not, timers, kfuncs.
 fn loads_by_section() {
-    for device in ["regbank", "pl031", "vcpufreq", "uart16550"] {
+    let [read, write, work] = TYPES;
+
+    for device in ["regbank", "pl031", "pl061", "vcpufreq", "uart16550"] {
         let census = Census::now();
         let pins = Pins::new();
-        output(&["prog", "loadall", text(&sample_path(device)), pins.path()]);
-        for (kind, direction) in TYPES.into_iter().zip(["read", "write"]) {
-            let name = format!("{device}_{direction}");
-            assert_shows(&format!("{}/{name}", pins.path()), kind, &name);
+        let path = sample_path(device);
+        let works = note(&path).works;
+        output(&["prog", "loadall", text(&path), pins.path()]);
+        let works = works.iter().map(|item| (work, item.name.as_str()));
+        let all: Vec<_> = [(read, "read"), (write, "write")]
+            .into_iter()
+            .chain(works)
+            .collect();
+        for (kind, what) in &all {
+            let name = format!("{device}_{what}");
+            // The kernel keeps 15 bytes of a name.
+            let short = &name[..name.len().min(15)];
+            assert_shows(&format!("{}/{name}", pins.path()), kind, short);
         }
-        assert_got!(census.newer().0, 2, "programs of {device}");
+        assert_got!(census.newer().0, all.len(), "programs of {device}");
         drop(pins);
         census.wait_for_newer(0, 0);
     }
@@ -183,10 +199,6 @@ fn links_devices() {
         let other = other.map(test_path);
         args.extend(other.as_deref().map(text));
         output(&args);
-        let note = |path: &Path| {
-            let file = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-            Note::from_elf(&file).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-        };
         assert_got!(note(&linked), note(&from), "{device}: the note");
         let pins = Pins::new();
         output(&["prog", "loadall", text(&linked), pins.path()]);

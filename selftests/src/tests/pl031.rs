@@ -8,7 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
-use kvm_bpf::{Device, Image, ImageDevice, OnLoss, Place};
+use kvm_bpf::{Device, Image, ImageDevice, OnLoss, Place, State};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{Errno, Random, in_a_process, meanwhile, number_from_env};
@@ -21,7 +21,7 @@ use vm_superio::rtc_pl031::{NoEvents, RtcState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::kfunc::required;
-use super::{ADDR, SIZE, element, other_accesses_of, taken};
+use super::{ADDR, SIZE, other_accesses_of, taken};
 
 tests!(
     registers,
@@ -42,6 +42,10 @@ tests!(
     closed_with_alarm,
     swapped_with_alarm,
     restored_elsewhere,
+    restored_alarm_rings_by_itself,
+    restored_after_the_alarm,
+    saved_and_resumed,
+    reset_with_alarm,
     as_vm_superio,
 );
 
@@ -149,7 +153,7 @@ impl Clock {
     fn replace(&mut self) {
         let changes = self.device.replace(sample("pl031"), OnLoss::Refuse);
         let changes = changes.expect("replacing");
-        let all = ["alarm_irqs", "alarms", "clock", "pl031"];
+        let all = ["alarm_irqs", "alarms", "clock", "locks", "pl031"];
         assert_got!(changes.carried, all, "maps that go on");
     }
 
@@ -631,57 +635,91 @@ fn closed_with_alarm() {
 fn swapped_with_alarm() {
     let census = Census::now();
     let mut clock = Clock::with_alarm();
-    census.wait_for_newer(2, 4);
+    census.wait_for_newer(PROGRAMS, MAPS);
 
     clock.alarm_in(3);
     let match_at = clock.read(MR);
     for _ in 0..3 {
         clock.replace();
     }
+    // No timer keeps an old program.
+    census.wait_for_newer(PROGRAMS, MAPS);
     assert_got!(clock.read(MR), match_at, "MR after replacing");
-    // The timer keeps the program that has started it.
-    census.wait_for_newer(3, 4);
     assert!(clock.signalled_within(LATE), "no alarm within {LATE:?}");
-    census.wait_for_newer(3, 4);
-    // The next write has the callback from the new program; the old one goes.
     clock.expect_alarm();
-    census.wait_for_newer(2, 4);
     clock.alarm_in(1);
     clock.expect_alarm();
     drop(clock);
     census.wait_for_newer(0, 0);
 }
 
-/// The state that another host leaves, which has been up a day longer: there is no such host, so
-/// what tells when this one has booted is made a day more.
-fn restored_elsewhere() {
-    const DAY: u64 = 24 * 3600 * 1_000_000_000;
+/// What the device consists of.
+const PROGRAMS: usize = 6;
+const MAPS: usize = 5;
 
+/// The state as it is in a file.
+fn saved(device: &ImageDevice) -> Vec<u8> {
+    let state = device.save().expect("saving");
+    state.to_json().expect("the state's text")
+}
+
+/// Has a new VM go on with a saved clock, which the guest does not touch.
+fn restored(state: &[u8]) -> Clock {
+    let mut clock = Clock::new();
+    let state = State::from_json(state).expect("the state");
+    clock.device.restore(&state).expect("restoring");
+    clock
+}
+
+/// All numbers of the maps of a state.
+fn numbers(state: &[u8]) -> Vec<i128> {
+    fn collect(value: &serde_json::Value, numbers: &mut Vec<i128>) {
+        match value {
+            serde_json::Value::Number(number) => {
+                numbers.push(number.as_i128().expect("an integer"))
+            }
+            serde_json::Value::String(text) => numbers.extend(text.parse::<i128>()),
+            serde_json::Value::Array(values) => values.iter().for_each(|v| collect(v, numbers)),
+            serde_json::Value::Object(fields) => fields
+                .iter()
+                .filter(|(name, _)| *name != "schema")
+                .for_each(|(_, value)| collect(value, numbers)),
+            _ => {}
+        }
+    }
+    let json: serde_json::Value = serde_json::from_slice(state).expect("JSON");
+    let mut numbers = Vec::new();
+    collect(&json["maps"], &mut numbers);
+    numbers
+}
+
+/// The state tells nothing of when this host has booted, in whatever unit: so it is right on a host
+/// that has at another time.
+fn restored_elsewhere() {
     let boot = HostClock::new(libc::CLOCK_BOOTTIME);
-    let boot_ns = || boot.now().as_nanos() as u64;
     let mut clock = Clock::with_alarm();
     clock.write(LR, 5000);
-    clock.alarm_in(2);
-    let (offset, before) = (time_of_day_offset_ns(), boot_ns());
-    let saved_at = (host_time().as_secs(), clock.read(DR));
-    let since_boot = before..=boot_ns();
-    let mut state = element(clock.device.image(), "pl031");
+    clock.alarm_in(1000);
     let match_at = clock.read(MR);
+    let saved_at = (host_time().as_secs(), clock.read(DR));
+    let state = saved(&clock.device);
     drop(clock);
-    for word in state.chunks_exact_mut(8) {
-        let value = u64::from_ne_bytes(word.try_into().expect("8 bytes"));
-        let ms = 1_000_000;
-        assert!(value.abs_diff(offset) > ms, "the clock's offset is state");
-        if since_boot.contains(&value) {
-            word.copy_from_slice(&(value + DAY).to_ne_bytes());
+
+    let numbers = numbers(&state);
+    assert!(numbers.contains(&match_at.into()), "MR is in {numbers:?}");
+    let offset = time_of_day_offset_ns();
+    for number in numbers {
+        for (name, ns) in [("boot", boot.now().as_nanos()), ("offset", offset.into())] {
+            // A host that has been up for as long as a register says is none of ours.
+            for (unit, size) in [("ns", 1), ("us", 1_000), ("ms", 1_000_000)] {
+                let apart = (ns / size).abs_diff(number as u128);
+                let second = 1_000_000_000 / size;
+                assert!(apart > second, "{number} is the {name} time in {unit}");
+            }
         }
     }
 
-    let image = loaded(sample("pl031"));
-    let map = image.map("pl031").expect("the state");
-    map.update(&[0; 4], &state, MapFlags::ANY)
-        .expect("BPF_MAP_UPDATE_ELEM");
-    let mut clock = Clock::of(image);
+    let mut clock = restored(&state);
     for pause in [Duration::ZERO, 3 * SECOND] {
         sleep(pause);
         let (before, got, after) = read_between(&mut clock);
@@ -692,12 +730,76 @@ fn restored_elsewhere() {
             saved_at.1
         );
     }
-    // The time of the alarm has passed, which an access has found: no timer has been started.
     assert_got!(clock.read(MR), match_at, "MR");
     assert_got!(clock.read(LR), 5000, "LR");
+    assert_got!(clock.status(), (0, 0));
+    clock.alarm_in(1);
+    clock.expect_alarm();
+}
+
+fn restored_alarm_rings_by_itself() {
+    let mut clock = Clock::with_alarm();
+    clock.alarm_in(2);
+    let state = saved(&clock.device);
+    drop(clock);
+    let mut clock = restored(&state);
+    assert!(clock.signalled_within(LATE), "no alarm within {LATE:?}");
+    clock.expect_alarm();
+    clock.alarm_in(1);
+    clock.expect_alarm();
+}
+
+/// It has passed while there was no VM: late is better than never.
+fn restored_after_the_alarm() {
+    let mut clock = Clock::with_alarm();
+    clock.alarm_in(1);
+    let state = saved(&clock.device);
+    drop(clock);
+    sleep(2 * SECOND);
+    let mut clock = restored(&state);
+    assert_got!(clock.signals(), 1, "signals of the alarm");
     assert_got!(clock.status(), (1, 1));
+    // And once only.
+    let state = saved(&clock.device);
+    drop(clock);
+    let mut clock = restored(&state);
+    assert_got!(clock.signals(), 0, "signals of an alarm that has been");
+    assert_got!(clock.status(), (1, 1));
+}
+
+/// Between saving and going on nothing happens, so that what else is saved then agrees with it.
+fn saved_and_resumed() {
+    let mut clock = Clock::with_alarm();
+    clock.alarm_in(1);
+    let state = saved(&clock.device);
+    sleep(2 * SECOND);
+    assert_got!(clock.signals(), 0, "signals of a saved clock");
+    let maps = |state: &[u8]| State::from_json(state).expect("the state").maps;
+    assert_got!(maps(&saved(&clock.device)), maps(&state));
+    clock.device.resume().expect("going on");
     assert_got!(clock.signals(), 1, "signals of the alarm");
     clock.write(ICR, 1);
+    clock.alarm_in(1);
+    clock.expect_alarm();
+}
+
+/// The time goes on; all else is as at first.
+fn reset_with_alarm() {
+    let mut clock = Clock::with_alarm();
+    clock.write(LR, 5000);
+    clock.alarm_in(1);
+    assert_got!(clock.device.reset().expect("a reset"), true);
+    sleep(2 * SECOND);
+    assert_got!(clock.signals(), 0, "signals of an alarm before the reset");
+    let time = clock.read(DR);
+    assert!(
+        (5002..5060).contains(&time),
+        "wanted 5000 and a few, got {time}"
+    );
+    for register in [MR, LR, IMSC, RIS, MIS] {
+        assert_got!(clock.read(register), 0, "register {register:#x}");
+    }
+    clock.enable_alarm();
     clock.alarm_in(1);
     clock.expect_alarm();
 }

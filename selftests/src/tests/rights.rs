@@ -13,7 +13,7 @@ use kvm_bpf_selftests::bpf::{
 };
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::Guest;
-use kvm_bpf_selftests::programs::{CTX_REGION, ret, test_image, test_path};
+use kvm_bpf_selftests::programs::{CTX_OFFSET, CTX_REGION, ret, test_image, test_path};
 use libbpf_rs::{ErrorKind, ObjectBuilder, libbpf_sys as sys};
 
 use super::kfunc::required;
@@ -116,7 +116,7 @@ fn masked_look_ups_find_the_same() {
         }
         let device = Device::new(guest.vm());
         // Declines where there is no element.
-        let mut insns = vec![mov(R6, R1), load(4, R1, R1, CTX_REGION)];
+        let mut insns = vec![mov(R6, R1), load(4, R1, R1, CTX_OFFSET)];
         insns.extend(lookup(&map, Index::Reg(R1)));
         insns.extend([load(8, R1, R0, 0), store(8, R6, 0, R1)]);
         insns.extend(ret(0));

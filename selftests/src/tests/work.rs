@@ -284,7 +284,7 @@ fn bad_arguments() {
     let answer = device.run(KVM_DEV_BPF_MAX_WORKS, 0);
     assert_errno("running past the last", answer, libc::ENXIO);
     // None of them has made a thread, or taken the eventfd.
-    assert_got!(threads(THREAD), []);
+    assert_got!(threads(THREAD).len(), 0);
     signal(&eventfd, 3);
     assert_got!(taken(&eventfd), 3);
 
@@ -384,7 +384,7 @@ fn run_has_argument_and_index() {
             assert_got!((record.last, record.index), (arg, index));
         }
     }
-    assert_got!(threads(THREAD), []);
+    assert_got!(threads(THREAD).len(), 0);
 }
 
 fn run_asks_for_more() {
@@ -792,7 +792,7 @@ fn thread_is_the_vmms() {
     let device = Device::new(guest.vm());
     let prog = only_return(ProgType::WORK, 0);
     device.set_work(0, &work(Some(&prog), None));
-    assert_got!(threads(THREAD), [], "threads without an eventfd");
+    assert_got!(threads(THREAD).len(), 0, "threads without an eventfd");
     for index in 0..3 {
         device.set_work(index, &work(Some(&prog), Some(&eventfd())));
         assert_got!(threads(THREAD).len(), 1, "threads with an eventfd");
