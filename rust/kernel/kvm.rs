@@ -9,8 +9,9 @@
 //! - [`io`]: what handles a guest's accesses of a range of addresses.
 //! - [`prog`]: BPF programs as such handlers.
 //! - [`irq`]: interrupts that such programs signal.
+//! - [`mem`]: guest memory that they access.
 //!
-//! Not covered: vCPU state, guest memory, irqchips, buses other than those for MMIO and ports.
+//! Not covered: vCPU state, irqchips, buses other than those for MMIO and ports.
 //!
 //! KVM may be a module, and then this crate, which is part of the kernel image, must not refer to
 //! KVM's symbols: each function here that calls KVM is generic or `#[inline]`, so that its code is
@@ -30,6 +31,7 @@ use core::ptr::NonNull;
 pub mod device;
 pub mod io;
 pub mod irq;
+pub mod mem;
 pub mod prog;
 
 /// A virtual machine.

@@ -34,6 +34,10 @@ use kernel::{
             Verdict, //
         },
         irq::Irqs,
+        mem::{
+            Window,
+            Windows, //
+        },
         prog::{
             self,
             Context,
@@ -85,13 +89,19 @@ struct Programs {
     /// The region's, which they see.
     index: u32,
     irqs: ARef<Irqs>,
+    mem: Arc<Windows>,
     read: Option<ARef<Prog<IoRead>>>,
     write: Option<ARef<Prog<IoWrite>>>,
 }
 
 impl Programs {
     /// Takes references to the programs that user space has named.
-    fn get(index: usize, region: &uapi::kvm_bpf_user_region, irqs: ARef<Irqs>) -> Result<Self> {
+    fn get(
+        index: usize,
+        region: &uapi::kvm_bpf_user_region,
+        irqs: ARef<Irqs>,
+        mem: Arc<Windows>,
+    ) -> Result<Self> {
         if region.bpf_readfd == NO_FD && region.bpf_writefd == NO_FD {
             return Err(EINVAL);
         }
@@ -101,6 +111,7 @@ impl Programs {
         Ok(Self {
             index: index as u32,
             irqs,
+            mem,
             read: match region.bpf_readfd {
                 NO_FD => None,
                 fd => Some(Prog::from_fd(fd as u32)?),
@@ -124,7 +135,7 @@ impl Handler for Programs {
             return Verdict::PassOn;
         };
         // What the program does not store, the guest reads as 0.
-        let mut ctx = Context::new(access, self.index, &self.irqs, [0; 8]);
+        let mut ctx = Context::new(access, self.index, &self.irqs, &self.mem, [0; 8]);
 
         match prog.run(&mut ctx) {
             0 => Verdict::Handled(ctx.data()),
@@ -137,7 +148,9 @@ impl Handler for Programs {
             return Verdict::PassOn;
         };
 
-        match prog.run(&mut Context::new(access, self.index, &self.irqs, data)) {
+        let mut ctx = Context::new(access, self.index, &self.irqs, &self.mem, data);
+
+        match prog.run(&mut ctx) {
             0 => Verdict::Handled(()),
             _ => Verdict::PassOn,
         }
@@ -158,6 +171,7 @@ struct BpfDevice {
     #[pin]
     works: Works,
     irqs: ARef<Irqs>,
+    mem: Arc<Windows>,
 }
 
 #[pinned_drop]
@@ -202,7 +216,7 @@ impl BpfDevice {
             return self.remove_region(bus, index, region);
         }
 
-        let programs = Programs::get(index, region, self.irqs.clone())?;
+        let programs = Programs::get(index, region, self.irqs.clone(), self.mem.clone())?;
         let range = Range::new(bus, region.addr, region.size)?;
 
         if programs.may_sleep() {
@@ -293,6 +307,34 @@ impl BpfDevice {
         }
     }
 
+    fn set_mem(&self, vm: &Vm, index: usize, mem: &uapi::kvm_bpf_user_mem) -> Result {
+        if mem.pad != 0 {
+            return Err(EINVAL);
+        }
+        if mem.size == 0 {
+            if mem.flags != 0 {
+                return Err(EINVAL);
+            }
+            let old = self.mem.set(vm, index, None)?;
+
+            return old.map(|_| ()).ok_or(ENOENT);
+        }
+        let window = Window::new(mem.addr, mem.size, mem.flags)?;
+
+        self.mem.set(vm, index, Some(window)).map(drop)
+    }
+
+    fn get_mem(&self, index: usize) -> Result<uapi::kvm_bpf_user_mem> {
+        let window = self.mem.get(index).ok_or(ENOENT)?;
+
+        Ok(uapi::kvm_bpf_user_mem {
+            addr: window.start(),
+            size: window.size(),
+            flags: window.rights(),
+            pad: 0,
+        })
+    }
+
     fn get_region(&self, bus: Bus, index: usize) -> Result<uapi::kvm_bpf_user_region> {
         let range = self.with_slot(index, |slot| slot.as_ref().map(|region| region.range()));
         let range = range
@@ -315,6 +357,7 @@ enum Id {
     /// Regions have one index space, whatever their bus.
     Region(Bus, usize),
     Irq(usize),
+    Mem(usize),
     Work(usize),
     Run(usize),
 }
@@ -332,6 +375,7 @@ impl TryFrom<&Attr<'_>> for Id {
                 Ok(Self::Region(Bus::Pio, i as usize))
             }
             (uapi::KVM_DEV_BPF_ATTR_GROUP_IRQ, i) if i < IRQS => Ok(Self::Irq(i as usize)),
+            (uapi::KVM_DEV_BPF_ATTR_GROUP_MEM, i) if i < MEMS => Ok(Self::Mem(i as usize)),
             (uapi::KVM_DEV_BPF_ATTR_GROUP_WORK, i) if i < WORKS => Ok(Self::Work(i as usize)),
             (uapi::KVM_DEV_BPF_ATTR_GROUP_RUN, i) if i < WORKS => Ok(Self::Run(i as usize)),
             _ => Err(ENXIO),
@@ -341,6 +385,7 @@ impl TryFrom<&Attr<'_>> for Id {
 
 const REGIONS: u64 = uapi::KVM_DEV_BPF_MAX_REGIONS as u64;
 const IRQS: u64 = uapi::KVM_DEV_BPF_MAX_IRQS as u64;
+const MEMS: u64 = uapi::KVM_DEV_BPF_MAX_MEMS as u64;
 const WORKS: u64 = uapi::KVM_DEV_BPF_MAX_WORKS as u64;
 
 #[vtable]
@@ -353,7 +398,8 @@ impl Device for BpfDevice {
             changing <- new_mutex!(()),
             regions <- new_mutex!(KVec::new()),
             irqs: Irqs::new()?,
-            works <- Works::new(vm, irqs.clone()),
+            mem: Arc::pin_init(Windows::new(vm), GFP_KERNEL_ACCOUNT)?,
+            works <- Works::new(vm, irqs.clone(), mem.clone()),
         })
     }
 
@@ -361,6 +407,7 @@ impl Device for BpfDevice {
         match Id::try_from(attr)? {
             Id::Region(bus, index) => self.set_region(vm, bus, index, &attr.read()?),
             Id::Irq(index) => self.set_irq(index, &attr.read()?),
+            Id::Mem(index) => self.set_mem(vm, index, &attr.read()?),
             Id::Work(index) => self.works.set(index, &attr.read()?),
             Id::Run(index) => self.works.run(index, &attr.read()?),
         }
@@ -369,6 +416,7 @@ impl Device for BpfDevice {
     fn get_attr(&self, _vm: &Vm, attr: &Attr<'_>) -> Result {
         match Id::try_from(attr)? {
             Id::Region(bus, index) => attr.write(&self.get_region(bus, index)?),
+            Id::Mem(index) => attr.write(&self.get_mem(index)?),
             // An eventfd that another process may have set has no number to return.
             Id::Irq(_) | Id::Work(_) | Id::Run(_) => Err(ENXIO),
         }

@@ -22,6 +22,7 @@ use kernel::{
     },
     kvm::{
         irq::Irqs,
+        mem::Windows,
         prog::{
             self,
             IoWork,
@@ -123,6 +124,7 @@ impl Slots {
 struct Shared {
     vm: ARef<Vm>,
     irqs: ARef<Irqs>,
+    mem: Arc<Windows>,
     #[pin]
     slots: Mutex<Slots>,
     /// Held while the program of that index runs.
@@ -154,7 +156,7 @@ impl Shared {
 
     fn run_prog(&self, index: usize, prog: &Prog<IoWork>, arg: u64) -> bool {
         // CAST: There are few.
-        let mut ctx = WorkContext::new(arg, index as u32, &self.irqs);
+        let mut ctx = WorkContext::new(arg, index as u32, &self.irqs, &self.mem);
 
         prog.run_work(&self.vm, &mut ctx)
     }
@@ -212,14 +214,19 @@ pub(crate) struct Works {
 }
 
 impl Works {
-    /// No programs, for a device of `vm` with the interrupts `irqs`.
-    pub(crate) fn new(vm: &Vm, irqs: ARef<Irqs>) -> impl PinInit<Self, Error> + '_ {
+    /// No programs, for a device of `vm` with these interrupts and this guest memory.
+    pub(crate) fn new(
+        vm: &Vm,
+        irqs: ARef<Irqs>,
+        mem: Arc<Windows>,
+    ) -> impl PinInit<Self, Error> + '_ {
         try_pin_init!(Self {
             thread <- new_mutex!(None),
             shared: Arc::pin_init(
                 try_pin_init!(Shared {
                     vm: vm.into(),
                     irqs,
+                    mem,
                     slots <- new_mutex!(Slots {
                         slots: [const { None }; MAX_WORKS],
                         first: 0,

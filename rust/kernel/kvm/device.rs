@@ -84,6 +84,10 @@ unsafe impl AsBytes for uapi::kvm_bpf_user_region {}
 // SAFETY: Any bytes make a valid value.
 unsafe impl FromBytes for uapi::kvm_bpf_user_irq {}
 // SAFETY: Any bytes make a valid value.
+unsafe impl FromBytes for uapi::kvm_bpf_user_mem {}
+// SAFETY: It has no padding.
+unsafe impl AsBytes for uapi::kvm_bpf_user_mem {}
+// SAFETY: Any bytes make a valid value.
 unsafe impl FromBytes for uapi::kvm_bpf_user_work {}
 // SAFETY: Any bytes make a valid value.
 unsafe impl FromBytes for uapi::kvm_bpf_user_run {}

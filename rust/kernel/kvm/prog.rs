@@ -11,6 +11,7 @@
 use super::{
     io::Access,
     irq::Irqs,
+    mem::Windows,
     Vcpu,
     Vm, //
 };
@@ -38,7 +39,8 @@ use core::{
 ///
 /// # Invariants
 ///
-/// `vcpu` is valid for `'a`, and `irqs` is an [`Irqs`] that is.
+/// `vcpu` is valid for `'a`, and so are `irqs`, an [`Irqs`], and `mem`, which is that of a
+/// [`Windows`] of the vCPU's VM, in whose SRCU's read-side section this is.
 #[repr(transparent)]
 pub struct Context<'a> {
     inner: bindings::bpf_kvm_io_ctx_kern,
@@ -46,13 +48,19 @@ pub struct Context<'a> {
 }
 
 impl<'a> Context<'a> {
-    /// The context for `access` of the region with that index, of a device with the interrupts
-    /// `irqs`.
+    /// The context for `access` of the region with that index, of a device with these interrupts
+    /// and this guest memory.
     ///
     /// `data` is in the guest's memory order.
     #[inline]
-    pub fn new(access: &Access<'a>, region: u32, irqs: &'a Irqs, data: [u8; 8]) -> Self {
-        // INVARIANT: `access.vcpu` and `irqs` are borrowed for `'a`.
+    pub fn new(
+        access: &Access<'a>,
+        region: u32,
+        irqs: &'a Irqs,
+        mem: &'a Windows,
+        data: [u8; 8],
+    ) -> Self {
+        // INVARIANT: All references are borrowed for `'a`, and accesses are in such a section.
         Self {
             inner: bindings::bpf_kvm_io_ctx_kern {
                 buf: data,
@@ -60,6 +68,7 @@ impl<'a> Context<'a> {
                 vcpu: access.vcpu.as_raw(),
                 region,
                 irqs: ptr::from_ref(irqs).cast(),
+                mem: mem.as_raw(),
                 len: access.len,
             },
             _vcpu: PhantomData,
@@ -86,20 +95,21 @@ unsafe impl ctx::Context for Context<'_> {
 ///
 /// # Invariants
 ///
-/// `irqs` is an [`Irqs`] that is valid for `'a`.
+/// `irqs`, an [`Irqs`], and `mem`, which is that of a [`Windows`], are valid for `'a`.
 #[repr(transparent)]
 pub struct WorkContext<'a> {
     inner: bindings::bpf_kvm_io_ctx_kern,
-    _irqs: PhantomData<&'a Irqs>,
+    _device: PhantomData<(&'a Irqs, &'a Windows)>,
 }
 
 impl<'a> WorkContext<'a> {
-    /// The context for the work with that index, of a device with the interrupts `irqs`.
+    /// The context for the work with that index, of a device with these interrupts and this guest
+    /// memory.
     ///
     /// `arg` is what the program finds in `buf`.
     #[inline]
-    pub fn new(arg: u64, index: u32, irqs: &'a Irqs) -> Self {
-        // INVARIANT: `irqs` are borrowed for `'a`.
+    pub fn new(arg: u64, index: u32, irqs: &'a Irqs, mem: &'a Windows) -> Self {
+        // INVARIANT: Both references are borrowed for `'a`.
         Self {
             inner: bindings::bpf_kvm_io_ctx_kern {
                 buf: arg.to_ne_bytes(),
@@ -107,9 +117,10 @@ impl<'a> WorkContext<'a> {
                 vcpu: ptr::null_mut(),
                 region: index,
                 irqs: ptr::from_ref(irqs).cast(),
+                mem: mem.as_raw(),
                 len: 0,
             },
-            _irqs: PhantomData,
+            _device: PhantomData,
         }
     }
 }
@@ -159,7 +170,7 @@ pub struct IoRead;
 // SAFETY: The fields are those of `Context`. `include/linux/bpf_types.h` refers to
 // `kvm_io_read_verifier_ops` and `kvm_io_read_prog_ops` below for this type.
 // No helper that such programs may call looks at their context; of the kfuncs those for
-// interrupts do, and rely on `irqs`, which is valid in every `Context`.
+// interrupts and guest memory do, and rely on `irqs` and `mem`, which are valid in every `Context`.
 unsafe impl ProgType for IoRead {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_READ;
     type Context<'a> = Context<'a>;
@@ -199,7 +210,7 @@ pub struct IoWork;
 
 // SAFETY: The fields are those of `WorkContext`. `include/linux/bpf_types.h` refers to
 // `kvm_io_work_verifier_ops` and `kvm_io_work_prog_ops` below for this type. Helpers and kfuncs
-// are those of `IoRead`, but for one, and rely on `irqs` alone.
+// are those of `IoRead`, but for one, and rely on `irqs` and `mem` alone.
 unsafe impl ProgType for IoWork {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_WORK;
     type Context<'a> = WorkContext<'a>;
