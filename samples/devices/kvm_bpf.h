@@ -334,6 +334,42 @@ extern void bpf_kvm_irq_release(struct bpf_kvm_irq *irq) __ksym __weak;
 /* Signal it; -ENOENT if it has no eventfd, or the device is gone. */
 extern int bpf_kvm_irq_signal_kept(struct bpf_kvm_irq *irq) __ksym __weak;
 
+/*
+ * Copy @len bytes from or to guest memory at the guest-physical address @gpa; 0, or a
+ * negative errno, and then @buf has zeroes:
+ *
+ *	-EACCES		not inside one window of the device that allows it
+ *	-EFAULT		no memory, or it cannot be accessed
+ *	-E2BIG		more than 1 MiB, or a page for those of the second pair
+ *	-EOPNOTSUPP	a write, and the VM has dirty rings without bitmaps
+ *
+ * An aligned access of 1, 2, 4 or 8 bytes is a single one.  A read is an acquire, a
+ * write a release: what is before or after it in the program is so for the guest too.
+ * What is written comes from memory that could be written, so not from constants.
+ *
+ * The first two are for sleepable programs, the others for any; those fail where
+ * memory is not there, as it has never been touched or is swapped out.
+ */
+extern int bpf_kvm_mem_read(struct bpf_kvm_io_ctx_kern *ctx, __u64 gpa,
+			    void *buf, __u32 len) __ksym __weak;
+extern int bpf_kvm_mem_write(struct bpf_kvm_io_ctx_kern *ctx, __u64 gpa,
+			     void *buf, __u32 len) __ksym __weak;
+extern int bpf_kvm_mem_read_nofault(struct bpf_kvm_io_ctx_kern *ctx, __u64 gpa,
+				    void *buf, __u32 len) __ksym __weak;
+extern int bpf_kvm_mem_write_nofault(struct bpf_kvm_io_ctx_kern *ctx, __u64 gpa,
+				     void *buf, __u32 len) __ksym __weak;
+#define bpf_kvm_mem_read(ctx, gpa, buf, len) \
+	bpf_kvm_mem_read(kvm_bpf_kern_ctx(ctx), gpa, buf, len)
+#define bpf_kvm_mem_write(ctx, gpa, buf, len) \
+	bpf_kvm_mem_write(kvm_bpf_kern_ctx(ctx), gpa, buf, len)
+#define bpf_kvm_mem_read_nofault(ctx, gpa, buf, len) \
+	bpf_kvm_mem_read_nofault(kvm_bpf_kern_ctx(ctx), gpa, buf, len)
+#define bpf_kvm_mem_write_nofault(ctx, gpa, buf, len) \
+	bpf_kvm_mem_write_nofault(kvm_bpf_kern_ctx(ctx), gpa, buf, len)
+
+/* Random bytes for a guest, at most a page. */
+extern int bpf_kvm_random(void *buf, __u32 len) __ksym __weak;
+
 /* Current and highest frequency of a host CPU, in kHz. */
 extern __s64 bpf_get_cpu_freq(__u32 cpu) __ksym __weak;
 extern __s64 bpf_get_cpu_max_hw_freq(__u32 cpu) __ksym __weak;

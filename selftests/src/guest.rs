@@ -11,7 +11,10 @@ use std::sync::{Arc, Once};
 use std::time::Duration;
 use std::{mem, ptr, slice};
 
-use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_EXIT_INTERNAL_ERROR,
+    KVM_MEM_READONLY, kvm_enable_cap, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::harness::Errno;
@@ -328,6 +331,21 @@ impl Guest {
         };
         // SAFETY: as for the memory's own slot.
         unsafe { self.vm.set_user_memory_region(slot) }.expect("KVM_SET_USER_MEMORY_REGION");
+    }
+
+    /// Has vCPUs that come now write the pages that they make dirty into rings of so many bytes;
+    /// returns whether KVM can.
+    pub fn try_dirty_rings(&self, bytes: u64) -> bool {
+        [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING]
+            .into_iter()
+            .any(|cap| {
+                let cap = kvm_enable_cap {
+                    cap,
+                    args: [bytes, 0, 0, 0],
+                    ..Default::default()
+                };
+                self.vm.enable_cap(&cap).is_ok()
+            })
     }
 
     /// A VM with KVM's own interrupt controllers, for one vCPU that takes interrupts.

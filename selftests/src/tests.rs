@@ -60,6 +60,7 @@ mod fault;
 mod irq;
 mod kfunc;
 mod lifetime;
+mod mem;
 mod object;
 #[cfg(target_arch = "x86_64")]
 mod pio;
@@ -104,6 +105,7 @@ pub fn all() -> Vec<Trial> {
         irq::all(),
         kfunc::all(),
         work::all(),
+        mem::all(),
         fault::all(),
         verifier::all(),
         regbank::all(),

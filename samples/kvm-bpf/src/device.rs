@@ -16,8 +16,9 @@ use crate::maps::{MapChanges, OnLoss};
 use crate::note::{Note, Range, Space};
 use crate::state::{self, State};
 use crate::uapi::{
-    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
-    KVM_DEV_BPF_ATTR_GROUP_RUN, KVM_DEV_BPF_ATTR_GROUP_WORK, KVM_DEV_TYPE_BPF, kvm_bpf_user_irq,
+    KVM_BPF_MEM_READ, KVM_BPF_MEM_WRITE, KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_MEM,
+    KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_BPF_ATTR_GROUP_RUN,
+    KVM_DEV_BPF_ATTR_GROUP_WORK, KVM_DEV_TYPE_BPF, kvm_bpf_user_irq, kvm_bpf_user_mem,
     kvm_bpf_user_region, kvm_bpf_user_run, kvm_bpf_user_work,
 };
 
@@ -79,6 +80,29 @@ pub enum Error {
     #[error("cannot detach interrupt {index}")]
     UnsetIrq {
         /// Index of the interrupt.
+        index: u64,
+        /// The kernel's error.
+        #[source]
+        source: errno::Error,
+    },
+    /// The host's KVM gives programs no guest memory.
+    #[error("this host's KVM gives programs no guest memory (an older kernel)")]
+    NoMem,
+    /// The window is refused.
+    #[error("cannot set window {index}: {window:?}")]
+    SetWindow {
+        /// Its index.
+        index: u64,
+        /// What it was to be.
+        window: Window,
+        /// The kernel's error.
+        #[source]
+        source: errno::Error,
+    },
+    /// The window cannot be removed.
+    #[error("cannot remove window {index}")]
+    UnsetWindow {
+        /// Its index.
         index: u64,
         /// The kernel's error.
         #[source]
@@ -198,6 +222,19 @@ fn opposite(space: Space) -> Space {
     }
 }
 
+/// Guest memory that a device's programs may access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// First guest-physical address.
+    pub addr: u64,
+    /// Length in bytes, at least 1. There need not be memory everywhere.
+    pub size: u64,
+    /// Programs may read it.
+    pub read: bool,
+    /// Programs may write to it.
+    pub write: bool,
+}
+
 /// A KVM device of type `KVM_DEV_TYPE_BPF`.
 ///
 /// It lives as long as this value: dropping it removes its regions and
@@ -295,6 +332,36 @@ impl Device {
         };
         self.set_attr(KVM_DEV_BPF_ATTR_GROUP_IRQ, index, &irq)
             .map_err(|source| Error::UnsetIrq { index, source })
+    }
+
+    /// Lets the device's programs access guest memory, instead of an earlier window of that index.
+    ///
+    /// A program's access has to lie inside one window. Programs that run see the one or the other.
+    pub fn set_window(&self, index: u64, window: Window) -> Result<()> {
+        let right = |has, flag| if has { flag } else { 0 };
+        let mem = kvm_bpf_user_mem {
+            addr: window.addr,
+            size: window.size,
+            flags: right(window.read, KVM_BPF_MEM_READ) | right(window.write, KVM_BPF_MEM_WRITE),
+            pad: 0,
+        };
+        let group = KVM_DEV_BPF_ATTR_GROUP_MEM;
+        self.set_attr(group, index, &mem)
+            .map_err(|source| match self.has_attr(group, 0) {
+                true => Error::SetWindow {
+                    index,
+                    window,
+                    source,
+                },
+                false => Error::NoMem,
+            })
+    }
+
+    /// Removes a window; when this returns, no program accesses it any more.
+    pub fn unset_window(&self, index: u64) -> Result<()> {
+        let none = kvm_bpf_user_mem::default();
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_MEM, index, &none)
+            .map_err(|source| Error::UnsetWindow { index, source })
     }
 
     /// Sets the program that [`Self::run`] runs, and that also runs when `eventfd` is signalled.

@@ -52,7 +52,7 @@ mod schema;
 pub mod state;
 pub mod uapi;
 
-pub use device::{Device, ImageDevice, Place, Replacement};
+pub use device::{Device, ImageDevice, Place, Replacement, Window};
 pub use image::{Image, OpenImage, Work};
 pub use maps::{MapChanges, OnLoss};
 pub use note::Note;

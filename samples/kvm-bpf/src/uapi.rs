@@ -17,6 +17,8 @@ pub const KVM_DEV_BPF_ATTR_GROUP_IRQ: u32 = 2;
 /// Attribute group, on x86: one region of ports per index, [`kvm_bpf_user_region`]. No index is
 /// in use in both groups of regions.
 pub const KVM_DEV_BPF_ATTR_GROUP_PIO: u32 = 3;
+/// Attribute group: one window of guest memory per index, [`kvm_bpf_user_mem`].
+pub const KVM_DEV_BPF_ATTR_GROUP_MEM: u32 = 4;
 /// Attribute group: one program per index that runs without a guest's access,
 /// [`kvm_bpf_user_work`]. Its indices are its own.
 pub const KVM_DEV_BPF_ATTR_GROUP_WORK: u32 = 5;
@@ -27,6 +29,12 @@ pub const KVM_DEV_BPF_ATTR_GROUP_RUN: u32 = 6;
 pub const KVM_DEV_BPF_MAX_REGIONS: u64 = 256;
 /// How many interrupts a device has: indices 0 to one below this.
 pub const KVM_DEV_BPF_MAX_IRQS: u64 = 256;
+/// How many windows a device has: indices 0 to one below this.
+pub const KVM_DEV_BPF_MAX_MEMS: u64 = 32;
+/// In [`kvm_bpf_user_mem::flags`]: programs may read.
+pub const KVM_BPF_MEM_READ: u32 = 1;
+/// In [`kvm_bpf_user_mem::flags`]: programs may write.
+pub const KVM_BPF_MEM_WRITE: u32 = 2;
 /// How many WORK programs a device has: indices 0 to one below this.
 pub const KVM_DEV_BPF_MAX_WORKS: u64 = 16;
 
@@ -59,6 +67,20 @@ pub struct kvm_bpf_user_irq {
     pub eventfd: i32,
     /// Must be 0.
     pub flags: u32,
+}
+
+/// `struct kvm_bpf_user_mem`: guest memory that the device's programs may access.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct kvm_bpf_user_mem {
+    /// First guest-physical address.
+    pub addr: u64,
+    /// Length in bytes; 0, without flags, removes.
+    pub size: u64,
+    /// [`KVM_BPF_MEM_READ`], [`KVM_BPF_MEM_WRITE`] or both.
+    pub flags: u32,
+    /// Must be 0.
+    pub pad: u32,
 }
 
 /// `struct kvm_bpf_user_work`: a program that runs without a guest's access.
