@@ -125,6 +125,12 @@ pub fn in_a_thread(body: impl FnOnce() + Send + 'static) {
 /// Runs in a child process that ends: for what a process with a single thread may do alone.
 #[track_caller]
 pub fn in_a_process(body: impl FnOnce()) {
+    assert_eq!(status_of_a_process(body), 0, "a child process failed");
+}
+
+/// The same, for a process that may be killed: returns what waitpid(2) says.
+#[track_caller]
+pub fn status_of_a_process(body: impl FnOnce()) -> i32 {
     // SAFETY: the other threads of this process hold no locks that the child needs: they wait.
     let child = unsafe { libc::fork() };
     assert!(child >= 0, "fork: {:?}", Errno::last());
@@ -136,7 +142,8 @@ pub fn in_a_process(body: impl FnOnce()) {
     let mut status = 0;
     // SAFETY: the child is ours, and the status a local.
     let waited = unsafe { libc::waitpid(child, &mut status, 0) };
-    assert_eq!((waited, status), (child, 0), "a child process failed");
+    assert_eq!(waited, child, "waitpid: {:?}", Errno::last());
+    status
 }
 
 /// Repeats each of the workers on a thread of its own until `action` ends, well or not.

@@ -72,6 +72,7 @@ mod regbank;
 mod region;
 mod replace;
 mod rights;
+mod state;
 mod swap;
 #[cfg(target_arch = "x86_64")]
 mod uart16550;
@@ -101,6 +102,7 @@ pub fn all() -> Vec<Trial> {
         swap::all(),
         object::all(),
         replace::all(),
+        state::all(),
         lifetime::all(),
         irq::all(),
         kfunc::all(),

@@ -349,3 +349,118 @@ fn look_through<'a>(mut ty: BtfType<'a>) -> Option<(BtfType<'a>, String)> {
     }
     None
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub fn ty(kind: Kind, size: usize) -> Type {
+        let tags = String::new();
+        Type { kind, size, tags }
+    }
+
+    pub fn int(size: usize, encoding: Encoding) -> Type {
+        let bits = 8 * size as u8;
+        ty(Kind::Int { bits, encoding }, size)
+    }
+
+    pub fn array(element: Type, count: usize) -> Type {
+        let size = element.size * count;
+        let element = Box::new(element);
+        ty(Kind::Array { count, element }, size)
+    }
+
+    /// A field at a byte.
+    pub fn field(name: &str, byte: usize, ty: Type) -> Field {
+        Field {
+            name: name.to_string(),
+            offset: 8 * byte,
+            bits: None,
+            ty,
+        }
+    }
+
+    pub fn structure(fields: Vec<Field>, size: usize) -> Type {
+        let name = "s".to_string();
+        ty(Kind::Struct { name, fields }, size)
+    }
+
+    /// All that a reader of the bytes must know changes it.
+    #[test]
+    fn the_hash_is_of_all_that_matters() {
+        let number = || int(4, Encoding::Unsigned);
+        let of = |name, byte, ty| structure(vec![field(name, byte, ty)], 8);
+        let enumeration = |value| {
+            let name = "a".to_string();
+            let values = vec![Enumerator { name, value }];
+            let is_signed = true;
+            ty(Kind::Enum { is_signed, values }, 4)
+        };
+        let mut bits = field("a", 0, number());
+        bits.bits = Some(3);
+        let pointer = ty(
+            Kind::Pointer {
+                to: "Struct a".to_string(),
+                is_tagged: false,
+            },
+            8,
+        );
+        let all = [
+            of("a", 0, number()),
+            of("b", 0, number()),
+            of("a", 4, number()),
+            of("a", 0, int(4, Encoding::Signed)),
+            of("a", 0, int(8, Encoding::Unsigned)),
+            structure(vec![field("a", 0, number())], 12),
+            structure(vec![bits], 8),
+            ty(
+                Kind::Union {
+                    name: "s".to_string(),
+                    fields: vec![field("a", 0, number())],
+                },
+                8,
+            ),
+            ty(Kind::Section(vec![field("a", 0, number())]), 8),
+            of("a", 0, array(number(), 1)),
+            of("a", 0, array(number(), 2)),
+            of("a", 0, enumeration(1)),
+            of("a", 0, enumeration(2)),
+            of("a", 0, pointer),
+            Type::bytes(8),
+        ];
+        let hashes: Vec<_> = all.iter().map(|ty| hash(ty, 1)).collect();
+        for (at, one) in hashes.iter().enumerate() {
+            assert!(!hashes[..at].contains(one), "{:?}", all[at]);
+            assert_eq!(one.len(), "sha256:".len() + 64);
+        }
+        assert_ne!(hash(&all[0], 1), hash(&all[0], 2));
+        // It is the same wherever it is made.
+        assert_eq!(hash(&all[0].clone(), 1), hashes[0]);
+    }
+
+    #[test]
+    fn what_is_inside_is_found() {
+        let timer = ty(
+            Kind::Struct {
+                name: "bpf_timer".to_string(),
+                fields: vec![],
+            },
+            16,
+        );
+        let inside = structure(vec![field("", 0, array(timer, 2))], 32);
+        assert_eq!(inside.contains(&["bpf_wq", "bpf_timer"]), Some("bpf_timer"));
+        assert_eq!(inside.contains(&["bpf_wq"]), None);
+        let section = ty(Kind::Section(vec![field("a", 0, inside)]), 32);
+        assert_eq!(section.contains(&["bpf_timer"]), Some("bpf_timer"));
+        assert!(!section.has_tagged_pointer());
+        let kptr = ty(
+            Kind::Pointer {
+                to: "kptr Struct bpf_kvm_irq".to_string(),
+                is_tagged: true,
+            },
+            8,
+        );
+        let holder = structure(vec![field("irq", 0, array(kptr, 2))], 16);
+        assert!(holder.has_tagged_pointer());
+    }
+}

@@ -1139,3 +1139,446 @@ fn decode_field(
     own.copy_from_slice(&new.to_le_bytes()[..len]);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::note::{Note, Range};
+    use crate::schema::Enumerator;
+    use crate::schema::tests::{array, field, int, structure, ty};
+
+    /// Numbers that look random (xorshift64*).
+    struct Random(u64);
+
+    impl Random {
+        fn next(&mut self) -> u64 {
+            self.0 ^= self.0 >> 12;
+            self.0 ^= self.0 << 25;
+            self.0 ^= self.0 >> 27;
+            self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+        }
+
+        fn below(&mut self, limit: usize) -> usize {
+            (self.next() % limit as u64) as usize
+        }
+
+        fn bytes(&mut self, len: usize) -> Vec<u8> {
+            (0..len).map(|_| self.next() as u8).collect()
+        }
+    }
+
+    fn enumeration(size: usize, is_signed: bool) -> Type {
+        let one = |name: &str, value| Enumerator {
+            name: name.to_string(),
+            value,
+        };
+        let values = vec![one("IDLE", 0), one("BUSY", 7), one("LAST", 0x7f)];
+        ty(Kind::Enum { is_signed, values }, size)
+    }
+
+    fn union(fields: Vec<Field>, size: usize) -> Type {
+        let name = "u".to_string();
+        ty(Kind::Union { name, fields }, size)
+    }
+
+    fn pointer() -> Type {
+        let to = "Void ".to_string();
+        let is_tagged = false;
+        ty(Kind::Pointer { to, is_tagged }, 8)
+    }
+
+    /// A type of any kind, with types in it down to a depth.
+    fn any_type(random: &mut Random, depth: usize) -> Type {
+        let size = 1 << random.below(4);
+        match random.below(if depth == 0 { 6 } else { 10 }) {
+            0 => int(size, Encoding::Unsigned),
+            1 => int(size, Encoding::Signed),
+            2 => int(1, Encoding::Bool),
+            3 => int(1, Encoding::Char),
+            4 => enumeration(size, random.below(2) == 0),
+            5 => ty(Kind::Bytes("Float double".to_string()), 8),
+            6 => {
+                let count = random.below(4);
+                array(any_type(random, depth - 1), count)
+            }
+            7 => union(vec![field("a", 0, int(4, Encoding::Unsigned))], 8),
+            what => {
+                let (mut fields, mut at) = (Vec::new(), 0);
+                for number in 0..random.below(5) {
+                    let name = format!("f{number}");
+                    let bits = 1 + random.below(60) as u8;
+                    if what == 8 && random.below(3) == 0 {
+                        let is_signed = random.below(2) == 0;
+                        let sign = [Encoding::Unsigned, Encoding::Signed][usize::from(is_signed)];
+                        let offset = 8 * at + random.below(8);
+                        fields.push(Field {
+                            name,
+                            offset,
+                            bits: Some(bits),
+                            ty: int(8, sign),
+                        });
+                        at = (offset + usize::from(bits)).div_ceil(8);
+                        continue;
+                    }
+                    let ty = any_type(random, depth - 1);
+                    at += random.below(2);
+                    let end = at + ty.size;
+                    fields.push(field(&name, at, ty));
+                    at = end;
+                }
+                match what {
+                    8 => structure(fields, at),
+                    _ => ty(Kind::Section(fields), at),
+                }
+            }
+        }
+    }
+
+    #[track_caller]
+    fn encoded(ty: &Type, bytes: &[u8]) -> Value {
+        let mut room = MAX_VALUES;
+        encode(ty, bytes, &mut room).unwrap_or_else(|fault| panic!("{ty:?}: {fault:?}"))
+    }
+
+    #[test]
+    fn random_values_of_every_kind_come_back() {
+        let mut random = Random(1);
+        for _ in 0..20_000 {
+            let ty = any_type(&mut random, 4);
+            let bytes = random.bytes(ty.size);
+            let value = encoded(&ty, &bytes);
+            let text = serde_json::to_string(&value).unwrap();
+            let read: Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(read, value);
+            // Into whatever was there.
+            let mut new = random.bytes(ty.size);
+            decode(&ty, &read, &mut new, false).unwrap();
+            assert_eq!(encoded(&ty, &new), value, "{ty:?}");
+            if matches!(ty.kind, Kind::Int { encoding, .. } if encoding != Encoding::Bool) {
+                assert_eq!(new, bytes);
+            }
+        }
+    }
+
+    /// Any value for any type: an error, never a panic.
+    #[test]
+    fn values_of_other_types_are_refused() {
+        let mut random = Random(2);
+        let mut refused = 0;
+        for _ in 0..20_000 {
+            let (first, other) = (any_type(&mut random, 3), any_type(&mut random, 3));
+            let value = encoded(&first, &random.bytes(first.size));
+            let mut bytes = random.bytes(other.size);
+            let convert = random.below(2) == 0;
+            refused += usize::from(decode(&other, &value, &mut bytes, convert).is_err());
+        }
+        assert!(refused > 10_000, "{refused}");
+    }
+
+    #[test]
+    fn types_may_say_anything() {
+        let number = || int(4, Encoding::Unsigned);
+        let mut bits = field("a", 3, number());
+        bits.bits = Some(20);
+        let mut no_bits = field("a", 0, number());
+        no_bits.bits = Some(0);
+        let mut many = array(number(), 2);
+        many.size = 4;
+        for bad in [
+            structure(vec![field("a", 1, number())], 4),
+            structure(vec![field("a", usize::MAX / 8, number())], 4),
+            structure(vec![bits], 4),
+            structure(vec![no_bits], 4),
+            structure(vec![field("a", 0, number()), field("a", 0, number())], 4),
+            structure(vec![field("a", 0, many)], 4),
+            structure(
+                vec![field("a", 0, union(vec![field("p", 0, pointer())], 8))],
+                8,
+            ),
+        ] {
+            let mut room = MAX_VALUES;
+            let fault = encode(&bad, &[0; 8], &mut room).unwrap_err();
+            assert!(fault.path.starts_with(".a"), "{fault:?}");
+        }
+        // As many values of no size as there may be.
+        let empty = array(structure(vec![], 0), usize::MAX);
+        let mut room = 1000;
+        assert!(encode(&empty, &[], &mut room).is_err());
+    }
+
+    #[test]
+    fn fields_have_names_and_pointers_are_left_out() {
+        let byte = || int(1, Encoding::Unsigned);
+        let mut bits = field("bits", 8, int(4, Encoding::Signed));
+        (bits.offset, bits.bits) = (8 * 8 + 3, Some(7));
+        let fields = vec![
+            field("number", 0, int(8, Encoding::Unsigned)),
+            bits,
+            field("", 10, structure(vec![field("inner", 1, byte())], 2)),
+            field(
+                "",
+                12,
+                union(vec![field("a", 0, byte()), field("b", 0, byte())], 2),
+            ),
+            field("mode", 14, enumeration(1, false)),
+            field("flag", 15, int(1, Encoding::Bool)),
+            field("pointer", 16, pointer()),
+            field("pointers", 24, array(pointer(), 2)),
+            field("pairs", 40, array(array(int(2, Encoding::Signed), 2), 2)),
+            field("bytes", 48, array(byte(), 3)),
+        ];
+        let ty = structure(fields, 52);
+        let mut bytes = vec![0xaa; 52];
+        bytes[..8].copy_from_slice(&(1_u64 << 53).to_le_bytes());
+        bytes[8..10].copy_from_slice(&(0x41_u16 << 3).to_le_bytes());
+        bytes[11..16].copy_from_slice(&[9, 1, 2, 7, 1]);
+        bytes[40..51].copy_from_slice(&[1, 0, 0xff, 0xff, 3, 0, 0, 0x80, 0xde, 0xad, 5]);
+        let value = encoded(&ty, &bytes);
+        assert_eq!(
+            serde_json::to_string(&value).unwrap(),
+            r#"{"a|b":"0102","bits":-63,"bytes":"dead05","flag":true,"inner":9,"mode":"BUSY","#
+                .to_string()
+                + r#""number":"9007199254740992","pairs":[[1,-1],[3,-32768]]}"#
+        );
+        let mut new = vec![0; 52];
+        decode(&ty, &value, &mut new, false).unwrap();
+        // What is not saved stays: padding and pointers.
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            match at {
+                9 => *byte &= 3,
+                10 | 16..40 | 51 => *byte = 0,
+                _ => {}
+            }
+        }
+        assert_eq!(new, bytes);
+    }
+
+    #[test]
+    fn numbers_are_safe() {
+        let unsigned = int(8, Encoding::Unsigned);
+        for (number, text) in [
+            ((1 << 53) - 1, "9007199254740991"),
+            (1 << 53, r#""9007199254740992""#),
+            (u64::MAX, r#""18446744073709551615""#),
+        ] {
+            let value = encoded(&unsigned, &number.to_le_bytes());
+            assert_eq!(serde_json::to_string(&value).unwrap(), text);
+        }
+        let least = encoded(&int(8, Encoding::Signed), &i64::MIN.to_le_bytes());
+        assert_eq!(least, Value::Text("-9223372036854775808".to_string()));
+
+        let read = |text: &str, ty: &Type| {
+            let value = serde_json::from_str(text).ok()?;
+            let mut bytes = [0; 8];
+            decode(ty, &value, &mut bytes[..ty.size], false).ok()?;
+            Some(u64::from_le_bytes(bytes))
+        };
+        // Both forms, whatever the number.
+        for text in ["255", r#""255""#, r#""0xff""#, r#""0x00FF""#] {
+            assert_eq!(read(text, &unsigned), Some(255), "{text}");
+        }
+        assert_eq!(read("18446744073709551615", &unsigned), Some(u64::MAX));
+        assert_eq!(read(r#""0xffffffffffffffff""#, &unsigned), Some(u64::MAX));
+        for text in [
+            "-1",
+            "0.0",
+            "1e3",
+            "true",
+            "null",
+            "[]",
+            r#""""#,
+            r#""0x""#,
+            r#""0x-1""#,
+            r#"" 1""#,
+            r#""ff""#,
+            r#""18446744073709551616""#,
+            "18446744073709551616",
+        ] {
+            assert_eq!(read(text, &unsigned), None, "{text}");
+        }
+        let byte = int(1, Encoding::Signed);
+        let fits = [-129, -128, 127, 128].map(|number| read(&number.to_string(), &byte).is_some());
+        assert_eq!(fits, [false, true, true, false]);
+        let mode = enumeration(1, false);
+        for (text, wanted) in [
+            (r#""BUSY""#, Some(7)),
+            ("7", Some(7)),
+            ("200", Some(200)),
+            ("256", None),
+            (r#""busy""#, None),
+        ] {
+            assert_eq!(read(text, &mode), wanted, "{text}");
+        }
+    }
+
+    fn note() -> Note {
+        Note {
+            mmio_size: 0x1000,
+            nr_irqs: 1,
+            compatible: vec!["a,b".to_string()],
+            ranges: vec![Range {
+                space: Space::Ports,
+                region: 2,
+                size: 8,
+            }],
+            works: vec![],
+            state_version: None,
+        }
+    }
+
+    fn state() -> State {
+        let shape = Shape::new(".bss", int(8, Encoding::Unsigned), 1, &[]);
+        let mut room = MAX_VALUES;
+        let map = shape.save(&5_u64.to_le_bytes(), &mut room).unwrap();
+        State {
+            clock: Clock {
+                boottime_ns: 1,
+                monotonic_ns: 2,
+                realtime_ns: u64::MAX,
+            },
+            device: Identity::of_note(&note()),
+            maps: [(".bss".to_string(), map)].into(),
+        }
+    }
+
+    #[test]
+    fn the_text_is_sorted_and_the_same() {
+        let state = state();
+        let json = state.to_json().unwrap();
+        let hash = &state.maps[".bss"].schema;
+        let wanted = format!(
+            r#"{{"clock":{{"boottime_ns":1,"monotonic_ns":2,"realtime_ns":"18446744073709551615"}},"device":{{"compatible":["a,b"],"nr_irqs":1,"regions":[{{"region":0,"size":4096,"space":"memory"}},{{"region":2,"size":8,"space":"ports"}}],"state_version":0}},"format":"kvm-bpf-state","maps":[{{"name":".bss","schema":"{hash}","values":[5]}}],"version":1}}"#
+        );
+        let mut text = String::from_utf8(json.clone()).unwrap();
+        text.retain(|letter| !letter.is_ascii_whitespace());
+        assert_eq!(text, wanted);
+        assert_eq!(State::from_json(&json).unwrap(), state);
+        assert_eq!(State::from_json(wanted.as_bytes()).unwrap(), state);
+
+        for (from, to) in [
+            ("kvm-bpf-state", "kvm-bpf-stat"),
+            (r#""version":1"#, r#""version":2"#),
+            (r#""version":1"#, r#""version":1,"more":1"#),
+            (r#""version":1"#, r#""version":1,"version":1"#),
+            (r#""nr_irqs":1,"#, ""),
+            (r#""nr_irqs":1"#, r#""nr_irqs":4294967296"#),
+            ("memory", "Memory"),
+            ("[5]", r#"[{"a":1,"a":1}]"#),
+            ("[5]", "[5.0]"),
+            ("[5]", "[null]"),
+            (r#""boottime_ns":1"#, r#""boottime_ns":-1"#),
+        ] {
+            assert!(wanted.contains(from));
+            let changed = wanted.replacen(from, to, 1);
+            let error = State::from_json(changed.as_bytes()).unwrap_err();
+            assert!(matches!(error, Error::Json(_)), "{changed}: {error:?}");
+        }
+        for len in 0..wanted.len() {
+            assert!(State::from_json(&wanted.as_bytes()[..len]).is_err());
+        }
+    }
+
+    #[test]
+    fn all_is_decided_before_anything_changes() {
+        let shape = |name| Shape::new(name, int(8, Encoding::Unsigned), 1, &[]);
+        let shapes = [shape(".bss")];
+        let mut saved = state();
+        assert_eq!(
+            plan(&note(), shapes.iter(), &saved).unwrap(),
+            [5_u64.to_le_bytes()]
+        );
+
+        // A version that the device does not load, and those that it does.
+        let versioned = |version, oldest| Note {
+            state_version: Some(StateVersion { version, oldest }),
+            ..note()
+        };
+        for (version, oldest, is_good) in [(1, 0, true), (0, 0, true), (1, 1, false)] {
+            let planned = plan(&versioned(version, oldest), shapes.iter(), &saved);
+            assert_eq!(planned.is_ok(), is_good, "{planned:?}");
+        }
+        saved.device.state_version = 1;
+        assert!(plan(&note(), shapes.iter(), &saved).is_err());
+
+        // A map that is gone must have been 0, one that is new is as at first.
+        let new = Shape::new(".data", int(8, Encoding::Unsigned), 1, &[9]);
+        let gone = plan(&versioned(1, 0), [&new].into_iter(), &saved);
+        assert_eq!(
+            gone.unwrap_err().to_string(),
+            ".bss: the device has no such map"
+        );
+        saved.maps.get_mut(".bss").unwrap().values = vec![Value::Number(0)];
+        let went = plan(&versioned(1, 0), [&new].into_iter(), &saved).unwrap();
+        assert_eq!(went, [9_u64.to_le_bytes()]);
+
+        // More entries, and less of them.
+        let mut many = Shape::new(".bss", int(4, Encoding::Unsigned), 3, &[]);
+        let value = |number| Value::Number(number);
+        saved.maps.get_mut(".bss").unwrap().values = vec![value(1), value(2)];
+        let planned = plan(&versioned(1, 0), [&many].into_iter(), &saved).unwrap();
+        let wanted = [1_u64, 2, 0].map(u64::to_le_bytes).concat();
+        assert_eq!(planned, [wanted]);
+        saved.maps.get_mut(".bss").unwrap().schema = many.schema.clone();
+        let counted = plan(&versioned(1, 0), [&many].into_iter(), &saved);
+        assert_eq!(
+            counted.unwrap_err().to_string(),
+            ".bss: 2 values instead of 3"
+        );
+        many = Shape::new(".bss", int(4, Encoding::Unsigned), 1, &[]);
+        let lost = plan(&versioned(1, 0), [&many].into_iter(), &saved);
+        assert_eq!(
+            lost.unwrap_err().to_string(),
+            ".bss[1]: there is no such entry any more"
+        );
+    }
+
+    #[test]
+    fn there_are_limits() {
+        let nested = |depth| ["[".repeat(depth), "]".repeat(depth)].concat();
+        assert!(matches!(
+            State::from_json(nested(MAX_DEPTH).as_bytes()),
+            Err(Error::Json(_))
+        ));
+        assert!(matches!(
+            State::from_json(nested(MAX_DEPTH + 1).as_bytes()),
+            Err(Error::Size)
+        ));
+        for (values, is_size) in [(MAX_VALUES - 1, false), (MAX_VALUES, true)] {
+            let list = format!("[{}0]", "0,".repeat(values));
+            let error = State::from_json(list.as_bytes()).unwrap_err();
+            assert_eq!(matches!(error, Error::Size), is_size, "{values}");
+        }
+        // Text is not counted.
+        let text = format!(r#""\"{}""#, "[,".repeat(MAX_VALUES));
+        assert!(matches!(
+            State::from_json(text.as_bytes()),
+            Err(Error::Json(_))
+        ));
+        let mut long = vec![b' '; MAX_FILE_SIZE as usize + 1];
+        assert!(matches!(State::from_json(&long), Err(Error::Size)));
+        long.pop();
+        assert!(matches!(State::from_json(&long), Err(Error::Json(_))));
+        // What could not be read is not written.
+        let mut state = state();
+        let map = state.maps.get_mut(".bss").unwrap();
+        map.values = vec![Value::Number(0); MAX_VALUES];
+        assert!(matches!(state.to_json(), Err(Error::Size)));
+        let shape = Shape::new("many", array(int(4, Encoding::Signed), MAX_VALUES), 1, &[]);
+        let mut room = MAX_VALUES;
+        let error = shape.save(&vec![0; 4 * MAX_VALUES], &mut room).unwrap_err();
+        assert!(error.to_string().starts_with("many[0]["), "{error}");
+    }
+
+    #[test]
+    fn files_are_regular_and_new() {
+        let directory = vmm_sys_util::tempdir::TempDir::new().unwrap();
+        let path = directory.as_path().join("state.json");
+        let state = state();
+        state.to_file(&path).unwrap();
+        assert_eq!(State::from_file(&path).unwrap(), state);
+        assert!(matches!(state.to_file(&path), Err(Error::File(_))));
+        for other in [Path::new("/dev/zero"), directory.as_path()] {
+            assert!(matches!(State::from_file(other), Err(Error::File(_))));
+        }
+    }
+}
