@@ -8,6 +8,7 @@
 //! PSCI, through which the guest starts its other CPUs, resets and powers off.
 
 mod fdt;
+mod state;
 
 use std::fs::File;
 use std::mem::offset_of;
@@ -30,6 +31,7 @@ use vmm_sys_util::errno;
 
 use self::fdt::{GIC_DIST_ADDR, GIC_REDIST_ADDR, Machine, SERIAL_ADDR, SERIAL_GSI, SERIAL_SIZE};
 pub use self::fdt::{RAM_START, reserved_ranges};
+pub use self::state::{PlatformState, VcpuState};
 use crate::boot::{Error, kvm, load_initrd};
 use crate::console::Console;
 use crate::output::Output;
@@ -132,6 +134,26 @@ impl Platform {
     /// Waits for the console's output to be taken; returns how many bytes are lost.
     pub fn finish(&self) -> u64 {
         self.console.finish()
+    }
+
+    /// The console, and its interrupt line.
+    pub fn console_line(&self) -> (&Console, u32) {
+        (&self.console, SERIAL_GSI)
+    }
+
+    /// Reads what KVM keeps for the guest, when all vCPUs are out of `KVM_RUN`.
+    pub fn save(&self, _vm: &VmFd, vcpus: &[VcpuFd]) -> Result<PlatformState, Error> {
+        PlatformState::save(&self.gic, vcpus)
+    }
+
+    /// Gives it to a VM that has not run.
+    pub fn restore(
+        &self,
+        _vm: &VmFd,
+        vcpus: &[VcpuFd],
+        state: &PlatformState,
+    ) -> Result<(), Error> {
+        state.restore(&self.gic, vcpus)
     }
 
     /// Takes a write to the platform's own devices, and says if it was one.
@@ -262,20 +284,14 @@ fn vcpu_init(vm: &VmFd, id: u8) -> Result<kvm_vcpu_init, Error> {
     Ok(init)
 }
 
-/// Sets up a vCPU; the first one enters the kernel, the others wait for PSCI.
-pub fn setup_vcpu(
-    _kvm: &Kvm,
-    vm: &VmFd,
-    vcpu: &VcpuFd,
-    id: u8,
-    _cpus: u8,
-    entry: Entry,
-) -> Result<(), Error> {
+/// Sets up a vCPU; all but the first wait for PSCI.
+pub fn setup_vcpu(_kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, id: u8, _cpus: u8) -> Result<(), Error> {
     vcpu.vcpu_init(&vcpu_init(vm, id)?)
-        .map_err(kvm("initialise it"))?;
-    if id != 0 {
-        return Ok(());
-    }
+        .map_err(kvm("initialise it"))
+}
+
+/// Has the first vCPU enter the kernel.
+pub fn enter(vcpu: &VcpuFd, entry: Entry) -> Result<(), Error> {
     for (offset, value) in [
         (offset_of!(user_pt_regs, pc), entry.pc),
         (offset_of!(user_pt_regs, regs), entry.fdt),

@@ -38,6 +38,17 @@ pub enum Error {
     #[error("{0} bytes of ACPI tables, too many devices or CPUs")]
     AcpiSize(usize),
     #[cfg(target_arch = "aarch64")]
+    #[error("{has} registers of one kind are saved, and {wanted} are known")]
+    Registers { wanted: usize, has: usize },
+    #[cfg(target_arch = "x86_64")]
+    #[error(
+        "cannot set model-specific register {0:#x} to what it was: is this host's CPU another?"
+    )]
+    Msr(u32),
+    #[cfg(target_arch = "aarch64")]
+    #[error("cannot set register {0:#x} to what it was: is this host's CPU another?")]
+    Register(u64, #[source] errno::Error),
+    #[cfg(target_arch = "aarch64")]
     #[error("cannot write the device tree")]
     Fdt(#[source] vm_fdt::Error),
     #[cfg(target_arch = "aarch64")]

@@ -16,15 +16,20 @@ use crate::{arch, userspace};
 /// The guest's console is standard output; the VMM itself writes to standard
 /// error. What nobody takes from them is dropped. On SIGUSR1 the files of all
 /// --bpf devices are read again and their programs replaced while the guest runs.
+///
+/// A guest goes on elsewhere with --save and --restore, or in another process on
+/// the same host with --hand-over and --take-over: there with the same CPUs,
+/// memory and --bpf devices, and without --kernel.
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Args {
     /// Guest kernel: a 64-bit bzImage for x86-64, an Image for arm64.
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["restore", "take_over"],
+          conflicts_with_all = ["restore", "take_over"])]
+    pub kernel: Option<PathBuf>,
 
     /// Guest initramfs.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "kernel")]
     pub initrd: Option<PathBuf>,
 
     // Its help says what it is added to.
@@ -69,9 +74,38 @@ pub struct Args {
     #[arg(long, value_name = "KHZ,...")]
     pub perf_table: Option<PerfTable>,
 
+    /// On SIGUSR2 stop the guest, save it to FILE and end.
+    ///
+    /// If that fails the guest goes on.
+    #[arg(long, value_name = "FILE")]
+    pub save: Option<PathBuf>,
+
+    /// Go on with the guest that --save has saved to FILE.
+    #[arg(long, value_name = "FILE", conflicts_with = "take_over")]
+    pub restore: Option<PathBuf>,
+
+    /// Give the guest to the process that connects to SOCKET with --take-over, and end.
+    ///
+    /// The guest's memory is not copied. If it fails the guest goes on here.
+    #[arg(long, value_name = "SOCKET")]
+    pub hand_over: Option<PathBuf>,
+
+    /// Go on with the guest of the process that listens at SOCKET with --hand-over.
+    #[arg(long, value_name = "SOCKET")]
+    pub take_over: Option<PathBuf>,
+
     /// Write the counts of exits to FILE as JSON, instead of a summary to standard error.
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
+}
+
+impl Args {
+    /// Whether the guest comes from elsewhere or goes there.
+    pub fn moves(&self) -> bool {
+        [&self.save, &self.restore, &self.hand_over, &self.take_over]
+            .iter()
+            .any(|path| path.is_some())
+    }
 }
 
 /// Something at a guest-physical address, `WHAT@ADDR`, or at a port, `WHAT@pio:PORT`.

@@ -15,6 +15,7 @@ mod output;
 mod provide;
 mod report;
 mod serial;
+mod snapshot;
 mod vm;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
@@ -27,6 +28,8 @@ use x86_64 as arch;
 use std::error::Error;
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Mutex, MutexGuard};
@@ -68,10 +71,17 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     })));
 
     let (sender, events) = mpsc::channel();
-    reload_on_sigusr1(sender.clone())?;
+    wait_for_signals(args.save.is_some(), sender.clone())?;
     let messages = Output::new("messages", io::stderr()).map_err(vm::Error::Thread)?;
     *lock(&MESSAGES) = Some(messages);
-    let report = Vm::new(args)?.run(sender, events)?;
+    let vm = Vm::new(args)?;
+    let listener = args.hand_over.as_deref();
+    let listener = listener
+        .map(|path| Listener::new(path, sender.clone()))
+        .transpose()?;
+    let result = vm.run(sender, events);
+    drop(listener);
+    let report = result?;
     match &args.report {
         Some(path) => {
             let json = serde_json::to_string_pretty(&report)?;
@@ -82,31 +92,74 @@ fn run(args: &Args) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Turns SIGUSR1 into events, from a thread that waits for it.
+/// Turns SIGUSR1 into events, and SIGUSR2 if `save`, from a thread that waits for them.
 ///
-/// Call it before other threads start: they inherit that the signal is blocked.
-fn reload_on_sigusr1(sender: Sender<Event>) -> Result<(), vm::Error> {
-    block_signal(libc::SIGUSR1).map_err(|_| vm::Error::Signal(errno::Error::last()))?;
+/// Call it before other threads start: they inherit that the signals are blocked.
+fn wait_for_signals(save: bool, sender: Sender<Event>) -> Result<(), vm::Error> {
+    let mut signals = vec![libc::SIGUSR1];
+    if save {
+        signals.push(libc::SIGUSR2);
+    }
+    for &signal in &signals {
+        block_signal(signal).map_err(|_| vm::Error::Signal(errno::Error::last()))?;
+    }
     let wait = move || {
         // SAFETY: a signal set is plain bits, and sigemptyset() sets them all;
         // the calls only read and write this thread's variables.
         let wait_once = || unsafe {
             let mut set = mem::zeroed();
             libc::sigemptyset(&mut set);
-            libc::sigaddset(&mut set, libc::SIGUSR1);
+            for &signal in &signals {
+                libc::sigaddset(&mut set, signal);
+            }
             libc::sigwaitinfo(&set, ptr::null_mut())
         };
         loop {
-            if wait_once() == libc::SIGUSR1 && sender.send(Event::Reload).is_err() {
+            let event = match wait_once() {
+                libc::SIGUSR1 => Event::Reload,
+                libc::SIGUSR2 => Event::Save,
+                _ => continue,
+            };
+            if sender.send(event).is_err() {
                 break;
             }
         }
     };
     thread::Builder::new()
-        .name("reload".to_string())
+        .name("signals".to_string())
         .spawn(wait)
         .map_err(vm::Error::Thread)?;
     Ok(())
+}
+
+/// Waits at a socket for processes that want the guest. The socket's file goes with it.
+struct Listener<'a>(&'a Path);
+
+impl<'a> Listener<'a> {
+    fn new(path: &'a Path, sender: Sender<Event>) -> Result<Self, vm::Error> {
+        let failed = |error| vm::Error::Listen(path.to_path_buf(), error);
+        let socket = UnixListener::bind(path).map_err(failed)?;
+        let listener = Listener(path);
+        let wait = move || {
+            for stream in socket.incoming().flatten() {
+                if sender.send(Event::HandOver(stream)).is_err() {
+                    break;
+                }
+            }
+        };
+        thread::Builder::new()
+            .name("hand-over".to_string())
+            .spawn(wait)
+            .map_err(vm::Error::Thread)?;
+        Ok(listener)
+    }
+}
+
+impl Drop for Listener<'_> {
+    fn drop(&mut self) {
+        // Another may have removed it.
+        let _ = fs::remove_file(self.0);
+    }
 }
 
 /// Locks, also after a thread panicked: what is behind these locks is usable at any time.

@@ -2,8 +2,10 @@
 
 //! The virtual machine: memory, devices, vCPU threads, and how it all ends.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
+use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,7 +22,7 @@ use kvm_bpf::image::open_regular;
 use kvm_bpf::note::Space;
 use kvm_bpf::{Device, Image, ImageDevice, MapChanges, OnLoss, OpenImage, Place};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -34,6 +36,7 @@ use crate::cli::{Args, At, Bpf};
 use crate::provide::{self, Provided};
 use crate::report::{Report, Server, Vcpu};
 use crate::serial::Serial;
+use crate::snapshot::{self, DeviceState, Machine, Snapshot, Source};
 use crate::userspace::{self, uclamp};
 
 /// Why the VM could not be made, or stopped before the guest ended it.
@@ -88,7 +91,7 @@ pub enum Error {
     #[error("cannot create the VM")]
     CreateVm(#[source] errno::Error),
     #[error("cannot get {0} MiB of guest memory")]
-    Memory(u64, #[source] vm_memory::mmap::FromRangesError),
+    Memory(u64, #[source] snapshot::Error),
     #[error("cannot give the VM its memory")]
     SetMemory(#[source] errno::Error),
     #[error("cannot tell how many bits the guest's addresses have")]
@@ -101,6 +104,30 @@ pub enum Error {
     CreateVcpu(#[source] errno::Error),
     #[error("cannot set up vCPU {0}")]
     SetupVcpu(u8, #[source] boot::Error),
+    #[error("{0}: a user-space device, whose state cannot be saved")]
+    NotSaved(String),
+    #[error("cannot save the guest")]
+    Save(#[source] boot::Error),
+    #[error("cannot hold an interrupt back")]
+    HoldInterrupt(#[source] io::Error),
+    #[error("{}: cannot save the guest there", .0.display())]
+    SaveTo(PathBuf, #[source] snapshot::Error),
+    #[error("{}: cannot go on with it", .0.display())]
+    Restore(PathBuf, #[source] snapshot::Error),
+    #[error("{}: cannot connect to a process that hands over", .0.display())]
+    Connect(PathBuf, #[source] io::Error),
+    #[error("{}: cannot listen there", .0.display())]
+    Listen(PathBuf, #[source] io::Error),
+    #[error("cannot hand over the guest")]
+    HandOver(#[source] snapshot::Error),
+    #[error("cannot restore the guest's hardware")]
+    RestorePlatform(#[source] boot::Error),
+    #[error("cannot restore vCPU {0}")]
+    RestoreVcpu(usize, #[source] boot::Error),
+    #[error("cannot restore the console")]
+    RestoreConsole(#[source] io::Error),
+    #[error("the thread of a vCPU is gone")]
+    LostVcpu,
     #[error("cannot start a thread")]
     Thread(#[source] io::Error),
     #[error("cannot handle signals")]
@@ -120,6 +147,10 @@ pub enum End {
     Reset,
     /// It switched itself off.
     PowerOff,
+    /// It goes on from a file.
+    Saved,
+    /// It goes on in another process.
+    HandedOver,
 }
 
 impl End {
@@ -127,6 +158,8 @@ impl End {
         match self {
             End::Reset => "reset",
             End::PowerOff => "power off",
+            End::Saved => "saved",
+            End::HandedOver => "handed over",
         }
     }
 }
@@ -148,14 +181,19 @@ struct BpfDevice {
     device: ImageDevice,
     /// Who takes what it puts out.
     serial: Option<Serial>,
-    /// Open as long as the device: when an eventfd's last fd is closed, KVM ends its irqfd.
-    _irqs: Vec<EventFd>,
+    /// By interrupt, with its line. Open as long as the device: when an eventfd's last fd is
+    /// closed, KVM ends its irqfd.
+    irqs: Vec<(u32, EventFd)>,
 }
 
 /// What can happen while the guest runs.
 pub enum Event {
     /// Replace the programs by those in the files now.
     Reload,
+    /// Save the guest now.
+    Save,
+    /// Give the guest to the process at the other end.
+    HandOver(UnixStream),
     /// A vCPU's thread is done.
     Vcpu(Result<Option<End>, Error>),
 }
@@ -166,13 +204,16 @@ pub struct Vm {
     bpf_devices: Vec<BpfDevice>,
     provided: Provided,
     on_loss: OnLoss,
-    bus: Bus,
-    /// The devices at ports; on x86 only.
-    ports: Bus,
-    platform: arch::Platform,
+    /// What the command line makes of it.
+    machine: Machine,
+    /// Bounds of the utilization of the vCPUs' threads, where there are such.
+    clamps: Vec<Option<(u32, u32)>>,
+    save: Option<PathBuf>,
+    shared: Arc<Shared>,
+    kvm: Kvm,
     // The last ones: nothing above may outlive them.
-    _vm: VmFd,
-    _memory: GuestMemoryMmap,
+    vm: VmFd,
+    memory: GuestMemoryMmap,
 }
 
 impl Vm {
@@ -217,8 +258,19 @@ impl Vm {
             }
         }
         let open = |path| open_at_most(path, args.memory);
-        let mut kernel = open(&args.kernel)?;
+        let mut kernel = args.kernel.as_deref().map(open).transpose()?;
         let mut initrd = args.initrd.as_deref().map(open).transpose()?;
+        if args.moves() {
+            let fallbacks = args.bpf.iter().filter_map(|bpf| bpf.fallback.as_ref());
+            let mut models = args.userspace.iter().map(|at| &at.what).chain(fallbacks);
+            if let Some(name) = models.next() {
+                return Err(Error::NotSaved(name.clone()));
+            }
+        }
+        let restore = args.restore.as_deref();
+        let saved = restore
+            .map(|path| Source::open(path).map_err(|source| Error::Restore(path.into(), source)))
+            .transpose()?;
 
         let kvm = Kvm::new().map_err(Error::OpenKvm)?;
         for (capability, name) in arch::CAPABILITIES {
@@ -234,7 +286,6 @@ impl Vm {
             .map_err(Error::CreateVcpu)?;
         let bits = arch::address_bits(&kvm, &vm, &vcpus[0]).map_err(Error::AddressBits)?;
         check_reach(taken.iter().chain(&ranges), bits)?;
-        let memory = create_memory(&vm, memory_size)?;
         platform.wire(&vm).map_err(Error::Platform)?;
 
         let table = args.perf_table.as_ref().map(|table| table.0.as_slice());
@@ -275,7 +326,7 @@ impl Vm {
                 path: PathBuf::from(&name),
                 device,
                 serial,
-                _irqs: irqs,
+                irqs: info.gsis.iter().copied().zip(irqs).collect(),
             });
         }
         for (info, nr_irqs) in userspace.iter_mut().zip(userspace_irqs) {
@@ -284,23 +335,23 @@ impl Vm {
             bus.add(info.range.clone(), Server::Userspace, Some(model));
         }
 
-        let cmdline = format!("{} {}", arch::CMDLINE, args.append);
-        let entry = arch::load(
-            &memory,
-            &mut kernel,
-            initrd.as_mut(),
-            cmdline.trim_end(),
-            args.cpus,
-            &devices,
-        )
-        .map_err(|source| Error::Load(args.kernel.clone(), source))?;
-
+        let machine = Machine {
+            cpus: args.cpus,
+            memory: args.memory,
+            perf_table: provided.perf_table.clone(),
+            devices: devices[..bpf_devices.len()]
+                .iter()
+                .map(Into::into)
+                .collect(),
+        };
         for (id, vcpu) in (0..).zip(&vcpus) {
-            arch::setup_vcpu(&kvm, &vm, vcpu, id, args.cpus, entry)
+            arch::setup_vcpu(&kvm, &vm, vcpu, id, args.cpus)
                 .map_err(|source| Error::SetupVcpu(id, source))?;
         }
-
-        Ok(Vm {
+        let shared_memory = args.hand_over.is_some();
+        let no_memory = |source| Error::Memory(args.memory, source);
+        let mut vm = Vm {
+            clamps: vec![None; vcpus.len()],
             vcpus,
             bpf_devices,
             provided,
@@ -308,29 +359,236 @@ impl Vm {
                 true => OnLoss::Accept,
                 false => OnLoss::Refuse,
             },
-            bus,
-            ports,
+            machine,
+            save: args.save.clone(),
+            shared: Arc::new(Shared {
+                bus,
+                ports,
+                platform,
+                stop: AtomicBool::new(false),
+            }),
+            kvm,
+            vm,
+            memory: GuestMemoryMmap::default(),
+        };
+        if let (Some(path), Some(kernel)) = (&args.kernel, &mut kernel) {
+            let cmdline = format!("{} {}", arch::CMDLINE, args.append);
+            vm.set_memory(snapshot::create_memory(memory_size, shared_memory).map_err(no_memory)?)?;
+            let entry = arch::load(
+                &vm.memory,
+                kernel,
+                initrd.as_mut(),
+                cmdline.trim_end(),
+                args.cpus,
+                &devices,
+            )
+            .map_err(|source| Error::Load(path.clone(), source))?;
+            arch::enter(&vm.vcpus[0], entry).map_err(|source| Error::SetupVcpu(0, source))?;
+        }
+        let own_table = args.perf_table.is_some();
+        if let (Some(path), Some(saved)) = (&args.restore, saved) {
+            vm.restore(path, &saved, own_table, shared_memory)?;
+        }
+        if let Some(path) = &args.take_over {
+            // The guest stands still from here on.
+            let stream =
+                UnixStream::connect(path).map_err(|error| Error::Connect(path.clone(), error))?;
+            let failed = |source| Error::Restore(path.clone(), source);
+            let source = Source::receive(&stream).map_err(failed)?;
+            vm.restore(path, &source, own_table, shared_memory)?;
+            snapshot::take(&stream).map_err(failed)?;
+        }
+        Ok(vm)
+    }
+
+    /// Gives the VM its memory.
+    fn set_memory(&mut self, memory: GuestMemoryMmap) -> Result<(), Error> {
+        self.memory = memory;
+        for (slot, region) in self.memory.iter().enumerate() {
+            let kvm_region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the region is mapped memory of that size, and `self` keeps the
+            // mapping until the vCPUs' threads, the only ones to use it, are gone.
+            unsafe { self.vm.set_user_memory_region(kvm_region) }.map_err(Error::SetMemory)?;
+        }
+        Ok(())
+    }
+
+    /// Makes a VM that has not run go on with a saved guest.
+    ///
+    /// Frequencies are the saved VM's, if they are not the command line's own.
+    fn restore(
+        &mut self,
+        path: &Path,
+        source: &Source,
+        own_table: bool,
+        shared_memory: bool,
+    ) -> Result<(), Error> {
+        let failed = |source| Error::Restore(path.to_path_buf(), source);
+        let saved = &source.snapshot;
+        if !own_table {
+            self.machine.perf_table = saved.machine.perf_table.clone();
+            self.provided.perf_table = saved.machine.perf_table.clone();
+        }
+        saved.check(&self.machine).map_err(failed)?;
+        let memory = source.memory(self.machine.memory << 20, shared_memory);
+        self.set_memory(memory.map_err(failed)?)?;
+        for (id, (vcpu, saved)) in self.vcpus.iter().zip(&saved.vcpus).enumerate() {
+            let restored = saved.state.restore(vcpu);
+            restored.map_err(|source| Error::RestoreVcpu(id, source))?;
+            self.clamps[id] = saved.uclamp;
+        }
+        // Interrupts come from here on, so there must be something that takes them.
+        let platform = &self.shared.platform;
+        platform
+            .restore(&self.vm, &self.vcpus, &saved.platform)
+            .map_err(Error::RestorePlatform)?;
+        let (console, _) = platform.console_line();
+        console
+            .restore(&saved.console)
+            .map_err(Error::RestoreConsole)?;
+        for (device, state) in self.bpf_devices.iter_mut().zip(&saved.devices) {
+            device.restore(&self.provided, state)?;
+        }
+        saved
+            .platform
+            .restore_clock(&self.vm, &self.vcpus)
+            .map_err(Error::RestorePlatform)
+    }
+
+    /// Reads all of the guest but its memory, when its vCPUs have stopped.
+    fn snapshot(&self) -> Result<Snapshot, Error> {
+        // The devices first: one that is to interrupt the guest after this does so when it is
+        // restored, and one that already has is no longer asked.
+        let devices = self.bpf_devices.iter().map(BpfDevice::save);
+        let devices = devices.collect::<Result<_, _>>()?;
+        let platform = &self.shared.platform;
+        let (console, gsi) = platform.console_line();
+        let irq = console.irq().map_err(Error::HoldInterrupt)?;
+        let lines = self.bpf_devices.iter().flat_map(|device| &device.irqs);
+        let lines = lines.map(|(gsi, irq)| (*gsi, irq)).chain([(gsi, &irq)]);
+        let (platform, vcpus) = self.hold_interrupts(lines, || {
+            let platform = platform.save(&self.vm, &self.vcpus);
+            let vcpus = self.vcpus.iter().zip(&self.clamps);
+            let vcpus = vcpus.map(|(vcpu, clamp)| {
+                Ok(snapshot::Vcpu {
+                    state: arch::VcpuState::save(&self.kvm, vcpu)?,
+                    uclamp: *clamp,
+                })
+            });
+            let vcpus: Result<_, _> = vcpus.collect();
+            Ok((platform.map_err(Error::Save)?, vcpus.map_err(Error::Save)?))
+        })?;
+        Ok(Snapshot {
+            machine: self.machine.clone(),
             platform,
-            _vm: vm,
-            _memory: memory,
+            console: console.save(),
+            vcpus,
+            devices,
         })
     }
 
-    /// Runs the guest to its end.
+    /// Does something while no interrupt of a device is on its way to the interrupt controller.
     ///
-    /// Others may send [`Event::Reload`] through `sender`.
+    /// What has been signalled before has arrived there; what is signalled meanwhile waits.
+    fn hold_interrupts<'a, T>(
+        &self,
+        lines: impl Iterator<Item = (u32, &'a EventFd)>,
+        work: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let mut held = Vec::new();
+        let mut holding = Ok(());
+        for (gsi, irq) in lines {
+            // It waits for the work that signals have queued.
+            holding = self.vm.unregister_irqfd(irq, gsi);
+            if holding.is_err() {
+                break;
+            }
+            held.push((gsi, irq));
+        }
+        let failed = |error: errno::Error| Error::HoldInterrupt(error.into());
+        let result = holding.map_err(failed).and_then(|()| work());
+        for (gsi, irq) in held {
+            self.vm.register_irqfd(irq, gsi).map_err(failed)?;
+        }
+        result
+    }
+
+    /// Runs the guest to its end, or until it goes on elsewhere.
+    ///
+    /// Others may send events through `sender`.
     pub fn run(mut self, sender: Sender<Event>, events: Receiver<Event>) -> Result<Report, Error> {
         register_signal_handler(SIGRTMIN(), interrupt_vcpu).map_err(Error::Signal)?;
-        let shared = Arc::new(Shared {
-            bus: self.bus,
-            ports: self.ports,
-            platform: self.platform,
-            stop: AtomicBool::new(false),
+        let mut reloads = 0;
+        let mut waiting = VecDeque::new();
+        let end = loop {
+            let event = self.run_vcpus(&sender, &events, &mut waiting, &mut reloads);
+            let moved = match event {
+                Ok(Next::End(end)) => break Ok(end),
+                Ok(Next::Save(path)) => self
+                    .snapshot()
+                    .and_then(|snapshot| {
+                        let saved = snapshot.save(&path, &self.memory);
+                        saved.map_err(|source| Error::SaveTo(path, source))
+                    })
+                    .map(|()| End::Saved),
+                Ok(Next::HandOver(stream)) => self.hand_over(&stream).map(|()| End::HandedOver),
+                Err(error) => break Err(error),
+            };
+            match moved {
+                Ok(end) => break Ok(end),
+                Err(error) => crate::print_error("the guest goes on here", &error),
+            }
+        };
+
+        let lost =
+            |device: &mut BpfDevice| Some(device.serial.take()?.finish(device.device.image()));
+        let mut console_bytes_lost: u64 = self.bpf_devices.iter_mut().filter_map(lost).sum();
+        let shared = &self.shared;
+        console_bytes_lost += shared.platform.finish();
+        let mut devices = shared.bus.report();
+        devices.extend(shared.ports.report());
+        let vcpus = self.clamps.iter().enumerate().filter_map(|(id, clamp)| {
+            let (uclamp_min, uclamp_max) = (*clamp)?;
+            Some(Vcpu {
+                id,
+                uclamp_min,
+                uclamp_max,
+            })
         });
+        end.map(|end| Report {
+            end: end.describe(),
+            reloads,
+            unclaimed_exits: shared.bus.unclaimed(),
+            console_bytes_lost,
+            devices,
+            vcpus: vcpus.collect(),
+        })
+    }
+
+    /// Runs the vCPUs until there is something to do that needs them stopped; then they have
+    /// completed what they were at.
+    ///
+    /// `waiting` are events from the time in which they stopped.
+    fn run_vcpus(
+        &mut self,
+        sender: &Sender<Event>,
+        events: &Receiver<Event>,
+        waiting: &mut VecDeque<Event>,
+        reloads: &mut u64,
+    ) -> Result<Next, Error> {
+        let count = self.vcpus.len();
+        self.shared.stop.store(false, Ordering::SeqCst);
         let mut threads = Vec::new();
         let mut started = Ok(());
-        for (id, vcpu) in self.vcpus.into_iter().enumerate() {
-            match start_vcpu(id, vcpu, shared.clone(), sender.clone()) {
+        let vcpus = self.vcpus.drain(..).zip(&self.clamps).enumerate();
+        for (id, (vcpu, clamp)) in vcpus {
+            match start_vcpu(id, vcpu, *clamp, self.shared.clone(), sender.clone()) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {
                     started = Err(error);
@@ -338,52 +596,93 @@ impl Vm {
                 }
             }
         }
-
-        let mut reloads = 0;
-        let end = started.and_then(|()| {
+        let mut next = started.and_then(|()| {
             loop {
-                match events.recv() {
-                    Ok(Event::Reload) => {
-                        for device in &mut self.bpf_devices {
-                            match device.reload(&self.provided, self.on_loss) {
-                                Ok(changes) => {
-                                    reloads += 1;
-                                    let path = device.path.display();
-                                    crate::say(&format!("kvm-bpf-vmm: reload: {path}: {changes}"));
-                                }
-                                Err(error) => crate::print_error("reload", &error),
-                            }
+                let event = waiting.pop_front().map_or_else(|| events.recv(), Ok);
+                match event {
+                    Ok(Event::Reload) => *reloads += self.reload(),
+                    Ok(Event::Save) => {
+                        if let Some(path) = &self.save {
+                            break Ok(Next::Save(path.clone()));
                         }
                     }
+                    Ok(Event::HandOver(stream)) => break Ok(Next::HandOver(stream)),
                     Ok(Event::Vcpu(Ok(None))) => (),
-                    Ok(Event::Vcpu(Ok(Some(end)))) => break Ok(end),
+                    Ok(Event::Vcpu(Ok(Some(end)))) => break Ok(Next::End(end)),
                     Ok(Event::Vcpu(Err(error))) => break Err(error),
-                    Err(mpsc::RecvError) => unreachable!("this function holds a sender"),
+                    Err(mpsc::RecvError) => unreachable!("the caller holds a sender"),
                 }
             }
         });
 
         // Also those that run while another one could not be started.
-        shared.stop.store(true, Ordering::SeqCst);
-        let vcpus = stop_vcpus(threads);
-        let lost =
-            |device: &mut BpfDevice| Some(device.serial.take()?.finish(device.device.image()));
-        let mut console_bytes_lost: u64 = self.bpf_devices.iter_mut().filter_map(lost).sum();
-        console_bytes_lost += shared.platform.finish();
-        let mut devices = shared.bus.report();
-        devices.extend(shared.ports.report());
-        end.map(|end| Report {
-            end: end.describe(),
-            reloads,
-            unclaimed_exits: shared.bus.unclaimed(),
-            console_bytes_lost,
-            devices,
-            vcpus,
-        })
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for (id, stopped) in stop_vcpus(threads).into_iter().enumerate() {
+            self.vcpus.push(stopped.vcpu);
+            self.clamps[id] = stopped.clamp;
+        }
+        if self.vcpus.len() < count {
+            return next.and(Err(Error::LostVcpu));
+        }
+        // The guest may have ended as its vCPUs stopped: then there is nothing left to move.
+        while let Ok(event) = events.try_recv() {
+            match event {
+                Event::Vcpu(Ok(None)) => (),
+                Event::Vcpu(Ok(Some(end))) => next = next.map(|_| Next::End(end)),
+                Event::Vcpu(Err(error)) => next = next.and(Err(error)),
+                other => waiting.push_back(other),
+            }
+        }
+        next
+    }
+
+    /// Replaces the programs of all devices whose files can; returns of how many.
+    fn reload(&mut self) -> u64 {
+        let mut reloads = 0;
+        for device in &mut self.bpf_devices {
+            match device.reload(&self.provided, self.on_loss) {
+                Ok(changes) => {
+                    reloads += 1;
+                    let path = device.path.display();
+                    crate::say(&format!("kvm-bpf-vmm: reload: {path}: {changes}"));
+                }
+                Err(error) => crate::print_error("reload", &error),
+            }
+        }
+        reloads
+    }
+
+    fn hand_over(&self, stream: &UnixStream) -> Result<(), Error> {
+        let snapshot = self.snapshot()?;
+        let memory = snapshot::memory_file(&self.memory)
+            .ok_or(snapshot::Error::Memory("it is no file"))
+            .map_err(Error::HandOver)?;
+        snapshot.send(stream, memory).map_err(Error::HandOver)
     }
 }
 
+/// Why the vCPUs have stopped.
+enum Next {
+    /// The guest has ended.
+    End(End),
+    /// It is to be saved.
+    Save(PathBuf),
+    /// It is to go on at the other end.
+    HandOver(UnixStream),
+}
+
 impl BpfDevice {
+    /// Reads its programs' state.
+    fn save(&self) -> Result<DeviceState, Error> {
+        Ok(None)
+    }
+
+    /// Gives its programs a state, on a host that is another.
+    fn restore(&mut self, provided: &Provided, _state: &DeviceState) -> Result<(), Error> {
+        let name = self.path.display().to_string();
+        provide_to(&name, self.device.image(), provided)
+    }
+
     fn reload(&mut self, provided: &Provided, on_loss: OnLoss) -> Result<MapChanges, Error> {
         crate::forget_warnings();
         let image = open_image(&self.path)?;
@@ -472,24 +771,6 @@ fn guest_device(at: &At, size: u64, compatible: Vec<String>) -> GuestDevice {
     }
 }
 
-fn create_memory(vm: &VmFd, size: u64) -> Result<GuestMemoryMmap, Error> {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(arch::RAM_START), size as usize)])
-        .map_err(|source| Error::Memory(size >> 20, source))?;
-    for (slot, region) in memory.iter().enumerate() {
-        let kvm_region = kvm_userspace_memory_region {
-            slot: slot as u32,
-            flags: 0,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: the region is mapped memory of that size, and `Vm` keeps the
-        // mapping until the vCPUs' threads, the only ones to use it, are gone.
-        unsafe { vm.set_user_memory_region(kvm_region) }.map_err(Error::SetMemory)?;
-    }
-    Ok(memory)
-}
-
 /// Gives a device its interrupt lines; returns an eventfd for each, which raises it.
 fn wire_interrupts(
     vm: &VmFd,
@@ -533,33 +814,45 @@ struct Shared {
     stop: AtomicBool,
 }
 
+/// A vCPU whose thread is gone.
+struct Stopped {
+    vcpu: VcpuFd,
+    /// Bounds of the utilization that the scheduler assumed for the thread.
+    clamp: Option<(u32, u32)>,
+}
+
 fn start_vcpu(
     id: usize,
     mut vcpu: VcpuFd,
+    clamp: Option<(u32, u32)>,
     shared: Arc<Shared>,
     sender: Sender<Event>,
-) -> Result<JoinHandle<Option<Vcpu>>, Error> {
+) -> Result<JoinHandle<Stopped>, Error> {
     thread::Builder::new()
         .name(format!("vcpu{id}"))
         .spawn(move || {
+            // What the thread had of a guest that goes on. A host need not have clamps.
+            if let Some((min, max)) = clamp {
+                let _ = uclamp::set_current(min, max);
+            }
             let result = catch_unwind(AssertUnwindSafe(|| run_vcpu(id, &mut vcpu, &shared)))
                 .unwrap_or_else(|_| Err(Error::UnexpectedExit(id, "its thread panicked".into())));
             // Nobody listens any more when another vCPU ended the guest first.
             let _ = sender.send(Event::Vcpu(result));
             // A thread may ask this of itself as long as it is there, so at its end.
-            let (uclamp_min, uclamp_max) = uclamp::of_thread(0).ok()?;
-            Some(Vcpu {
-                id,
-                uclamp_min,
-                uclamp_max,
-            })
+            let clamp = uclamp::of_thread(0).ok();
+            Stopped { vcpu, clamp }
         })
         .map_err(Error::Thread)
 }
 
-/// Runs a vCPU until the guest ends; `None` when another vCPU ended it.
+/// Runs a vCPU until the guest ends; `None` when it is to stop, with its last access completed.
 fn run_vcpu(id: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<Option<End>, Error> {
-    while !shared.stop.load(Ordering::SeqCst) {
+    loop {
+        // KVM completes an access when it is called again, and with this it does no more. There may
+        // be another exit for the same access.
+        let stop = shared.stop.load(Ordering::SeqCst);
+        vcpu.set_kvm_immediate_exit(stop.into());
         let end = match vcpu.run() {
             Ok(VcpuExit::MmioRead(addr, data)) => {
                 if !shared.platform.mmio_read(addr, data) {
@@ -601,6 +894,7 @@ fn run_vcpu(id: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<Option<End>
                 None
             }
             Ok(exit) => return Err(Error::UnexpectedExit(id, format!("{exit:?}"))),
+            Err(error) if stop && error.errno() == libc::EINTR => return Ok(None),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => None,
             Err(error) => return Err(Error::RunVcpu(id, error)),
         };
@@ -608,7 +902,6 @@ fn run_vcpu(id: usize, vcpu: &mut VcpuFd, shared: &Shared) -> Result<Option<End>
             return Ok(end);
         }
     }
-    Ok(None)
 }
 
 /// What KVM says of an error of its own.
@@ -619,9 +912,9 @@ fn internal_error(vcpu: &mut VcpuFd) -> String {
     format!("KVM internal error {}, {data:x?}", internal.suberror)
 }
 
-/// Makes the threads leave `KVM_RUN` and waits for them; returns what they tell of themselves.
-fn stop_vcpus(threads: Vec<JoinHandle<Option<Vcpu>>>) -> Vec<Vcpu> {
-    let stop = |thread: JoinHandle<Option<Vcpu>>| {
+/// Makes the threads leave `KVM_RUN` and waits for them; returns the vCPUs.
+fn stop_vcpus(threads: Vec<JoinHandle<Stopped>>) -> Vec<Stopped> {
+    let stop = |thread: JoinHandle<Stopped>| {
         // A signal that arrives just before KVM_RUN does not interrupt it, so
         // send it until the thread is gone.
         while !thread.is_finished() {
@@ -630,7 +923,7 @@ fn stop_vcpus(threads: Vec<JoinHandle<Option<Vcpu>>>) -> Vec<Vcpu> {
             thread::sleep(Duration::from_millis(1));
         }
         // A panic has been printed already.
-        thread.join().ok().flatten()
+        thread.join().ok()
     };
     threads.into_iter().filter_map(stop).collect()
 }

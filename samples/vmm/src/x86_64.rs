@@ -6,6 +6,7 @@
 //! boot protocol (Documentation/arch/x86/boot.rst) describes it.
 
 mod acpi;
+mod state;
 
 use std::fs::File;
 use std::ops::RangeInclusive;
@@ -21,6 +22,7 @@ use linux_loader::loader::bzimage::BzImage;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::errno;
 
+pub use self::state::{PlatformState, VcpuState};
 use crate::boot::{Error, kvm, load_initrd};
 use crate::bus::Range;
 use crate::console::Console;
@@ -163,6 +165,26 @@ impl Platform {
         self.console
             .wire(vm, COM1_GSI)
             .map_err(kvm("wire the console's interrupt"))
+    }
+
+    /// The console, and its interrupt line.
+    pub fn console_line(&self) -> (&Console, u32) {
+        (&self.console, COM1_GSI)
+    }
+
+    /// Reads what KVM keeps for the guest, when all vCPUs are out of `KVM_RUN`.
+    pub fn save(&self, vm: &VmFd, _vcpus: &[VcpuFd]) -> Result<PlatformState, Error> {
+        PlatformState::save(vm)
+    }
+
+    /// Gives it to a VM that has not run.
+    pub fn restore(
+        &self,
+        vm: &VmFd,
+        _vcpus: &[VcpuFd],
+        state: &PlatformState,
+    ) -> Result<(), Error> {
+        state.restore(vm)
     }
 
     /// Handles a read of the platform's own devices, of which none is at an address here.
@@ -331,23 +353,16 @@ fn supported_cpuid(kvm_fd: &Kvm) -> Result<CpuId, Error> {
         .map_err(kvm("ask for the supported CPUID"))
 }
 
-/// Sets up a vCPU; the first one enters the kernel, the others wait for it.
-pub fn setup_vcpu(
-    kvm_fd: &Kvm,
-    _vm: &VmFd,
-    vcpu: &VcpuFd,
-    id: u8,
-    cpus: u8,
-    entry: Entry,
-) -> Result<(), Error> {
+/// Sets up a vCPU; all but the first wait for it.
+pub fn setup_vcpu(kvm_fd: &Kvm, _vm: &VmFd, vcpu: &VcpuFd, id: u8, cpus: u8) -> Result<(), Error> {
     let entries = cpuid(supported_cpuid(kvm_fd)?.as_slice(), id, cpus);
     let cpuid = CpuId::from_entries(&entries)
         .map_err(|_| Error::Kvm("build the CPUID", errno::Error::new(libc::E2BIG)))?;
-    vcpu.set_cpuid2(&cpuid).map_err(kvm("set the CPUID"))?;
-    if id != 0 {
-        return Ok(());
-    }
+    vcpu.set_cpuid2(&cpuid).map_err(kvm("set the CPUID"))
+}
 
+/// Has the first vCPU enter the kernel.
+pub fn enter(vcpu: &VcpuFd, entry: Entry) -> Result<(), Error> {
     let msrs = Msrs::from_entries(&[kvm_msr_entry {
         index: MSR_MTRR_DEF_TYPE,
         data: MTRR_ENABLED_WRITE_BACK,

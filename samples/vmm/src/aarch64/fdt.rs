@@ -132,7 +132,7 @@ fn cpus(fdt: &mut FdtWriter, count: u8) -> Result<(), Error> {
 }
 
 /// Affinity of a vCPU, as KVM sets it (`kvm_calculate_mpidr()`): clusters of 16.
-fn mpidr(id: u8) -> u32 {
+pub fn mpidr(id: u8) -> u32 {
     let id = u32::from(id);
     id >> 4 << 8 | id & 0xf
 }

@@ -1,0 +1,573 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A stopped VM: as a file that another host goes on from, or as what goes to another process.
+//!
+//! | bytes of the file | content |
+//! | --- | --- |
+//! | 0 to 7 | `KVMBPFVM` |
+//! | 8 to 11 | version of the format |
+//! | 12 to 15 | architecture, as ELF files name it |
+//! | 16 to 23 | length of the description |
+//! | 24 and on | the description: [`Snapshot`] as JSON |
+//! | from the next multiple of 4096 | guest memory; pages of zeroes are holes |
+//!
+//! Numbers are little-endian. To another process goes the same without memory, whose file
+//! descriptor comes with the first byte.
+
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kvm_bpf::note::Space;
+use serde::{Deserialize, Serialize};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryRegion, MemoryRegionAddress,
+};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::arch;
+use crate::console;
+
+const MAGIC: [u8; 8] = *b"KVMBPFVM";
+const VERSION: u32 = 1;
+/// `e_machine` of this architecture's ELF files.
+#[cfg(target_arch = "aarch64")]
+const ARCHITECTURE: u32 = 183;
+#[cfg(target_arch = "x86_64")]
+const ARCHITECTURE: u32 = 62;
+const HEADER_SIZE: usize = 24;
+/// No description is longer: 254 vCPUs and a thousand devices have less.
+const DESCRIPTION_MAX: u64 = 64 << 20;
+
+const PAGE: usize = 0x1000;
+/// How much memory is looked at in one go.
+const CHUNK: usize = 1 << 20;
+
+/// What one process tells the other, a byte each: that all is there, and to go on with it.
+const READY: u8 = b'R';
+const GO: u8 = b'G';
+/// How long one waits for the other. The guest stands still meanwhile.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Why a VM cannot be saved, restored or handed over.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot write it")]
+    Write(#[source] io::Error),
+    #[error("cannot read it")]
+    Read(#[source] io::Error),
+    #[error("no saved VM")]
+    Magic,
+    #[error("a saved VM of version {0}, and this program reads version {VERSION}")]
+    Version(u32),
+    #[error("a saved VM of another architecture ({0} in ELF files, and here it is {ARCHITECTURE})")]
+    Architecture(u32),
+    #[error("{0} bytes of description, and {DESCRIPTION_MAX} is the most")]
+    Large(u64),
+    #[error("its description cannot be understood")]
+    Description(#[source] serde_json::Error),
+    #[error("it has {0} bytes of memory, and should have {1}")]
+    Length(u64, u64),
+    #[error("its memory cannot be used: {0}")]
+    Memory(&'static str),
+    #[error("cannot access guest memory")]
+    GuestMemory(#[from] GuestMemoryError),
+    #[error("cannot map guest memory")]
+    Map(#[from] vm_memory::mmap::FromRangesError),
+    #[error("the saved VM has {saved}, and this one {here}")]
+    Differs { saved: String, here: String },
+    #[error("the other process has not taken it")]
+    NotTaken(#[source] io::Error),
+    #[error("the other process goes on by itself")]
+    NotGiven(#[source] io::Error),
+}
+
+/// All of a stopped VM but its memory.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Snapshot {
+    /// What it is.
+    pub machine: Machine,
+    /// Interrupt controllers, timers.
+    pub platform: arch::PlatformState,
+    /// The console.
+    pub console: console::State,
+    /// By number.
+    pub vcpus: Vec<Vcpu>,
+    /// The devices made of programs, in the order of the machine's.
+    pub devices: Vec<DeviceState>,
+}
+
+/// A vCPU.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vcpu {
+    /// Its registers.
+    pub state: arch::VcpuState,
+    /// Bounds of the utilization that the scheduler assumes, where they are set.
+    pub uclamp: Option<(u32, u32)>,
+}
+
+/// What the programs of a device have in their maps.
+pub type DeviceState = Option<serde_json::Value>;
+
+/// What the command line makes of a VM; a guest takes no other.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// MiB of memory.
+    pub memory: u64,
+    /// Frequencies in kHz.
+    pub perf_table: Vec<u32>,
+    /// The devices made of programs, as on the command line.
+    pub devices: Vec<Device>,
+}
+
+/// A device made of programs, as the guest knows it.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Device {
+    /// Of its file, for messages only.
+    pub name: String,
+    /// Whether it is at ports.
+    pub ports: bool,
+    /// First address or port.
+    pub addr: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Device-tree `compatible` strings.
+    pub compatible: Vec<String>,
+    /// Its interrupt lines.
+    pub gsis: Vec<u32>,
+}
+
+impl Device {
+    /// Where the guest finds it, and what it takes it for.
+    fn identity(&self) -> (bool, u64, u64, &[String], &[u32]) {
+        let Device {
+            ports, addr, size, ..
+        } = *self;
+        (ports, addr, size, &self.compatible, &self.gsis)
+    }
+}
+
+impl PartialEq for Device {
+    fn eq(&self, other: &Self) -> bool {
+        self.identity() == other.identity()
+    }
+}
+
+impl Eq for Device {}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Device {
+            name, addr, size, ..
+        } = self;
+        let port = if self.ports { "port " } else { "" };
+        let compatible = self.compatible.join(", ");
+        write!(
+            f,
+            "{name} ({compatible}; {size:#x} bytes at {port}{addr:#x}; interrupt lines {:?})",
+            self.gsis
+        )
+    }
+}
+
+impl From<&crate::vm::GuestDevice> for Device {
+    fn from(device: &crate::vm::GuestDevice) -> Self {
+        let range = &device.range;
+        Device {
+            name: range.name.clone(),
+            ports: range.space == Space::Ports,
+            addr: range.addr,
+            size: range.size,
+            compatible: device.compatible.clone(),
+            gsis: device.gsis.clone(),
+        }
+    }
+}
+
+impl Machine {
+    /// Checks that a guest of `saved` does not notice that it is in this machine.
+    fn check(&self, saved: &Machine) -> Result<(), Error> {
+        let differs = |saved: String, here: String| Err(Error::Differs { saved, here });
+        let count = |number: u64, what: &str| format!("{number} {what}");
+        if saved.cpus != self.cpus {
+            let count = |cpus: u8| count(cpus.into(), "CPUs");
+            return differs(count(saved.cpus), count(self.cpus));
+        }
+        if saved.memory != self.memory {
+            let count = |mib| count(mib, "MiB of memory");
+            return differs(count(saved.memory), count(self.memory));
+        }
+        if saved.perf_table != self.perf_table {
+            let list = |table: &[u32]| format!("the frequencies {table:?}");
+            return differs(list(&saved.perf_table), list(&self.perf_table));
+        }
+        for (saved, here) in saved.devices.iter().zip(&self.devices) {
+            if saved != here {
+                return differs(saved.to_string(), here.to_string());
+            }
+        }
+        if saved.devices.len() != self.devices.len() {
+            let count = |devices: &[Device]| count(devices.len() as u64, "devices of programs");
+            return differs(count(&saved.devices), count(&self.devices));
+        }
+        Ok(())
+    }
+}
+
+impl Snapshot {
+    /// Checks that it is of `machine`, and whole.
+    pub fn check(&self, machine: &Machine) -> Result<(), Error> {
+        machine.check(&self.machine)?;
+        let parts = |vcpus: usize, devices: usize| {
+            format!("registers of {vcpus} CPUs and the state of {devices} devices")
+        };
+        let has = (self.vcpus.len(), self.devices.len());
+        let wanted = (machine.cpus.into(), machine.devices.len());
+        if has != wanted {
+            return Err(Error::Differs {
+                saved: parts(has.0, has.1),
+                here: parts(wanted.0, wanted.1),
+            });
+        }
+        Ok(())
+    }
+
+    fn encode(&self) -> Result<([u8; HEADER_SIZE], Vec<u8>), Error> {
+        let description = serde_json::to_vec(self).map_err(Error::Description)?;
+        let length = description.len() as u64;
+        if length > DESCRIPTION_MAX {
+            return Err(Error::Large(length));
+        }
+        let mut header = [0; HEADER_SIZE];
+        header[..8].copy_from_slice(&MAGIC);
+        header[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        header[12..16].copy_from_slice(&ARCHITECTURE.to_le_bytes());
+        header[16..].copy_from_slice(&length.to_le_bytes());
+        Ok((header, description))
+    }
+
+    /// Reads what [`Self::encode`] returned; also how long the description is.
+    fn decode(header: &[u8; HEADER_SIZE], mut from: impl Read) -> Result<(Self, u64), Error> {
+        let number = |at: usize| {
+            let bytes = [0, 1, 2, 3].map(|offset| header[at + offset]);
+            u32::from_le_bytes(bytes)
+        };
+        if header[..8] != MAGIC {
+            return Err(Error::Magic);
+        }
+        if number(8) != VERSION {
+            return Err(Error::Version(number(8)));
+        }
+        if number(12) != ARCHITECTURE {
+            return Err(Error::Architecture(number(12)));
+        }
+        let length = u64::from(number(20)) << 32 | u64::from(number(16));
+        if length > DESCRIPTION_MAX {
+            return Err(Error::Large(length));
+        }
+        let mut description = vec![0; length as usize];
+        from.read_exact(&mut description).map_err(Error::Read)?;
+        let snapshot = serde_json::from_slice(&description).map_err(Error::Description)?;
+        Ok((snapshot, length))
+    }
+
+    /// Writes a file, which is there when it is whole.
+    pub fn save(&self, path: &Path, memory: &GuestMemoryMmap) -> Result<(), Error> {
+        let mut name = path.as_os_str().to_owned();
+        name.push(".new");
+        let new = PathBuf::from(name);
+        let result = self.write_to(&new, memory).and_then(|()| {
+            // Nothing of it may be missing where the file has its name.
+            fs::rename(&new, path).map_err(Error::Write)
+        });
+        if result.is_err() {
+            // There may be none.
+            let _ = fs::remove_file(&new);
+        }
+        result
+    }
+
+    fn write_to(&self, path: &Path, memory: &GuestMemoryMmap) -> Result<(), Error> {
+        let (header, description) = self.encode()?;
+        // The guest's secrets are in it.
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(Error::Write)?;
+        file.write_all(&header).map_err(Error::Write)?;
+        file.write_all(&description).map_err(Error::Write)?;
+        write_memory(&file, memory_offset(description.len() as u64), memory)?;
+        file.sync_all().map_err(Error::Write)
+    }
+
+    /// Sends it with its memory to a process that waits for it with [`Receiver::take`], and waits
+    /// until that one has it: from then on the guest is the other's.
+    pub fn send(&self, stream: &UnixStream, memory: &File) -> Result<(), Error> {
+        let (header, description) = self.encode()?;
+        let wait = Some(PATIENCE);
+        stream.set_read_timeout(wait).map_err(Error::Write)?;
+        stream.set_write_timeout(wait).map_err(Error::Write)?;
+        let sent = stream
+            .send_with_fd(&header[..], memory.as_raw_fd())
+            .map_err(|error| Error::Write(error.into()))?;
+        let mut stream = stream;
+        stream
+            .write_all(&header[sent..])
+            .and_then(|()| stream.write_all(&description))
+            .map_err(Error::Write)?;
+        expect(stream, READY).map_err(Error::NotTaken)?;
+        stream.write_all(&[GO]).map_err(Error::NotTaken)
+    }
+}
+
+/// Waits for a byte that has to be this one.
+fn expect(mut stream: &UnixStream, wanted: u8) -> io::Result<()> {
+    let mut byte = [0];
+    stream.read_exact(&mut byte)?;
+    match byte[0] == wanted {
+        true => Ok(()),
+        false => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// Where memory is in a file with so long a description.
+fn memory_offset(description: u64) -> u64 {
+    (HEADER_SIZE as u64 + description).next_multiple_of(PAGE as u64)
+}
+
+/// A saved VM with its memory.
+pub struct Source {
+    /// All but the memory.
+    pub snapshot: Snapshot,
+    memory: Memory,
+}
+
+enum Memory {
+    /// From there on in a file.
+    Saved(File, u64),
+    /// A file that is the memory.
+    Shared(File),
+}
+
+impl Source {
+    /// Reads a file of [`Snapshot::save`], but for the memory.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let mut file = kvm_bpf::image::open_regular(path).map_err(Error::Read)?;
+        let mut header = [0; HEADER_SIZE];
+        file.read_exact(&mut header).map_err(|error| {
+            if error.kind() == io::ErrorKind::UnexpectedEof {
+                Error::Magic
+            } else {
+                Error::Read(error)
+            }
+        })?;
+        let (snapshot, length) = Snapshot::decode(&header, &file)?;
+        let memory = Memory::Saved(file, memory_offset(length));
+        Ok(Source { snapshot, memory })
+    }
+
+    /// Takes what [`Snapshot::send`] sends.
+    pub fn receive(stream: &UnixStream) -> Result<Self, Error> {
+        let wait = Some(PATIENCE);
+        stream.set_read_timeout(wait).map_err(Error::Read)?;
+        stream.set_write_timeout(wait).map_err(Error::Read)?;
+        let mut header = [0; HEADER_SIZE];
+        let (length, memory) = stream
+            .recv_with_fd(&mut header)
+            .map_err(|error| Error::Read(error.into()))?;
+        let mut stream = stream;
+        stream
+            .read_exact(&mut header[length..])
+            .map_err(Error::Read)?;
+        let (snapshot, _) = Snapshot::decode(&header, stream)?;
+        let memory = memory.ok_or(Error::Memory("no file descriptor has come with it"))?;
+        let memory = Memory::Shared(memory);
+        Ok(Source { snapshot, memory })
+    }
+
+    /// Makes guest memory of it; `shared` as [`create_memory`] has it.
+    pub fn memory(&self, size: u64, shared: bool) -> Result<GuestMemoryMmap, Error> {
+        match &self.memory {
+            Memory::Saved(file, offset) => {
+                let length = file.metadata().map_err(Error::Read)?.len();
+                let length = length.saturating_sub(*offset);
+                if length != size {
+                    return Err(Error::Length(length, size));
+                }
+                let memory = create_memory(size, shared)?;
+                read_memory(file, *offset, &memory)?;
+                Ok(memory)
+            }
+            Memory::Shared(file) => {
+                check_shared(file, size)?;
+                map(file.try_clone().map_err(Error::Read)?, size)
+            }
+        }
+    }
+}
+
+/// Tells the process that sent a VM that it is here whole; on success the VM is this process's.
+pub fn take(stream: &UnixStream) -> Result<(), Error> {
+    let mut to = stream;
+    to.write_all(&[READY])
+        .and_then(|()| expect(stream, GO))
+        .map_err(Error::NotGiven)
+}
+
+/// Guest memory of zeroes; `shared` as a file that other processes can map.
+pub fn create_memory(size: u64, shared: bool) -> Result<GuestMemoryMmap, Error> {
+    if !shared {
+        let range = (GuestAddress(arch::RAM_START), size as usize);
+        return Ok(GuestMemoryMmap::from_ranges(&[range])?);
+    }
+    let failed = |_| Error::Write(io::Error::last_os_error());
+    // SAFETY: the name is a string that lives on, and the kernel only reads it.
+    let fd = unsafe {
+        libc::memfd_create(
+            c"guest memory".as_ptr(),
+            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
+        )
+    };
+    if fd < 0 {
+        return Err(failed(()));
+    }
+    // SAFETY: it is open and nobody else's.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size).map_err(Error::Write)?;
+    // SAFETY: the call has numbers only.
+    if unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, SEALS) } < 0 {
+        return Err(failed(()));
+    }
+    map(file, size)
+}
+
+/// Who maps a file that another can shorten dies of that.
+const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+
+/// Checks that a file of another process can be guest memory.
+fn check_shared(file: &File, size: u64) -> Result<(), Error> {
+    // SAFETY: the call has numbers only. It fails for what is no memory.
+    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    if seals < 0 || seals & SEALS != SEALS {
+        return Err(Error::Memory("its size is not sealed"));
+    }
+    let length = file.metadata().map_err(Error::Read)?.len();
+    if length != size {
+        return Err(Error::Length(length, size));
+    }
+    Ok(())
+}
+
+fn map(file: File, size: u64) -> Result<GuestMemoryMmap, Error> {
+    let file = FileOffset::new(file, 0);
+    let range = (GuestAddress(arch::RAM_START), size as usize, Some(file));
+    Ok(GuestMemoryMmap::from_ranges_with_files([range])?)
+}
+
+/// The file that is guest memory, where [`create_memory`] made it one.
+pub fn memory_file(memory: &GuestMemoryMmap) -> Option<&File> {
+    let region = memory.iter().next()?;
+    region.file_offset().map(FileOffset::file)
+}
+
+/// Writes all of memory but pages of zeroes, which stay holes.
+fn write_memory(file: &File, mut at: u64, memory: &GuestMemoryMmap) -> Result<(), Error> {
+    let mut buffer = vec![0; CHUNK];
+    for region in memory.iter() {
+        let mut offset = 0;
+        while offset < region.len() {
+            let length = (region.len() - offset).min(CHUNK as u64) as usize;
+            let chunk = &mut buffer[..length];
+            region.read_slice(chunk, MemoryRegionAddress(offset))?;
+            for_each_run(chunk, |start, bytes| {
+                file.write_all_at(bytes, at + start as u64)
+                    .map_err(Error::Write)
+            })?;
+            offset += length as u64;
+            at += length as u64;
+        }
+    }
+    file.set_len(at).map_err(Error::Write)
+}
+
+/// Fills memory, which is zero. Pages of zeroes are left alone: so they take no memory.
+fn read_memory(file: &File, mut at: u64, memory: &GuestMemoryMmap) -> Result<(), Error> {
+    let mut buffer = vec![0; CHUNK];
+    for region in memory.iter() {
+        let mut offset = 0;
+        while offset < region.len() {
+            let length = (region.len() - offset).min(CHUNK as u64) as usize;
+            let chunk = &mut buffer[..length];
+            file.read_exact_at(chunk, at).map_err(Error::Read)?;
+            for_each_run(chunk, |start, bytes| {
+                let start = MemoryRegionAddress(offset + start as u64);
+                Ok(region.write_slice(bytes, start)?)
+            })?;
+            offset += length as u64;
+            at += length as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Calls `take` for each longest run of pages that are not all zero.
+fn for_each_run(
+    chunk: &[u8],
+    mut take: impl FnMut(usize, &[u8]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let mut start = None;
+    for (index, page) in chunk.chunks(PAGE).enumerate() {
+        let at = index * PAGE;
+        match (page.iter().all(|&byte| byte == 0), start) {
+            (false, None) => start = Some(at),
+            (true, Some(first)) => {
+                take(first, &chunk[first..at])?;
+                start = None;
+            }
+            _ => (),
+        }
+    }
+    match start {
+        Some(first) => take(first, &chunk[first..]),
+        None => Ok(()),
+    }
+}
+
+/// Bytes as a string of two hexadecimal digits each.
+pub mod hex {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        serializer.serialize_str(&digits)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        let digits = String::deserialize(deserializer)?;
+        let digit = |digit: u8| {
+            let digit = char::from(digit).to_digit(16);
+            digit.ok_or_else(|| Error::custom("no hexadecimal digit"))
+        };
+        let byte = |pair: &[u8]| match *pair {
+            [high, low] => Ok((digit(high)? << 4 | digit(low)?) as u8),
+            _ => Err(Error::custom("an odd number of digits")),
+        };
+        digits.as_bytes().chunks(2).map(byte).collect()
+    }
+}
