@@ -326,6 +326,29 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_comes_from_one_place() {
+        let parse = |args: &[&str]| Args::try_parse_from([&["kvm-bpf-vmm"], args].concat());
+        assert!(!parse(&["--kernel", "k"]).unwrap().moves());
+        for good in [
+            &["--kernel", "k", "--save", "f"][..],
+            &["--restore", "f", "--save", "f"],
+            &["--take-over", "s", "--hand-over", "t", "--save", "f"],
+        ] {
+            assert!(parse(good).unwrap().moves(), "{good:?}");
+        }
+        for bad in [
+            &["--save", "f"][..],
+            &["--hand-over", "s"],
+            &["--restore", "f", "--take-over", "s"],
+            &["--restore", "f", "--kernel", "k"],
+            &["--restore", "f", "--initrd", "i"],
+            &["--take-over", "s", "--kernel", "k"],
+        ] {
+            assert!(parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
     fn defaults_and_bounds() {
         let args = parse(&[]).unwrap();
         assert_eq!((args.memory, args.cpus), (256, 1));

@@ -27,6 +27,7 @@ impl Trigger for EventTrigger {
 
 /// Its registers.
 #[derive(Debug, Deserialize, Serialize)]
+#[cfg_attr(test, derive(Default))]
 #[serde(deny_unknown_fields)]
 pub struct State {
     baud_divisor_low: u8,

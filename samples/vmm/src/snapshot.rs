@@ -549,6 +549,7 @@ fn for_each_run(
 }
 
 /// Bytes as a string of two hexadecimal digits each.
+#[cfg(any(test, target_arch = "aarch64"))]
 pub mod hex {
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serializer};
@@ -569,5 +570,249 @@ pub mod hex {
             _ => Err(Error::custom("an odd number of digits")),
         };
         digits.as_bytes().chunks(2).map(byte).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+    use std::thread;
+
+    use vmm_sys_util::tempdir::TempDir;
+
+    use super::*;
+
+    const SIZE: u64 = 3 * CHUNK as u64;
+
+    fn device() -> Device {
+        Device {
+            name: "a.o".to_string(),
+            ports: false,
+            addr: 0x1000,
+            size: 0x100,
+            compatible: vec!["x,y".to_string()],
+            gsis: vec![5],
+        }
+    }
+
+    fn machine() -> Machine {
+        Machine {
+            cpus: 1,
+            memory: 3,
+            perf_table: vec![1000],
+            devices: vec![device()],
+        }
+    }
+
+    fn snapshot() -> Snapshot {
+        Snapshot {
+            machine: machine(),
+            platform: arch::PlatformState::default(),
+            console: console::State::default(),
+            vcpus: vec![Vcpu {
+                state: arch::VcpuState::default(),
+                uclamp: Some((256, 512)),
+            }],
+            devices: vec![None],
+        }
+    }
+
+    /// Memory with something in its first page and in one of the third chunk.
+    fn memory(shared: bool) -> GuestMemoryMmap {
+        let memory = create_memory(SIZE, shared).unwrap();
+        for (offset, value) in CONTENT {
+            let addr = GuestAddress(arch::RAM_START + offset);
+            memory.write_obj(value, addr).unwrap();
+        }
+        memory
+    }
+
+    const CONTENT: [(u64, u64); 3] = [(0, 1), (2 * CHUNK as u64 + 0x5ff8, 2), (SIZE - 8, 3)];
+
+    fn assert_content(memory: &GuestMemoryMmap) {
+        for (offset, value) in CONTENT {
+            let addr = GuestAddress(arch::RAM_START + offset);
+            assert_eq!(memory.read_obj::<u64>(addr).unwrap(), value, "{offset:#x}");
+        }
+    }
+
+    fn saved() -> (TempDir, PathBuf) {
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("vm");
+        snapshot().save(&path, &memory(false)).unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn a_file_has_all_and_holes() {
+        let (_dir, path) = saved();
+        let metadata = fs::metadata(&path).unwrap();
+        assert_eq!(metadata.mode() & 0o777, 0o600);
+        assert!(
+            metadata.blocks() * 512 < SIZE / 2,
+            "{} blocks",
+            metadata.blocks()
+        );
+        assert!(!path.with_extension("new").exists());
+        let source = Source::open(&path).unwrap();
+        source.snapshot.check(&machine()).unwrap();
+        assert_eq!(source.snapshot.vcpus[0].uclamp, Some((256, 512)));
+        for shared in [false, true] {
+            let memory = source.memory(SIZE, shared).unwrap();
+            assert_content(&memory);
+            assert_eq!(memory_file(&memory).is_some(), shared);
+        }
+        let error = source.memory(2 * SIZE, false).unwrap_err();
+        assert!(matches!(error, Error::Length(SIZE, _)), "{error:?}");
+    }
+
+    #[test]
+    fn no_file_is_half_there() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("vm");
+        fs::create_dir(&path).unwrap();
+        let error = snapshot().save(&path, &memory(false)).unwrap_err();
+        assert!(matches!(error, Error::Write(_)), "{error:?}");
+        assert_eq!(fs::read_dir(dir.as_path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn other_files_are_refused() {
+        let (_dir, path) = saved();
+        let bytes = fs::read(&path).unwrap();
+        let open = |at: usize, byte: u8, length: usize| {
+            let mut bytes = bytes[..length].to_vec();
+            bytes[at] = byte;
+            fs::write(&path, bytes).unwrap();
+            Source::open(&path).map(drop).unwrap_err()
+        };
+        let all = bytes.len();
+        assert!(matches!(open(0, b'k', all), Error::Magic));
+        assert!(matches!(open(0, b'K', 23), Error::Magic));
+        assert!(matches!(open(8, 2, all), Error::Version(2)));
+        assert!(matches!(open(12, 1, all), Error::Architecture(1)));
+        assert!(matches!(open(20, 1, all), Error::Large(_)));
+        assert!(matches!(open(23, 0xff, all), Error::Large(_)));
+        assert!(matches!(open(24, b'[', all), Error::Description(_)));
+        assert!(matches!(open(24, b'{', 30), Error::Read(_)));
+    }
+
+    #[test]
+    fn another_machine_is_named() {
+        let check = |change: &dyn Fn(&mut Machine)| {
+            let mut machine = machine();
+            change(&mut machine);
+            snapshot().check(&machine).unwrap_err().to_string()
+        };
+        for (change, words) in [
+            (
+                &(|machine: &mut Machine| machine.cpus = 2) as &dyn Fn(&mut Machine),
+                ["1 CPUs", "2 CPUs"],
+            ),
+            (&|machine| machine.memory = 4, ["3 MiB", "4 MiB"]),
+            (&|machine| machine.perf_table.push(2000), ["[1000]", "2000"]),
+            (&|machine| machine.devices.clear(), ["1 devices", "0 dev"]),
+            (
+                &|machine| machine.devices.push(device()),
+                ["1 devices", "2 dev"],
+            ),
+            (
+                &|machine| machine.devices[0].addr = 0x2000,
+                ["0x1000", "0x2000"],
+            ),
+            (
+                &|machine| machine.devices[0].ports = true,
+                ["at 0x1", "at port 0x1"],
+            ),
+            (&|machine| machine.devices[0].size = 8, ["0x100 b", "0x8 b"]),
+            (
+                &|machine| machine.devices[0].compatible[0] = "z".into(),
+                ["x,y", "(z"],
+            ),
+            (&|machine| machine.devices[0].gsis[0] = 6, ["[5]", "[6]"]),
+        ] {
+            let error = check(change);
+            assert!(words.iter().all(|word| error.contains(word)), "{error}");
+        }
+        let mut renamed = machine();
+        renamed.devices[0].name = "b.o".to_string();
+        snapshot().check(&renamed).unwrap();
+
+        let mut snapshot = snapshot();
+        snapshot.vcpus.clear();
+        let error = snapshot.check(&machine()).unwrap_err();
+        assert!(matches!(error, Error::Differs { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn another_process_takes_it() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let taking = thread::spawn(move || {
+            let source = Source::receive(&there).unwrap();
+            source.snapshot.check(&machine()).unwrap();
+            let memory = source.memory(SIZE, false).unwrap();
+            assert_content(&memory);
+            take(&there).unwrap();
+            memory
+                .write_obj(4u64, GuestAddress(arch::RAM_START))
+                .unwrap();
+        });
+        let memory = memory(true);
+        snapshot()
+            .send(&here, memory_file(&memory).unwrap())
+            .unwrap();
+        taking.join().unwrap();
+        let first: u64 = memory.read_obj(GuestAddress(arch::RAM_START)).unwrap();
+        assert_eq!(first, 4, "it is the same memory");
+    }
+
+    #[test]
+    fn it_stays_where_nobody_takes_it() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let memory = memory(true);
+        let file = memory_file(&memory).unwrap();
+        let receiving = thread::spawn(move || {
+            let source = Source::receive(&there).unwrap();
+            source.memory(2 * SIZE, false).map(drop).unwrap_err()
+        });
+        let error = snapshot().send(&here, file).unwrap_err();
+        assert!(matches!(error, Error::NotTaken(_)), "{error:?}");
+        let error = receiving.join().unwrap();
+        assert!(matches!(error, Error::Length(SIZE, _)), "{error:?}");
+
+        // It is too late when the first has gone on.
+        let (here, there) = UnixStream::pair().unwrap();
+        drop(here);
+        let error = take(&there).unwrap_err();
+        assert!(matches!(error, Error::NotGiven(_)), "{error:?}");
+    }
+
+    #[test]
+    fn memory_that_can_shrink_is_refused() {
+        let dir = TempDir::new().unwrap();
+        let file = File::create(dir.as_path().join("memory")).unwrap();
+        file.set_len(SIZE).unwrap();
+        let (here, there) = UnixStream::pair().unwrap();
+        let receiving = thread::spawn(move || {
+            let source = Source::receive(&there).unwrap();
+            source.memory(SIZE, false).map(drop).unwrap_err()
+        });
+        snapshot().send(&here, &file).unwrap_err();
+        let error = receiving.join().unwrap();
+        assert!(matches!(error, Error::Memory(_)), "{error:?}");
+    }
+
+    #[test]
+    fn bytes_are_hexadecimal() {
+        #[derive(Debug, Deserialize, PartialEq, Serialize)]
+        struct Bytes(#[serde(with = "hex")] Vec<u8>);
+
+        let bytes = Bytes(vec![0, 0x1f, 0xff]);
+        let text = serde_json::to_string(&bytes).unwrap();
+        assert_eq!(text, "\"001fff\"");
+        assert_eq!(serde_json::from_str::<Bytes>(&text).unwrap(), bytes);
+        for bad in ["\"0\"", "\"0g\"", "\"\u{e9}\"", "0"] {
+            assert!(serde_json::from_str::<Bytes>(bad).is_err(), "{bad}");
+        }
     }
 }

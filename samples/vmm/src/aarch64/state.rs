@@ -43,6 +43,7 @@ struct Register {
 
 /// A vCPU.
 #[derive(Debug, Deserialize, Serialize)]
+#[cfg_attr(test, derive(Default))]
 #[serde(deny_unknown_fields)]
 pub struct VcpuState {
     registers: Vec<Register>,
@@ -56,6 +57,7 @@ pub struct VcpuState {
 
 /// What no vCPU has for itself.
 #[derive(Debug, Deserialize, Serialize)]
+#[cfg_attr(test, derive(Default))]
 #[serde(deny_unknown_fields)]
 pub struct PlatformState {
     virtual_counter: u64,

@@ -20,6 +20,7 @@ const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
 /// A vCPU.
 #[derive(Debug, Deserialize, Serialize)]
+#[cfg_attr(test, derive(Default))]
 #[serde(deny_unknown_fields)]
 pub struct VcpuState {
     cpuid: Vec<kvm_cpuid_entry2>,
@@ -37,6 +38,7 @@ pub struct VcpuState {
 
 /// What no vCPU has for itself.
 #[derive(Debug, Deserialize, Serialize)]
+#[cfg_attr(test, derive(Default))]
 #[serde(deny_unknown_fields)]
 pub struct PlatformState {
     /// The two PICs and the IOAPIC.
