@@ -23,6 +23,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kvm_bpf::State;
 use kvm_bpf::note::Space;
 use serde::{Deserialize, Serialize};
 use vm_memory::{
@@ -101,7 +102,7 @@ pub struct Snapshot {
     /// By number.
     pub vcpus: Vec<Vcpu>,
     /// The devices made of programs, in the order of the machine's.
-    pub devices: Vec<DeviceState>,
+    pub devices: Vec<State>,
 }
 
 /// A vCPU.
@@ -113,9 +114,6 @@ pub struct Vcpu {
     /// Bounds of the utilization that the scheduler assumes, where they are set.
     pub uclamp: Option<(u32, u32)>,
 }
-
-/// What the programs of a device have in their maps.
-pub type DeviceState = Option<serde_json::Value>;
 
 /// What the command line makes of a VM; a guest takes no other.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -604,6 +602,15 @@ mod tests {
         }
     }
 
+    fn state() -> State {
+        let json = r#"{
+            "clock": { "boottime_ns": 1, "monotonic_ns": 1, "realtime_ns": 2 },
+            "device": { "compatible": ["x,y"], "nr_irqs": 1, "regions": [], "state_version": 0 },
+            "format": "kvm-bpf-state", "maps": [], "version": 1
+        }"#;
+        State::from_json(json.as_bytes()).unwrap()
+    }
+
     fn snapshot() -> Snapshot {
         Snapshot {
             machine: machine(),
@@ -613,7 +620,7 @@ mod tests {
                 state: arch::VcpuState::default(),
                 uclamp: Some((256, 512)),
             }],
-            devices: vec![None],
+            devices: vec![state()],
         }
     }
 

@@ -20,7 +20,7 @@ use kvm_bindings::{
 use kvm_bpf::device::only_region;
 use kvm_bpf::image::open_regular;
 use kvm_bpf::note::Space;
-use kvm_bpf::{Device, Image, ImageDevice, MapChanges, OnLoss, OpenImage, Place};
+use kvm_bpf::{Device, Image, ImageDevice, MapChanges, OnLoss, OpenImage, Place, State};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
@@ -36,7 +36,7 @@ use crate::cli::{Args, At, Bpf};
 use crate::provide::{self, Provided};
 use crate::report::{Report, Server, Vcpu};
 use crate::serial::Serial;
-use crate::snapshot::{self, DeviceState, Machine, Snapshot, Source};
+use crate::snapshot::{self, Machine, Snapshot, Source};
 use crate::userspace::{self, uclamp};
 
 /// Why the VM could not be made, or stopped before the guest ended it.
@@ -673,14 +673,17 @@ enum Next {
 
 impl BpfDevice {
     /// Reads its programs' state.
-    fn save(&self) -> Result<DeviceState, Error> {
-        Ok(None)
+    fn save(&self) -> Result<State, Error> {
+        let saved = self.device.save();
+        saved.map_err(|source| Error::Device(self.path.display().to_string(), source))
     }
 
-    /// Gives its programs a state, on a host that is another.
-    fn restore(&mut self, provided: &Provided, _state: &DeviceState) -> Result<(), Error> {
+    /// Has its programs go on from a state, with what they cannot know on this host.
+    fn restore(&mut self, provided: &Provided, state: &State) -> Result<(), Error> {
         let name = self.path.display().to_string();
-        provide_to(&name, self.device.image(), provided)
+        provide_to(&name, self.device.image(), provided)?;
+        let restored = self.device.restore(state);
+        restored.map_err(|source| Error::Device(name, source))
     }
 
     fn reload(&mut self, provided: &Provided, on_loss: OnLoss) -> Result<MapChanges, Error> {
