@@ -6,7 +6,9 @@
 //! [`Routine`] and runs the vCPU until the routine says that it is done.
 //! Accesses that reach user space on the way are written down.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Once};
 use std::time::Duration;
 use std::{mem, ptr, slice};
@@ -28,8 +30,6 @@ mod arch;
 
 #[cfg(target_arch = "aarch64")]
 pub use arch::REDISTRIBUTORS;
-#[cfg(target_arch = "x86_64")]
-pub use arch::VECTOR;
 pub use arch::{IRQCHIP_ADDR, register_after_read, ticks};
 
 /// The guest has RAM from 0 up to here and nowhere else.
@@ -92,6 +92,15 @@ pub enum Routine {
     /// Writes 4 bytes `count` times, to addresses that go round from `addr` to `pair.1` in steps
     /// of `pair.0`.
     Walk = 29,
+    /// `count` times: writes a command of 4 bytes to `addr`, and reads `pair.1` until the result,
+    /// the command's complement, is there. All of these use two numbers.
+    Commands = 32,
+    /// The same, which waits for an interrupt before it reads; `pair.0` is 0.
+    CommandsInterrupt = 34,
+    /// The same with a command that is in memory, behind the result, before `addr` is written to.
+    CommandsMemory = 36,
+    /// Both.
+    CommandsMemoryInterrupt = 38,
 }
 
 impl Routine {
@@ -250,6 +259,79 @@ impl Drop for Ram {
     }
 }
 
+/// A page of memory that a guest, the host's threads and other processes may all have.
+#[derive(Debug)]
+pub struct SharedPage {
+    file: File,
+    page: *mut AtomicU32,
+}
+
+// SAFETY: all accesses are atomic.
+unsafe impl Send for SharedPage {}
+// SAFETY: as above.
+unsafe impl Sync for SharedPage {}
+
+impl SharedPage {
+    const SIZE: usize = 0x1000;
+
+    /// A new one, all 0.
+    pub fn new() -> Self {
+        // SAFETY: the name is a string with its end; the new fd is nobody else's.
+        let file = unsafe {
+            let fd = libc::memfd_create(c"shared page".as_ptr(), libc::MFD_CLOEXEC);
+            assert!(fd >= 0, "memfd_create");
+            File::from_raw_fd(fd)
+        };
+        file.set_len(Self::SIZE as u64).expect("ftruncate");
+        Self::of(file)
+    }
+
+    /// One that another process has made.
+    pub fn of(file: File) -> Self {
+        // SAFETY: a new mapping touches no other memory.
+        let page = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                Self::SIZE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                0,
+            )
+        };
+        assert_ne!(page, libc::MAP_FAILED, "mmap of a shared page");
+        SharedPage {
+            file,
+            page: page.cast(),
+        }
+    }
+
+    /// What another process gets it by.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// A word of it.
+    pub fn word(&self, index: usize) -> &AtomicU32 {
+        assert!(index < Self::SIZE / 4, "word {index} is outside the page");
+        // SAFETY: checked just above; the mapping lives as long as the borrow.
+        unsafe { &*self.page.add(index) }
+    }
+}
+
+impl Default for SharedPage {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for SharedPage {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and each VM and vCPU holds a count on it.
+        unsafe { libc::munmap(self.page.cast(), Self::SIZE) };
+    }
+}
+
 /// The assembled routines.
 fn code() -> &'static [u8] {
     unsafe extern "C" {
@@ -268,6 +350,7 @@ pub struct Guest {
     vm: VmFd,
     ram: Arc<Ram>,
     irqchip: Option<arch::Irqchip>,
+    shared: Option<Arc<SharedPage>>,
     paging: bool,
 }
 
@@ -295,6 +378,7 @@ impl Guest {
             vm,
             ram,
             irqchip: None,
+            shared: None,
             paging: true,
         }
     }
@@ -348,6 +432,20 @@ impl Guest {
             })
     }
 
+    /// Has the guest see a shared page at an address; before its first vCPU.
+    pub fn add_shared(&mut self, addr: u64, page: &Arc<SharedPage>) {
+        let slot = kvm_userspace_memory_region {
+            slot: 2,
+            guest_phys_addr: addr,
+            memory_size: SharedPage::SIZE as u64,
+            userspace_addr: page.page as u64,
+            ..Default::default()
+        };
+        // SAFETY: the mapping lives as long as the VM and its vCPUs, which share it.
+        unsafe { self.vm.set_user_memory_region(slot) }.expect("KVM_SET_USER_MEMORY_REGION");
+        self.shared = Some(Arc::clone(page));
+    }
+
     /// A VM with KVM's own interrupt controllers, for one vCPU that takes interrupts.
     pub fn with_irqchip() -> Self {
         let mut guest = Self::new();
@@ -384,6 +482,13 @@ impl Guest {
         irqchip.route_line(vcpu, gsi, level);
     }
 
+    /// Has each signal of a GSI interrupt that vCPU: as a message on x86, which KVM hands on at
+    /// once, unlike a pin's; as a line on arm64, where it does so with lines.
+    pub fn route_edge(&self, vcpu: &mut Vcpu, gsi: u32) {
+        let irqchip = self.irqchip.as_ref().expect("a guest with an irqchip");
+        irqchip.route_edge(&self.vm, vcpu, gsi);
+    }
+
     /// The VM's fd.
     pub fn vm(&self) -> &VmFd {
         &self.vm
@@ -403,6 +508,7 @@ impl Guest {
         Ok(Vcpu {
             fd,
             _ram: Arc::clone(&self.ram),
+            _shared: self.shared.clone(),
         })
     }
 
@@ -430,6 +536,7 @@ impl Default for Guest {
 pub struct Vcpu {
     fd: VcpuFd,
     _ram: Arc<Ram>,
+    _shared: Option<Arc<SharedPage>>,
 }
 
 impl Vcpu {

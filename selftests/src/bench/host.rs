@@ -3,7 +3,7 @@
 //! The host: its clock, and what it is.
 
 use std::time::{Duration, Instant};
-use std::{env, fs, thread};
+use std::{env, fs, mem, thread};
 
 use kvm_bpf_selftests::guest::ticks;
 
@@ -75,6 +75,36 @@ pub fn default_accesses() -> u64 {
 /// before this one.
 pub fn settle() {
     thread::sleep(Duration::from_millis(500));
+}
+
+/// Gives the calling thread precedence over all that have no such need.
+pub fn run_at_once() {
+    let param = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the parameter is a local.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &param) };
+    assert_eq!(result, 0, "sched_setscheduler");
+}
+
+/// How often a thread of this process, or of another one, was switched away from.
+pub fn switches(other: Option<u32>) -> u64 {
+    // SAFETY: the structure is plain data, and the kernel fills it.
+    let own = unsafe {
+        let mut usage: libc::rusage = mem::zeroed();
+        assert_eq!(libc::getrusage(libc::RUSAGE_SELF, &mut usage), 0);
+        (usage.ru_nvcsw + usage.ru_nivcsw) as u64
+    };
+    own + other.map_or(0, switches_of)
+}
+
+/// The same of another process, which has one thread.
+fn switches_of(pid: u32) -> u64 {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    status
+        .lines()
+        .filter(|line| line.contains("ctxt_switches:"))
+        .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
+        .sum()
 }
 
 /// The first lines of a table.

@@ -8,13 +8,16 @@
 //! name and its number. Under QEMU's `-icount` (see `scripts/boot`) the numbers are the host's
 //! instructions per access, elsewhere nanoseconds. A number is what one more access costs: a
 //! round of 2 ACCESSES less one of ACCESSES, each the median of several; so what a round costs by
-//! itself and a tick of the host's clock in between do not count.
+//! itself and a tick of the host's clock in between do not count. Behind the numbers are exits to
+//! user space and switches between threads, per access. An access of the rows `echo-` is an
+//! operation: a command, and its result.
 //!
 //! * `--row NAME` selects a row, with commas several, and may be given again; `--list` lists them.
 //! * `--scale` measures accesses per second of 1 to n vCPUs, each on a CPU of its own.
 //! * `--profile` runs one row for QEMU's plugin that counts what is executed, `--shared` with two
 //!   vCPUs for the one that looks at stores; both print the kernel's symbols.
 
+mod echo;
 mod host;
 mod parallel;
 mod profile;
@@ -43,6 +46,14 @@ struct Options {
 }
 
 fn main() -> ExitCode {
+    // What the benchmark starts itself.
+    if let Some(role) = env::args().skip_while(|arg| arg != echo::PEER).nth(1) {
+        if let Err(error) = echo::serve_as(&role) {
+            eprintln!("kvm-bpf-bench as the other process: {error}");
+            return ExitCode::FAILURE;
+        }
+        return ExitCode::SUCCESS;
+    }
     let options = match parse(env::args().skip(1)) {
         Ok(options) => options,
         Err(message) => {
@@ -160,19 +171,27 @@ fn measure(target: &mut Loop, accesses: u64) -> Cost {
 }
 
 fn table(rows: &[Row], accesses: Option<u64>) -> ExitCode {
-    let accesses = accesses.unwrap_or(host::default_accesses());
     host::head();
     println!(
-        "# unit     {} per 4-byte access; median and quartiles of {ROUNDS} rounds of {accesses} \
-         accesses",
-        host::unit()
+        "# unit     {} per 4-byte access; median and quartiles of {ROUNDS} rounds of up to {} \
+         accesses; exits to user space and switches between threads, per access",
+        host::unit(),
+        accesses.unwrap_or(host::default_accesses())
     );
-    println!("# {:<22} {:>9} {:>9} {:>9}", "row", "median", "low", "high");
+    println!(
+        "# {:<22} {:>9} {:>9} {:>9} {:>5} {:>8}",
+        "row", "median", "low", "high", "exits", "switches"
+    );
     for row in rows {
         match row.set_up(1) {
             Ok(mut case) => {
+                let accesses = accesses.unwrap_or(row.default_accesses());
                 let cost = measure(&mut case.loops[0], accesses);
-                println!("{:<24} {cost}  {}", row.name, row.what);
+                let [exits, switches] = case.count();
+                println!(
+                    "{:<24} {cost} {exits:>5.1} {switches:>8.1}  {}",
+                    row.name, row.what
+                );
             }
             Err(why) => println!("# {:<22} not here: {why}", row.name),
         }

@@ -20,8 +20,11 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use libbpf_rs::{MapCore, MapFlags};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::echo::{self, Server};
+use crate::host::{self, run_at_once};
+
 /// Where the guest's loop accesses what is measured.
-const ADDR: u64 = 0xd000_0000;
+pub const ADDR: u64 = 0xd000_0000;
 const SIZE: u64 = 0x1000;
 /// The port of the floor, which no chip of KVM's has.
 #[cfg(target_arch = "x86_64")]
@@ -77,6 +80,11 @@ pub enum Handler {
         name: &'static str,
         offset: u64,
         user: bool,
+    },
+    /// The device of `Documentation/choosing.md`, with an interrupt or without.
+    Echo {
+        server: Server,
+        irq: bool,
     },
     /// KVM alone, at an instruction that always exits.
     Exit,
@@ -259,11 +267,14 @@ pub fn all() -> Vec<Row> {
             add(&row, what, sample, direction, Machine::Plain);
         }
     }
+    for (name, what, handler) in echo::rows() {
+        add(name, what, handler, Write, Machine::Plain);
+    }
     rows
 }
 
 /// What user space does where an access reaches it.
-type Serve = Box<dyn FnMut(Access<'_>) + Send>;
+pub type Serve = Box<dyn FnMut(Access<'_>) + Send>;
 
 /// A vCPU that is ready to run a row's loop.
 #[allow(missing_debug_implementations)]
@@ -277,10 +288,32 @@ pub struct Loop {
 }
 
 impl Loop {
+    /// A loop whose accesses are all of the same addresses.
+    pub fn new(vcpu: Vcpu, routine: Routine, args: Args, serve: Serve) -> Self {
+        Loop {
+            vcpu,
+            routine,
+            args,
+            round: 1,
+            serve,
+        }
+    }
+
     /// Runs the loop so often; accesses that reach user space are served there.
     pub fn run(&mut self, count: u64) {
         let args = Args { count, ..self.args };
         self.vcpu.serve(self.routine, args, &mut self.serve);
+    }
+
+    /// The same, and returns how many accesses reached user space.
+    fn count_exits(&mut self, count: u64) -> u64 {
+        let mut exits = 0;
+        let args = Args { count, ..self.args };
+        self.vcpu.serve(self.routine, args, |access| {
+            exits += 1;
+            (self.serve)(access);
+        });
+        exits
     }
 
     /// The next number of accesses for which every address has the same share.
@@ -295,11 +328,48 @@ pub struct Case {
     pub loops: Vec<Loop>,
     _handler: Box<dyn Any>,
     _guest: Guest,
+    /// Another process that takes part.
+    peer: Option<u32>,
+}
+
+impl Case {
+    pub fn new(target: Loop, handler: Box<dyn Any>, guest: Guest, peer: Option<u32>) -> Self {
+        Case {
+            loops: vec![target],
+            _handler: handler,
+            _guest: guest,
+            peer,
+        }
+    }
+
+    /// Exits to user space, and how often one thread of ours had to make room for another, per
+    /// access of the first loop.
+    pub fn count(&mut self) -> [f64; 2] {
+        /// Enough that a switch for something else does not count.
+        const ACCESSES: u64 = 200;
+
+        let before = host::switches(self.peer);
+        let exits = self.loops[0].count_exits(ACCESSES);
+        let switches = host::switches(self.peer) - before;
+        [exits, switches].map(|count| count as f64 / ACCESSES as f64)
+    }
 }
 
 impl Row {
+    /// How many accesses a round has.
+    pub fn default_accesses(&self) -> u64 {
+        match self.handler {
+            // More than half of the rounds have no tick of the host's clock within.
+            Handler::Echo { .. } if host::counts_instructions() => host::default_accesses() / 10,
+            _ => host::default_accesses(),
+        }
+    }
+
     /// Sets the row up, with so many vCPUs; or says why it cannot be.
     pub fn set_up(&self, vcpus: u32) -> Result<Case, String> {
+        if let Handler::Echo { server, irq } = self.handler {
+            return Ok(echo::set_up(server, irq));
+        }
         let guest = match self.machine {
             Machine::Plain => Guest::new(),
             Machine::Irqchip => Guest::with_irqchip(),
@@ -320,6 +390,7 @@ impl Row {
             loops,
             _handler: handler,
             _guest: guest,
+            peer: None,
         })
     }
 
@@ -387,6 +458,7 @@ impl Row {
                 name, user: false, ..
             } => Box::new(load_sample(guest, name)),
             Handler::Sample { user: true, .. } | Handler::User | Handler::Exit => Box::new(()),
+            Handler::Echo { .. } => unreachable!("it has a guest of its own"),
         })
     }
 
@@ -446,7 +518,8 @@ fn answer_all(access: Access<'_>) {
     }
 }
 
-fn register(guest: &Guest, eventfd: &EventFd, addr: &IoEventAddress) {
+/// Has an eventfd signalled by writes to an address.
+pub fn register(guest: &Guest, eventfd: &EventFd, addr: &IoEventAddress) {
     guest
         .vm()
         .register_ioevent(eventfd, addr, NoDatamatch)
@@ -537,14 +610,6 @@ impl Waiter {
             thread: Some(thread),
         }
     }
-}
-
-/// Gives the calling thread precedence over all that have no such need.
-fn run_at_once() {
-    let param = libc::sched_param { sched_priority: 1 };
-    // SAFETY: the parameter is a local.
-    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &param) };
-    assert_eq!(result, 0, "sched_setscheduler");
 }
 
 impl Drop for Waiter {

@@ -75,7 +75,7 @@ kvm_bpf_guest:
         subs x2, x2, #1
         b.ne 2b
         done
-    routine 11      // write, then wait until x2 interrupts were taken
+    .macro take_interrupts      // x7 counts them
         mov x6, #0x4000
         msr vbar_el1, x6
         mov x6, #0xff
@@ -85,6 +85,9 @@ kvm_bpf_guest:
         isb
         mov x7, #0
         msr daifclr, #2
+    .endm
+    routine 11      // write, then wait until x2 interrupts were taken
+        take_interrupts
         str x0, [x1]
 2:      cmp x7, x2
         b.lo 2b
@@ -116,7 +119,40 @@ kvm_bpf_guest:
         subs x2, x2, #1
         b.ne 2b
         done
-    routine 30
+    // Commands that differ, and the result of each. With memory, the command is in the word
+    // after the one at x4 where the result comes, and the write to x1 but a doorbell.
+    .macro commands number, memory, interrupt
+    routine \number
+        mov x7, #0
+        mov x8, #0
+        .if \interrupt
+        take_interrupts
+        .endif
+2:
+        .if \memory
+        str w2, [x4, #4]
+        .endif
+        str w2, [x1]
+        .if \interrupt
+        add x8, x8, #1
+3:      cmp x7, x8
+        b.lo 3b
+        .endif
+        mvn w9, w2
+4:      ldr w0, [x4]
+        cmp w0, w9
+        b.ne 4b
+        subs x2, x2, #1
+        b.ne 2b
+        msr daifset, #2
+        mov x0, x7
+        done
+    .endm
+    commands 32, 0, 0
+    commands 34, 0, 1
+    commands 36, 1, 0
+    commands 38, 1, 1
+    routine 40
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection
@@ -262,6 +298,11 @@ impl Irqchip {
 
         self.start();
         vcpu.write(IRQCHIP_ADDR + CONTROL, 4, ENABLE_GROUP_1);
+    }
+
+    /// Messages need an ITS, whose tables are in memory: a shared interrupt.
+    pub(super) fn route_edge(&self, _vm: &VmFd, vcpu: &mut super::Vcpu, gsi: u32) {
+        self.route_line(vcpu, gsi, false);
     }
 
     /// Sets up a shared interrupt, in group 1, for the first CPU.

@@ -5,7 +5,10 @@
 use std::arch::global_asm;
 use std::slice;
 
-use kvm_bindings::{KVM_EXIT_IO_IN, KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_run, kvm_segment};
+use kvm_bindings::{
+    KVM_EXIT_IO_IN, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting,
+    kvm_irq_routing_entry, kvm_regs, kvm_run, kvm_segment,
+};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use super::{Args, CODE, Ram, Results, Routine};
@@ -150,7 +153,41 @@ kvm_bpf_guest:
         dec ecx
         jnz 2b
         done
-    routine 30
+    // Commands that differ, and the result of each. With memory, the command is in the word
+    // after the one at r9 where the result comes, and the write to rbx but a doorbell.
+    .macro commands number, memory, interrupt
+    routine \number
+        xor r12d, r12d
+        xor esi, esi
+        .if \interrupt
+        sti
+        .endif
+2:      mov edx, ecx
+        .if \memory
+        mov [r9 + 4], edx
+        .endif
+        mov [rbx], edx
+        .if \interrupt
+        inc rsi
+3:      pause
+        cmp r12, rsi
+        jb 3b
+        .endif
+        not edx
+4:      mov eax, [r9]
+        cmp eax, edx
+        jne 4b
+        dec ecx
+        jnz 2b
+        cli
+        mov rax, r12
+        done
+    .endm
+    commands 32, 0, 0
+    commands 34, 0, 1
+    commands 36, 1, 0
+    commands 38, 1, 1
+    routine 40
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection
@@ -180,7 +217,7 @@ const CR4_PAE: u64 = 1 << 5;
 const EFER_LONG_MODE: u64 = (1 << 8) | (1 << 10);
 
 /// The vector whose handler is the guest's interrupt routine.
-pub const VECTOR: u8 = 0x40;
+const VECTOR: u8 = 0x40;
 /// And one of an exception, with the same handler.
 const INVALID_OPCODE: u8 = 6;
 
@@ -351,6 +388,19 @@ impl Irqchip {
         const ENABLE: u64 = 0x1ff;
 
         vcpu.write(SPURIOUS_VECTOR, 4, ENABLE);
+    }
+
+    /// Has a GSI send [`VECTOR`] as a message.
+    pub(super) fn route_edge(&self, vm: &VmFd, _vcpu: &mut super::Vcpu, gsi: u32) {
+        let mut entry = kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_MSI,
+            ..Default::default()
+        };
+        entry.u.msi.address_lo = 0xfee0_0000;
+        entry.u.msi.data = VECTOR.into();
+        let routing = KvmIrqRouting::from_entries(&[entry]).expect("one entry");
+        vm.set_gsi_routing(&routing).expect("KVM_SET_GSI_ROUTING");
     }
 
     /// Programs a pin of the IOAPIC to raise [`VECTOR`].

@@ -654,25 +654,10 @@ fn guest_takes_level() {
 
 #[cfg(target_arch = "x86_64")]
 fn guest_takes_msi() {
-    use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry};
-    use kvm_bpf_selftests::guest::VECTOR;
-
     const MSI_GSI: u32 = 24;
 
     let (setup, mut vcpu) = wired(Prog::load);
-    let mut entry = kvm_irq_routing_entry {
-        gsi: MSI_GSI,
-        type_: KVM_IRQ_ROUTING_MSI,
-        ..Default::default()
-    };
-    entry.u.msi.address_lo = 0xfee0_0000;
-    entry.u.msi.data = VECTOR.into();
-    let routing = KvmIrqRouting::from_entries(&[entry]).expect("one entry");
-    setup
-        .guest
-        .vm()
-        .set_gsi_routing(&routing)
-        .expect("KVM_SET_GSI_ROUTING");
+    setup.guest.route_edge(&mut vcpu, MSI_GSI);
     takes_each(&setup, &mut vcpu, MSI_GSI);
 }
 
