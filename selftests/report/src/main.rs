@@ -4,6 +4,8 @@
 
 mod chart;
 mod counts;
+mod guide;
+mod lines;
 mod phase;
 mod shared;
 mod table;
@@ -79,6 +81,37 @@ enum Command {
         /// The other.
         second: PathBuf,
     },
+    /// The names of the rows of the guide.
+    GuideRows,
+    /// Puts a table's numbers of these rows into the guide's data.
+    GuideNumbers {
+        /// The data.
+        data: PathBuf,
+        /// Which host's.
+        host: String,
+        /// The table.
+        table: PathBuf,
+    },
+    /// Puts the lines of a part of the kernel there.
+    GuideLines {
+        /// The data.
+        data: PathBuf,
+        /// What the part is called there.
+        part: String,
+        /// Its files.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+    /// Writes the guide's tables; fails if the numbers are not in the order that it says.
+    Guide {
+        /// The data.
+        data: PathBuf,
+        /// The guide.
+        guide: PathBuf,
+        /// Only compares: fails if the tables are others.
+        #[arg(long)]
+        check: bool,
+    },
     /// Whether differences in a table are those of the record, within 20 instructions.
     Gate {
         /// The record.
@@ -114,6 +147,13 @@ fn run(command: Command) -> Result<bool> {
             expect,
         } => shared::check(&counts, &output, expect),
         Command::Repeat { first, second } => table::repeat(&first, &second),
+        Command::GuideRows => {
+            guide::rows().for_each(|row| println!("{row}"));
+            Ok(true)
+        }
+        Command::GuideNumbers { data, host, table } => guide::save(&data, &host, &table),
+        Command::GuideLines { data, part, files } => guide::save_lines(&data, &part, &files),
+        Command::Guide { data, guide, check } => guide::guide(&data, &guide, check),
         Command::Gate {
             record,
             host,

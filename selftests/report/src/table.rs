@@ -26,6 +26,25 @@ fn parse(text: &str) -> Table {
         .collect()
 }
 
+/// Instructions, exits to user space and switches of each row.
+pub fn counted(path: &Path) -> Result<BTreeMap<String, [f64; 3]>> {
+    Ok(counts(&read(path)?))
+}
+
+fn counts(text: &str) -> BTreeMap<String, [f64; 3]> {
+    text.lines()
+        .filter_map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let [name, median, _, _, exits, switches] = *words.first_chunk()?;
+            let mut numbers = [0.0; 3];
+            for (number, word) in numbers.iter_mut().zip([median, exits, switches]) {
+                *number = word.parse().ok()?;
+            }
+            Some((name.to_string(), numbers))
+        })
+        .collect()
+}
+
 fn table(path: &Path) -> Result<Table> {
     let table = parse(&read(path)?);
     if table.is_empty() {
@@ -133,6 +152,14 @@ mod tests {
     fn tables_are_found_among_comments() {
         let table = parse("# kernel Linux\nebpf-write   3880.0 1.0 2.0  the smallest program\nx\n");
         assert_eq!(table, Table::from([("ebpf-write".to_string(), 3880.0)]));
+    }
+
+    #[test]
+    fn counts_are_behind_the_quartiles() {
+        let text =
+            "# a 1 2 3 4 5\nuser-write 10.0 9.0 11.0 1.0 0.5  a loop\nold 10.0 9.0 11.0  x y";
+        let counted = BTreeMap::from([("user-write".to_string(), [10.0, 1.0, 0.5])]);
+        assert_eq!(counts(text), counted);
     }
 
     #[test]

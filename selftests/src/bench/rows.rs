@@ -368,7 +368,10 @@ impl Row {
     /// Sets the row up, with so many vCPUs; or says why it cannot be.
     pub fn set_up(&self, vcpus: u32) -> Result<Case, String> {
         if let Handler::Echo { server, irq } = self.handler {
-            return Ok(echo::set_up(server, irq));
+            return match vcpus {
+                1 => Ok(echo::set_up(server, irq)),
+                _ => Err("its guest has one vCPU".to_string()),
+            };
         }
         let guest = match self.machine {
             Machine::Plain => Guest::new(),
