@@ -12,7 +12,7 @@ use kvm_bpf::{Device, ImageDevice, Place};
 use kvm_bpf_selftests::bpf::{
     Index, Insn, Map, Prog, ProgType, Reg, atomic_add, call_kfunc, kfunc, lookup, mov, mov_imm,
 };
-use kvm_bpf_selftests::device::{self, region};
+use kvm_bpf_selftests::device::{self, region, work};
 use kvm_bpf_selftests::guest::{Access, Args, Guest, Routine, Vcpu};
 use kvm_bpf_selftests::programs::{answer_insns, loaded, ret, sample};
 use kvm_bpf_vmm::userspace;
@@ -81,6 +81,9 @@ pub enum Handler {
         offset: u64,
         user: bool,
     },
+    /// The loop around `KVM_RUN`, which has a program run by an eventfd, on the device's thread, and
+    /// waits for its interrupt.
+    Work,
     /// The device of `Documentation/choosing.md`, with an interrupt or without.
     Echo {
         server: Server,
@@ -267,6 +270,8 @@ pub fn all() -> Vec<Row> {
             add(&row, what, sample, direction, Machine::Plain);
         }
     }
+    let what = "user space, which has a program run on the device's thread and waits for it";
+    add("work-round-trip", what, Handler::Work, Read, Machine::Plain);
     for (name, what, handler) in echo::rows() {
         add(name, what, handler, Write, Machine::Plain);
     }
@@ -360,7 +365,9 @@ impl Row {
     pub fn default_accesses(&self) -> u64 {
         match self.handler {
             // More than half of the rounds have no tick of the host's clock within.
-            Handler::Echo { .. } if host::counts_instructions() => host::default_accesses() / 10,
+            Handler::Work | Handler::Echo { .. } if host::counts_instructions() => {
+                host::default_accesses() / 10
+            }
             _ => host::default_accesses(),
         }
     }
@@ -370,6 +377,12 @@ impl Row {
         if let Handler::Echo { server, irq } = self.handler {
             return match vcpus {
                 1 => Ok(echo::set_up(server, irq)),
+                _ => Err("its guest has one vCPU".to_string()),
+            };
+        }
+        if matches!(self.handler, Handler::Work) {
+            return match vcpus {
+                1 => set_up_work(),
                 _ => Err("its guest has one vCPU".to_string()),
             };
         }
@@ -461,7 +474,7 @@ impl Row {
                 name, user: false, ..
             } => Box::new(load_sample(guest, name)),
             Handler::Sample { user: true, .. } | Handler::User | Handler::Exit => Box::new(()),
-            Handler::Echo { .. } => unreachable!("it has a guest of its own"),
+            Handler::Work | Handler::Echo { .. } => unreachable!("it has a guest of its own"),
         })
     }
 
@@ -512,6 +525,30 @@ impl Row {
             serve,
         }
     }
+}
+
+/// Reads that are served by a program on the device's thread, by two eventfds.
+fn set_up_work() -> Result<Case, String> {
+    let guest = Guest::new();
+    let device = device::Device::new(guest.vm());
+    let mut insns = signal_insns()?;
+    insns.extend(ret(0));
+    let prog = Prog::load(ProgType::WORK, &insns);
+    let eventfd = || EventFd::new(0).expect("eventfd");
+    let (wake, done) = (eventfd(), eventfd());
+    device.set_irq(0, done.as_raw_fd());
+    device.set_work(0, &work(Some(&prog), Some(&wake)));
+    let serve = move |access: Access<'_>| {
+        wake.write(1).expect("signalling an eventfd");
+        done.read().expect("waiting for an eventfd");
+        answer_all(access);
+    };
+    let args = Args {
+        addr: ADDR,
+        ..Default::default()
+    };
+    let target = Loop::new(guest.vcpu(0), Routine::ReadLoop, args, Box::new(serve));
+    Ok(Case::new(target, Box::new(device), guest, None))
 }
 
 /// Gives every read the same answer.
