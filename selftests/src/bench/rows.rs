@@ -8,12 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
+use kvm_bpf::uapi::{KVM_BPF_MEM_READ, KVM_DEV_BPF_ATTR_GROUP_MEM, kvm_bpf_user_mem};
 use kvm_bpf::{Device, ImageDevice, Place};
 use kvm_bpf_selftests::bpf::{
-    Index, Insn, Map, Prog, ProgType, Reg, atomic_add, call_kfunc, kfunc, lookup, mov, mov_imm,
+    Index, Insn, Map, Prog, ProgType, Reg, add_imm, atomic_add, call_kfunc, kfunc, lookup, mov,
+    mov_imm, store_imm,
 };
 use kvm_bpf_selftests::device::{self, region, work};
-use kvm_bpf_selftests::guest::{Access, Args, Guest, Routine, Vcpu};
+use kvm_bpf_selftests::guest::{Access, Args, Guest, RAM_SIZE, Routine, Vcpu};
 use kvm_bpf_selftests::programs::{answer_insns, loaded, ret, sample};
 use kvm_bpf_vmm::userspace;
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
@@ -58,6 +60,10 @@ pub enum Program {
     Count,
     /// Signals an interrupt, as an eventfd that nobody waits for.
     Irq,
+    /// Reads a word of 2 bytes of guest memory; it might sleep.
+    GuestWord,
+    /// The same with a page.
+    GuestPage,
 }
 
 /// Who handles an access.
@@ -226,6 +232,18 @@ pub fn all() -> Vec<Row> {
             "ebpf-write-irq",
             "it signals an eventfd",
             Program::Irq,
+            Write,
+        ),
+        (
+            "ebpf-guest-word",
+            "reads 2 bytes of guest memory, might sleep",
+            Program::GuestWord,
+            Write,
+        ),
+        (
+            "ebpf-guest-page",
+            "reads a page of guest memory, might sleep",
+            Program::GuestPage,
             Write,
         ),
     ] {
@@ -434,6 +452,18 @@ impl Row {
                 if matches!(program, Program::Irq) {
                     device.set_irq(0, irq.as_raw_fd());
                 }
+                if matches!(program, Program::GuestWord | Program::GuestPage) {
+                    let window = kvm_bpf_user_mem {
+                        addr: 0,
+                        size: RAM_SIZE,
+                        flags: KVM_BPF_MEM_READ,
+                        pad: 0,
+                    };
+                    let addr = (&raw const window) as u64;
+                    device
+                        .set_attr(KVM_DEV_BPF_ATTR_GROUP_MEM, 0, addr)
+                        .map_err(|errno| format!("a window: {errno:?}"))?;
+                }
                 Box::new((device, keep, irq))
             }
             Handler::Ioeventfd { waiter } => {
@@ -589,6 +619,22 @@ fn load(program: Program, direction: Direction) -> Result<(Prog, Option<Map>), S
             insns.extend(end);
             (Prog::load(kind, &insns), Some(map))
         }
+        Program::GuestWord => {
+            let mut insns = vec![store_imm(8, Reg::R10, -8, 0), mov(Reg::R3, Reg::R10)];
+            insns.push(add_imm(Reg::R3, -8));
+            insns.extend(read_insns(2)?);
+            insns.extend(end);
+            (Prog::load_sleepable(kind, &insns), None)
+        }
+        Program::GuestPage => {
+            let map = Map::new(1, 512);
+            let mut insns = vec![mov(Reg::R6, Reg::R1)];
+            insns.extend(lookup(&map, Index::Imm(0)));
+            insns.extend([mov(Reg::R3, Reg::R0), mov(Reg::R1, Reg::R6)]);
+            insns.extend(read_insns(4096)?);
+            insns.extend(end);
+            (Prog::load_sleepable(kind, &insns), Some(map))
+        }
         Program::Irq => {
             let mut insns = signal_insns()?;
             insns.extend(end);
@@ -606,6 +652,21 @@ fn signal_insns() -> Result<Vec<Insn>, String> {
         mov(Reg::R1, Reg::R0),
         mov_imm(Reg::R2, 0),
         call_kfunc(required("bpf_kvm_irq_signal")?),
+    ])
+}
+
+/// Reads so many bytes of the guest's memory to where `r3` points; `r1` is the context.
+fn read_insns(len: i32) -> Result<Vec<Insn>, String> {
+    let required =
+        |name| kfunc(name).ok_or_else(|| format!("this kernel has no function {name}()"));
+    Ok(vec![
+        mov(Reg::R7, Reg::R3),
+        call_kfunc(required("bpf_cast_to_kern_ctx")?),
+        mov(Reg::R1, Reg::R0),
+        mov_imm(Reg::R2, 0x1000),
+        mov(Reg::R3, Reg::R7),
+        mov_imm(Reg::R4, len),
+        call_kfunc(required("bpf_kvm_mem_read")?),
     ])
 }
 
