@@ -2,8 +2,13 @@
 
 //! Guest memory that programs access, in the windows that user space has given the device.
 
-use std::ptr;
-use std::thread;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use std::{env, ptr, thread};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_bpf::uapi::{
@@ -11,11 +16,14 @@ use kvm_bpf::uapi::{
     kvm_bpf_user_mem,
 };
 use kvm_bpf::{Image, ImageDevice, Window};
+use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::device::Device;
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu};
-use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env};
+use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env, skip, wait_for};
 use kvm_bpf_selftests::programs::{plug, test_image};
 use libbpf_rs::{MapCore, MapFlags};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
 
 use super::{ADDR, assert_errno, element};
 
@@ -31,6 +39,8 @@ tests!(
     all_of_memory_as_the_model_says,
     words_are_whole,
     memory_that_is_not_there,
+    pages_that_come_late,
+    killed_while_a_page_is_late,
     too_much_at_once,
     removed_while_programs_use_it,
     slots_that_come_and_go,
@@ -639,6 +649,207 @@ fn memory_that_is_not_there() {
     assert_got!(setup.write(START, &[1]), libc::EFAULT);
 }
 
+/// Has the pages of a range come when this says so.
+struct Late(OwnedFd);
+
+#[repr(C)]
+struct UffdioApi {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdioRegister {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct UffdioCopy {
+    dst: u64,
+    src: u64,
+    len: u64,
+    mode: u64,
+    copy: i64,
+}
+
+impl Late {
+    /// `_IOWR(UFFDIO, number, size)`.
+    const fn ioctl(number: u32, size: usize) -> libc::c_ulong {
+        ioctl_expr(_IOC_READ | _IOC_WRITE, 0xaa, number, size as u32)
+    }
+
+    fn new(pages: &Pages) -> Self {
+        // SAFETY: no pointers.
+        let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+        assert!(fd >= 0, "userfaultfd: {}", io::Error::last_os_error());
+        // SAFETY: the kernel just gave us this fd.
+        let late = Late(unsafe { OwnedFd::from_raw_fd(fd as i32) });
+        let mut api = UffdioApi {
+            api: 0xaa,
+            features: 0,
+            ioctls: 0,
+        };
+        late.call(0x3f, &mut api);
+        late.call(
+            0,
+            &mut UffdioRegister {
+                start: pages.start as u64,
+                len: pages.len as u64,
+                // Pages that are missing.
+                mode: 1,
+                ioctls: 0,
+            },
+        );
+        late
+    }
+
+    fn call<T>(&self, number: u32, arg: &mut T) {
+        let request = Self::ioctl(number, size_of::<T>());
+        // SAFETY: the kernel reads and writes no more than the structure.
+        let result = unsafe { ioctl_with_mut_ref(&self.0, request, arg) };
+        assert_eq!(
+            result,
+            0,
+            "ioctl {number:#x}: {}",
+            io::Error::last_os_error()
+        );
+    }
+
+    /// Waits until somebody wants one.
+    fn wait(&self) {
+        /// `struct uffd_msg`; the event of a page that is missing.
+        const SIZE: usize = 32;
+        const PAGEFAULT: u8 = 0x12;
+
+        let mut message = [0; SIZE];
+        // SAFETY: the buffer is as large as said.
+        let len = unsafe { libc::read(self.0.as_raw_fd(), message.as_mut_ptr().cast(), SIZE) };
+        assert_got!((len, message[0]), (SIZE as isize, PAGEFAULT));
+    }
+
+    /// Has a page come, with that in all bytes.
+    fn come(&self, pages: &Pages, page: usize, byte: u8) {
+        let from = [byte; PAGE];
+        self.call(
+            3,
+            &mut UffdioCopy {
+                dst: pages.at(page * PAGE, PAGE) as u64,
+                src: from.as_ptr() as u64,
+                len: PAGE as u64,
+                mode: 0,
+                copy: 0,
+            },
+        );
+    }
+}
+
+/// Who may sleep waits for them, and so does closing the device; who may not does not.
+fn pages_that_come_late() {
+    for by in [By::Access, By::Run] {
+        let mut setup = Setup::new("mem", 2);
+        setup.window(0, START, 2 * PAGE as u64, true, true);
+        let late = Late::new(&setup.pages);
+        for op in [READ_NOFAULT, WRITE_NOFAULT] {
+            assert_got!(setup.ask(by, op, START + 4, &[0x5a; 4]).0, libc::EFAULT);
+        }
+        let Setup {
+            vcpu,
+            device,
+            guest,
+            pages,
+        } = setup;
+        request(device.image(), READ, START + 4, &[0x5a; 4]);
+        thread::scope(|scope| {
+            let ask = scope.spawn(|| {
+                let mut vcpu = vcpu;
+                match by {
+                    By::Access => assert_got!(vcpu.write(ADDR, 4, 0), []),
+                    By::Run => assert!(device.run("work", 0).expect("a run"), "no program"),
+                }
+            });
+            late.wait();
+            thread::sleep(Duration::from_millis(20));
+            assert!(!ask.is_finished(), "wanted it to wait for the page");
+            late.come(&pages, 0, 0x3c);
+            ask.join().expect("the access");
+        });
+        let (result, _, data) = result(device.image(), 4);
+        assert_got!((result, data), (0, vec![0x3c; 4]));
+
+        // A write, on the device's thread; and the device closes meanwhile.
+        let wake = EventFd::new(0).expect("eventfd");
+        request(device.image(), WRITE, START + PAGE as u64, &[0x11; 4]);
+        let mut device = device;
+        device
+            .set_work_eventfd("work", Some(&wake))
+            .expect("an eventfd");
+        wake.write(1).expect("signalling an eventfd");
+        late.wait();
+        thread::scope(|scope| {
+            let close = scope.spawn(|| drop(device));
+            thread::sleep(Duration::from_millis(20));
+            assert!(!close.is_finished(), "wanted it to wait for the page");
+            late.come(&pages, 1, 0x3c);
+            close.join().expect("closing");
+        });
+        assert_got!(pages.bytes(PAGE, 5), [0x11, 0x11, 0x11, 0x11, 0x3c]);
+        drop((guest, late));
+    }
+}
+
+/// The page never comes, and all threads are in the kernel for it.
+fn killed_while_a_page_is_late() {
+    const VARIABLE: &str = "KVM_BPF_MEM_VICTIM";
+
+    if env::var_os(VARIABLE).is_some() {
+        let setup = Setup::new("mem", 1);
+        setup.window(0, START, PAGE as u64, true, true);
+        let late = Late::new(&setup.pages);
+        let wake = EventFd::new(0).expect("eventfd");
+        let Setup {
+            mut vcpu,
+            mut device,
+            guest: _guest,
+            pages: _pages,
+        } = setup;
+        device
+            .set_work_eventfd("work", Some(&wake))
+            .expect("an eventfd");
+        request(device.image(), READ, START, &[0; 4]);
+        wake.write(1).expect("signalling an eventfd");
+        late.wait();
+        thread::scope(|scope| {
+            scope.spawn(|| vcpu.write(ADDR, 4, 0));
+            scope.spawn(|| device.run("work", 0));
+            loop {
+                // Whoever else wants the page.
+                late.wait();
+            }
+        });
+    }
+    let census = Census::now();
+    let mut victim = Command::new("/proc/self/exe")
+        .args(["--exact", "mem::killed_while_a_page_is_late"])
+        .env(VARIABLE, "1")
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("this program again");
+    let task = format!("/proc/{}/task", victim.id());
+    wait_for("programs and threads of the process", true, || {
+        let tasks = fs::read_dir(&task).map_or(0, Iterator::count);
+        census.newer().0 == 2 && tasks >= 5
+    });
+    thread::sleep(Duration::from_millis(50));
+    victim.kill().expect("SIGKILL");
+    let status = victim.wait().expect("waiting for the process");
+    assert_got!(status.signal(), Some(libc::SIGKILL), "how it ended");
+    census.wait_for_newer(0, 0);
+}
+
 fn too_much_at_once() {
     let mut setup = Setup::new("mem", 4);
     setup.window(0, START, 4 * PAGE as u64, true, true);
@@ -688,7 +899,7 @@ fn removed_while_programs_use_it() {
         || {
             for round in 0..50 {
                 device.device().set_window(0, window).expect("a window");
-                kvm_bpf_selftests::harness::wait_for("a write", 0x77, || pages.bytes(0, 1)[0]);
+                wait_for("a write", 0x77, || pages.bytes(0, 1)[0]);
                 device.device().unset_window(0).expect("removing it");
                 pages.fill(std::iter::repeat_n(0, 8));
                 thread::yield_now();
@@ -808,7 +1019,7 @@ fn dirty_pages_are_marked() {
 fn dirty_rings_without_bitmaps() {
     let guest = Guest::new();
     if !guest.try_dirty_rings(64 * 1024) {
-        kvm_bpf_selftests::harness::skip("this KVM has no dirty rings");
+        skip("this KVM has no dirty rings");
     }
     let pages = Pages::new(1);
     pages.slot(&guest, 1, KVM_MEM_LOG_DIRTY_PAGES, START, 0, PAGE);
