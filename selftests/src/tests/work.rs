@@ -7,8 +7,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
-use std::thread;
 use std::time::Duration;
+use std::{mem, thread};
 
 use Reg::{R0, R1, R2, R6, R7};
 use kvm_bpf::uapi::{
@@ -21,14 +21,14 @@ use kvm_bpf_selftests::bpf::{
 };
 use kvm_bpf_selftests::device::{Device, NO_WORK, region, work};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine};
-use kvm_bpf_selftests::harness::{in_a_process, meanwhile, wait_for};
-use kvm_bpf_selftests::programs::{CTX_BUF, CTX_REGION, only_return, ret};
+use kvm_bpf_selftests::harness::{in_a_process, in_a_thread, meanwhile, wait_for};
+use kvm_bpf_selftests::programs::{CTX_BUF, CTX_REGION, only_return, plug, ret, test_image};
 use kvm_bpf_vmm::userspace::uclamp;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
 use super::irq::call_with_context;
 use super::kfunc::required;
-use super::{ADDR, SIZE, assert_errno, assert_refused, taken};
+use super::{ADDR, SIZE, assert_errno, assert_refused, element, taken};
 
 tests!(
     bad_arguments,
@@ -53,6 +53,7 @@ tests!(
     closed_in_every_order,
     interrupts_are_signalled,
     doorbell_of_another_vm,
+    callback_on_another_cpu_ends_before_a_save,
     thread_is_the_vmms,
     thread_is_not_clamped,
     thread_counts,
@@ -787,6 +788,49 @@ fn doorbell_of_another_vm() {
     wait_for("the sum of signals", 1_000, || recorder.record().sum);
 }
 
+/// Has the calling thread run on that CPU.
+fn run_on(cpu: usize) {
+    // SAFETY: a set of CPUs is plain bits; the calls read and write the local alone.
+    let result = unsafe {
+        let mut set: libc::cpu_set_t = mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        libc::sched_setaffinity(0, mem::size_of_val(&set), &set)
+    };
+    assert_eq!(result, 0, "CPU {cpu}: {}", io::Error::last_os_error());
+}
+
+/// What a timer does is done, or not begun, when the state is read: and so it stays.
+fn callback_on_another_cpu_ends_before_a_save() {
+    in_a_thread(|| {
+        let guest = Guest::new();
+        let device = plug(guest.vm(), ADDR, test_image("work_timer"));
+        let progress = || {
+            let value = element(device.image(), "progress");
+            let word = |at: usize| u64::from_ne_bytes(value[at..at + 8].try_into().expect("8"));
+            [word(0), word(8)]
+        };
+        for round in 0..30 {
+            // The callbacks come where the timer has been started.
+            run_on(0);
+            device.resume().expect("going on");
+            run_on(1);
+            let [before, _] = progress();
+            wait_for("callbacks", true, || progress()[0] > before + 2);
+            let state = device.save().expect("saving");
+            let [begun, ended] = progress();
+            assert_got!(ended, begun, "callbacks that have ended, {round}");
+            thread::sleep(Duration::from_millis(5));
+            assert_got!(
+                progress(),
+                [begun, ended],
+                "callbacks after the save, {round}"
+            );
+            let saved = serde_json::to_value(&state).expect("JSON");
+            assert_got!(saved["maps"][0]["values"][0]["ended"].as_u64(), Some(ended));
+        }
+    });
+}
+
 fn thread_is_the_vmms() {
     let guest = Guest::new();
     let device = Device::new(guest.vm());
@@ -818,7 +862,7 @@ fn thread_is_the_vmms() {
 
 /// Clamps of the thread that made it are those of a vCPU, say.
 fn thread_is_not_clamped() {
-    kvm_bpf_selftests::harness::in_a_thread(|| {
+    in_a_thread(|| {
         let guest = Guest::new();
         let device = Device::new(guest.vm());
         let recorder = Recorder::new();
