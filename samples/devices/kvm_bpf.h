@@ -96,7 +96,7 @@ struct __attribute__((preserve_static_offset)) bpf_kvm_io_ctx;
 
 #define KVM_BPF_NOTE_ITEMS 2
 
-/* Kinds of items; what follows the kinds from 3 to 5 is not settled. */
+/* Kinds of items; what follows the kinds 4 and 5 is not settled. */
 #define KVM_BPF_NOTE_MMIO_RANGE 1
 #define KVM_BPF_NOTE_PORT_RANGE 2
 #define KVM_BPF_NOTE_READ_PAGE 3
@@ -176,6 +176,16 @@ struct kvm_bpf_note_work {
 	char name[KVM_BPF_WORK_NAME_LEN];
 } __attribute__((packed, aligned(4)));
 
+struct kvm_bpf_note_read_page {
+	__u16 kind;
+	/* Bytes behind it. */
+	__u16 len;
+	__u32 region;
+	__u32 flags;
+	__u64 offset;
+	char map[16];
+} __attribute__((packed, aligned(4)));
+
 struct kvm_bpf_note_state_version {
 	__u16 kind;
 	/* Bytes behind it. */
@@ -183,6 +193,9 @@ struct kvm_bpf_note_state_version {
 	__u32 version;
 	__u32 oldest;
 } __attribute__((packed, aligned(4)));
+
+#define KVM_BPF_PASTE_(a, b) a##b
+#define KVM_BPF_PASTE(a, b) KVM_BPF_PASTE_(a, b)
 
 /* clang-format off */
 /* A note with one item: "struct type", its kind, its fields. */
@@ -206,6 +219,30 @@ struct kvm_bpf_note_state_version {
 			__VA_ARGS__					\
 		},							\
 	}
+
+/*
+ * KVM_BPF_READ_PAGE - bytes of a region that the guest may read from a map
+ * @_region:	index of the region, which is one of memory
+ * @_offset:	where in the region they begin, a multiple of 4096
+ * @_map:	name of the map as a literal, at most 15 characters: an array with
+ *		BPF_F_MMAPABLE and of whole pages, which fits into the region from there
+ *		on; or a section of global data, ".data.page"
+ *
+ * Where the VMM can, it lets the guest read the map itself, so that a load costs
+ * nothing and runs no program; a store runs the write program.  Elsewhere, and for a
+ * moment when programs are replaced, loads run the read program, which has to give
+ * the same values.  So no load may have a side effect, nor a value that nothing
+ * stores, and the map holds nothing that the guest must not read.
+ *
+ * May be there several times.
+ */
+#define KVM_BPF_READ_PAGE(_region, _offset, _map)			\
+	_Static_assert((_region) >= 0 && (_region) < 256, "region");	\
+	_Static_assert((_offset) >= 0 && !((_offset) & 0xfff), "offset of a page"); \
+	_Static_assert(sizeof(_map) > 1 && sizeof(_map) <= 16, "name of a map"); \
+	KVM_BPF_ITEM(KVM_BPF_PASTE(kvm_bpf_read_page_, __LINE__),	\
+		     kvm_bpf_note_read_page, KVM_BPF_NOTE_READ_PAGE,	\
+		     .region = (_region), .offset = (_offset), .map = _map)
 
 /*
  * KVM_IO_WORK - a program that runs without a guest's access

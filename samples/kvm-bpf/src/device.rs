@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::{fmt, io};
 
 use kvm_bindings::{kvm_create_device, kvm_device_attr};
@@ -14,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::image::{self, Image, OpenImage, Work};
 use crate::maps::{MapChanges, OnLoss};
 use crate::note::{Note, Range, Space};
+use crate::page::{NoSlot, ReadPage};
 use crate::state::{self, State};
 use crate::uapi::{
     KVM_BPF_MEM_READ, KVM_BPF_MEM_WRITE, KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_MEM,
@@ -63,6 +65,15 @@ pub enum Error {
     UnsetRegion {
         /// Index of the region.
         index: u64,
+        /// The kernel's error.
+        #[source]
+        source: errno::Error,
+    },
+    /// The memory slot of a read page cannot be removed.
+    #[error("cannot remove the memory slot of the read page at {addr:#x}")]
+    UnsetReadPage {
+        /// Where the guest has the page.
+        addr: u64,
         /// The kernel's error.
         #[source]
         source: errno::Error,
@@ -449,6 +460,8 @@ pub enum Ran {
 /// A device that one object file describes: a single region, its programs and its maps.
 #[derive(Debug)]
 pub struct ImageDevice {
+    /// The first to go: a guest that runs on then finds the programs.
+    read_pages: Vec<ReadPage>,
     device: Device,
     place: Place,
     image: Image,
@@ -461,7 +474,12 @@ impl ImageDevice {
     ///
     /// So whatever they need is there before: what the VMM puts into maps, and the interrupts.
     pub fn new(device: Device, place: Place, image: Image) -> Result<Self> {
+        let read_pages = image.note().read_pages.iter().zip(&image.read_pages);
+        let read_pages = read_pages
+            .map(|(page, mapping)| ReadPage::new(place.addr() + page.offset, Arc::clone(mapping)))
+            .collect();
         let device = ImageDevice {
+            read_pages,
             device,
             place,
             image,
@@ -504,28 +522,50 @@ impl ImageDevice {
     /// Goes over to the programs of what [`Self::load`] returned while the guest runs, and runs its
     /// WORK program `replaced`.
     ///
+    /// Memory slots of read pages stay where the page's map is carried over. Of others they are
+    /// taken away before and set with the new map after; in between, loads run the read program.
+    ///
     /// On an error the device goes on as it was, but for one of `replaced` itself.
     pub fn swap(&mut self, replacement: Replacement) -> Result<MapChanges> {
         // It may be another device's.
         self.check(replacement.image.note())?;
         let new = replacement.image;
-        let set = |new| {
-            self.free_eventfds(new)?;
-            self.set_works(new)?;
-            self.set_region(new)
-        };
-        if let Err(error) = set(&new) {
-            // They were set before: that the kernel refuses them now is less news than the first.
-            let _ = self.unset_works(&new, &self.image);
-            let _ = self.set_works(&self.image);
-            return Err(error);
-        }
+        let swapped = self.swap_programs(&new);
+        // With the old maps, where the old programs go on.
+        self.read_pages.iter_mut().for_each(ReadPage::set_again);
+        swapped?;
         let old = std::mem::replace(&mut self.image, new);
         self.unset_works(&old, &self.image)?;
         let kept = |name: &String| self.image.work(name).is_some();
         self.eventfds.retain(|name, _| kept(name));
         self.run("replaced", 0)?;
         Ok(replacement.changes)
+    }
+
+    fn swap_programs(&mut self, new: &Image) -> Result<()> {
+        // No load must see the old map when a store has run a new program.
+        for (page, mapping) in self.read_pages.iter_mut().zip(&new.read_pages) {
+            if !page.is_same_map(mapping) {
+                suspend(page)?;
+            }
+        }
+        let set = || {
+            self.free_eventfds(new)?;
+            self.set_works(new)?;
+            self.set_region(new)
+        };
+        if let Err(error) = set() {
+            // They were set before: that the kernel refuses them now is less news than the first.
+            let _ = self.unset_works(new, &self.image);
+            let _ = self.set_works(&self.image);
+            return Err(error);
+        }
+        for (page, mapping) in self.read_pages.iter_mut().zip(&new.read_pages) {
+            if !page.is_same_map(mapping) {
+                page.exchange(Arc::clone(mapping));
+            }
+        }
+        Ok(())
     }
 
     fn set_region(&self, image: &Image) -> Result<()> {
@@ -645,6 +685,41 @@ impl ImageDevice {
         Ok(())
     }
 
+    /// The pages whose loads have no side effect, in the note's order.
+    pub fn read_pages(&self) -> &[ReadPage] {
+        &self.read_pages
+    }
+
+    /// Has the guest read a page, by its index in [`Self::read_pages`], through a read-only memory
+    /// slot of that number, which is free: loads then leave the guest no more.
+    ///
+    /// The slot goes with the device, or with [`Self::unset_read_page`]; it must not be set
+    /// otherwise. Without one all is the same, but for the cost: go on after an error.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such page.
+    pub fn set_read_page(
+        &mut self,
+        vm: &VmFd,
+        index: usize,
+        slot: u32,
+    ) -> std::result::Result<(), NoSlot> {
+        self.read_pages[index].set(vm, slot)
+    }
+
+    /// Takes the memory slot of a page away, if it has one: loads run the read program from then on.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such page.
+    pub fn unset_read_page(&mut self, index: usize) -> Result<()> {
+        let page = &mut self.read_pages[index];
+        let addr = page.addr();
+        let unset = page.unset();
+        unset.map_err(|source| Error::UnsetReadPage { addr, source })
+    }
+
     /// Where it is.
     pub fn place(&self) -> Place {
         self.place
@@ -682,4 +757,10 @@ pub fn only_region(note: &Note, space: Space) -> Result<Range> {
         [range] => Err(Error::WrongSpace(range.space)),
         ref ranges => Err(Error::SeveralRanges(ranges.len())),
     }
+}
+
+fn suspend(page: &mut ReadPage) -> Result<()> {
+    let addr = page.addr();
+    let suspended = page.suspend();
+    suspended.map_err(|source| Error::UnsetReadPage { addr, source })
 }

@@ -8,6 +8,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 
 use libbpf_rs::{
     AsRawLibbpf, MapCore, MapHandle, ObjectBuilder, OpenMap, OpenMapMut, OpenObject,
@@ -16,6 +17,7 @@ use libbpf_rs::{
 
 use crate::maps::{Layout, MapChanges, OnLoss, short_name};
 use crate::note::{self, Note};
+use crate::page::{self, Mapping};
 use crate::state::StateMap;
 use crate::uapi::{
     BPF_PROG_TYPE_KVM_IO_READ, BPF_PROG_TYPE_KVM_IO_WORK, BPF_PROG_TYPE_KVM_IO_WRITE,
@@ -114,6 +116,23 @@ pub enum Error {
         /// libbpf's error.
         #[source]
         source: libbpf_rs::Error,
+    },
+    /// A map cannot be what the note says, a page that the guest may read.
+    #[error("map {map} cannot be a read page: {why}")]
+    ReadPage {
+        /// The map's name in the note.
+        map: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// The kernel does not let a map be mapped: one with locks or timers, say.
+    #[error("cannot map the read page {map}")]
+    MapReadPage {
+        /// The map.
+        map: String,
+        /// The kernel's error.
+        #[source]
+        source: io::Error,
     },
     /// The kernel's verifier refused a program.
     #[error("the verifier refused program {program}")]
@@ -378,6 +397,10 @@ impl OpenImage {
         if names.read.is_none() && names.write.is_none() {
             return Err(Error::NoProgram);
         }
+        page::check(&self.note, |name| {
+            let mut maps = self.object.maps();
+            maps.find(|map| is_named(&map.name().to_string_lossy(), name))
+        })?;
         let layouts = match self.layouts.take() {
             Some(layouts) => layouts,
             None => Layout::of_object(&mut self.object)?,
@@ -433,12 +456,22 @@ impl OpenImage {
                 source,
             })?);
         }
+        let mut read_pages = Vec::new();
+        for page in &self.note.read_pages {
+            let map = find_map(&maps, &page.map).expect("page::check() has found it");
+            let mapping = Mapping::new(map).map_err(|source| Error::MapReadPage {
+                map: page.map.clone(),
+                source,
+            })?;
+            read_pages.push(Arc::new(mapping));
+        }
         Ok(Image {
             note: self.note,
             programs,
             maps,
             layouts,
             states,
+            read_pages,
         })
     }
 
@@ -528,6 +561,8 @@ pub struct Image {
     layouts: Vec<Layout>,
     /// Those of them that are saved.
     states: Vec<StateMap>,
+    /// The read pages of the note, in its order.
+    pub(crate) read_pages: Vec<Arc<Mapping>>,
 }
 
 /// A program that runs without a guest's access.

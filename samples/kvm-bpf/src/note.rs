@@ -27,6 +27,10 @@
 //! below 256), flags (4, 0 so far) and the size in bytes (8; of ports, at most 65536). Where a range
 //! goes is the VMM's choice. No index is there twice, region 0 of the first note included.
 //!
+//! [`kind::READ_PAGE`] has 32 bytes: the index of a region of memory (4 bytes), flags (4, 0 so far),
+//! where in the region the page begins (8, a multiple of 4096), and the name of the map that holds
+//! it (16, at most 15 and zeroes). The map's size is the page's.
+//!
 //! [`kind::WORK_NAME`] has 24 bytes: the index of a WORK program (4 bytes, below 16), flags (4, 0 so
 //! far) and its name (16, with zeroes behind it: 1 to 15 of `a` to `z`, `0` to `9` and `_`). The
 //! program is in section `kvm_io_work/NAME`. No index and no name is there twice.
@@ -54,8 +58,8 @@ pub const VERSION: u32 = 1;
 /// Type of the notes with a list of items.
 pub const TYPE_ITEMS: u32 = 2;
 
-/// Kinds of items. This crate reads ranges, names of WORK programs and the version of the state; the
-/// other numbers are settled, what follows them is not.
+/// Kinds of items. This crate reads ranges, read pages, names of WORK programs and the version of the
+/// state; the other numbers are settled, what follows them is not.
 pub mod kind {
     /// A range of guest-physical addresses.
     pub const MMIO_RANGE: u16 = 1;
@@ -85,6 +89,10 @@ const NAME_LEN: usize = 16;
 const WORK_LEN: usize = 8 + NAME_LEN;
 /// Bytes of what a version of the state says.
 const STATE_VERSION_LEN: usize = 8;
+/// Bytes of what a read page says.
+const READ_PAGE_LEN: usize = 32;
+/// The smallest page that a host has.
+pub const MIN_PAGE: u64 = 0x1000;
 /// Ports that there are.
 const MAX_PORTS: u64 = 0x1_0000;
 
@@ -107,6 +115,17 @@ pub struct Range {
     pub region: u32,
     /// Bytes or ports: 1 to `i32::MAX` or to 65536.
     pub size: u64,
+}
+
+/// Bytes of a region that the guest may read from a map: no load of them has a side effect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadPage {
+    /// Index of the region, which is one of memory.
+    pub region: u32,
+    /// Where in the region they begin, a multiple of [`MIN_PAGE`].
+    pub offset: u64,
+    /// Name of the map, 1 to 15 bytes; its size is that of the page.
+    pub map: String,
 }
 
 /// A program that runs without a guest's access.
@@ -139,6 +158,8 @@ pub struct Note {
     pub compatible: Vec<String>,
     /// The ranges of the lists, in their order.
     pub ranges: Vec<Range>,
+    /// The read pages of the lists, in their order.
+    pub read_pages: Vec<ReadPage>,
     /// The WORK programs of the lists, in their order.
     pub works: Vec<WorkName>,
     /// Versions of the state, where the lists have them.
@@ -223,6 +244,7 @@ impl Note {
             note.add_items(list)?;
         }
         note.check_regions()?;
+        note.check_read_pages()?;
         note.check_works()?;
         Ok(note)
     }
@@ -260,6 +282,30 @@ impl Note {
             let same = |other: &&Range| other.region == range.region;
             if regions[..at].iter().any(|other| same(&other)) {
                 return Err(Error::BadNote(format!("region {} twice", range.region)));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_read_pages(&self) -> Result<(), Error> {
+        let bad = |reason: String| Err(Error::BadNote(reason));
+        let regions = self.regions();
+        for (at, page) in self.read_pages.iter().enumerate() {
+            let ReadPage { region, offset, .. } = *page;
+            let what = format!("read page at {offset:#x} of region {region}");
+            match regions.iter().find(|range| range.region == region) {
+                None => return bad(format!("{what}: no such region")),
+                Some(range) if range.space == Space::Ports => {
+                    return bad(format!("{what}: ports have no pages"));
+                }
+                Some(range) if offset >= range.size => {
+                    return bad(format!("{what}, which has {:#x} bytes", range.size));
+                }
+                Some(_) => {}
+            }
+            let same = |other: &ReadPage| (other.region, other.offset) == (region, offset);
+            if self.read_pages[..at].iter().any(same) {
+                return bad(format!("{what} twice"));
             }
         }
         Ok(())
@@ -329,6 +375,7 @@ impl Note {
             nr_irqs,
             compatible,
             ranges: Vec::new(),
+            read_pages: Vec::new(),
             works: Vec::new(),
             state_version: None,
         })
@@ -357,6 +404,7 @@ impl Note {
             let added = match kind & !REQUIRED {
                 kind::MMIO_RANGE => self.add_range(Space::Memory, payload),
                 kind::PORT_RANGE => self.add_range(Space::Ports, payload),
+                kind::READ_PAGE => self.add_read_page(payload),
                 kind::WORK_NAME => self.add_work(payload),
                 kind::STATE_VERSION => self.add_state_version(payload),
                 _ if kind & REQUIRED != 0 => return Err(Error::UnknownKind(kind)),
@@ -378,6 +426,11 @@ impl Note {
 
     fn add_range(&mut self, space: Space, payload: &[u8]) -> Result<(), String> {
         self.ranges.push(parse_range(space, payload)?);
+        Ok(())
+    }
+
+    fn add_read_page(&mut self, payload: &[u8]) -> Result<(), String> {
+        self.read_pages.push(parse_read_page(payload)?);
         Ok(())
     }
 
@@ -426,6 +479,36 @@ fn parse_range(space: Space, payload: &[u8]) -> Result<Range, String> {
         region,
         size,
     })
+}
+
+fn parse_read_page(payload: &[u8]) -> Result<ReadPage, String> {
+    let (Some(region), Some(flags), Some(offset), READ_PAGE_LEN) = (
+        read_u32(payload, 0),
+        read_u32(payload, 4),
+        read_u64(payload, 8),
+        payload.len(),
+    ) else {
+        return Err(format!(
+            "a read page of {} bytes, not {READ_PAGE_LEN}",
+            payload.len()
+        ));
+    };
+    if flags != 0 {
+        return Err(format!("unknown flags {flags:#x} of a read page"));
+    }
+    if !offset.is_multiple_of(MIN_PAGE) {
+        return Err(format!("read page at {offset:#x}, in the middle of a page"));
+    }
+    let name = &payload[READ_PAGE_LEN - NAME_LEN..];
+    let (name, rest) = name.split_at(name.iter().position(|&byte| byte == 0).unwrap_or(0));
+    match str::from_utf8(name) {
+        Ok(map) if !map.is_empty() && rest.iter().all(|&byte| byte == 0) => Ok(ReadPage {
+            region,
+            offset,
+            map: map.to_string(),
+        }),
+        _ => Err("a read page without a map's name, 1 to 15 bytes and zeroes".to_string()),
+    }
 }
 
 fn parse_work(payload: &[u8]) -> Result<WorkName, String> {
@@ -593,6 +676,7 @@ mod tests {
                 nr_irqs: 2,
                 compatible: vec!["a,b".into(), "c".into()],
                 ranges: vec![],
+                read_pages: vec![],
                 works: vec![],
                 state_version: None,
             }
@@ -734,6 +818,17 @@ mod tests {
         payload.extend(flags.to_le_bytes());
         payload.extend(size.to_le_bytes());
         item(kind, &payload)
+    }
+
+    /// A read page, whose map has that name and zeroes.
+    fn read_page(region: u32, flags: u32, offset: u64, map: &[u8]) -> Vec<u8> {
+        let mut payload = Vec::new();
+        payload.extend(region.to_le_bytes());
+        payload.extend(flags.to_le_bytes());
+        payload.extend(offset.to_le_bytes());
+        payload.extend(map);
+        payload.resize(READ_PAGE_LEN.max(payload.len()), 0);
+        item(kind::READ_PAGE, &payload)
     }
 
     /// A device without memory of its own, and these items.
@@ -907,7 +1002,7 @@ mod tests {
         let good = range(kind::PORT_RANGE, 0, 0, 8);
         let wanted = parse_items_of(&good).unwrap();
         for kind in [
-            kind::READ_PAGE,
+            kind::WINDOW,
             kind::DOORBELL,
             kind::WINDOW,
             8,
@@ -976,6 +1071,66 @@ mod tests {
         refused(&[first.clone(), first.clone()], "two of type 1");
         // A list alone is no device.
         assert_eq!(Note::from_elf(&elf(&items(1))), Err(Error::NoNote));
+    }
+
+    #[test]
+    fn puts_the_items_of_all_lists_together() {
+        let first = note(b"kvm-bpf\0", TYPE, &desc(1, 0, 0x3000, b"x\0"));
+        let list = |items: &[u8]| note(b"kvm-bpf\0", TYPE_ITEMS, items);
+        let notes = [
+            list(&read_page(0, 0, 0x2000, b"fifteen_bytes_x")),
+            first,
+            list(&range(kind::PORT_RANGE, 3, 0, 8)),
+            list(
+                &[
+                    range(kind::MMIO_RANGE, 1, 0, 0x1000),
+                    read_page(1, 0, 0, b"p"),
+                ]
+                .concat(),
+            ),
+            list(b""),
+        ];
+        let parsed = Note::from_elf(&elf(&notes.concat())).unwrap();
+        let regions: Vec<_> = parsed.regions().iter().map(|range| range.region).collect();
+        assert_eq!(regions, [0, 3, 1]);
+        let page = |region, offset, map: &str| ReadPage {
+            region,
+            offset,
+            map: map.to_string(),
+        };
+        let wanted = [page(0, 0x2000, "fifteen_bytes_x"), page(1, 0, "p")];
+        assert_eq!(parsed.read_pages, wanted);
+    }
+
+    #[test]
+    fn refuses_bad_read_pages() {
+        let memory = range(kind::MMIO_RANGE, 1, 0, 0x2000);
+        let ports = range(kind::PORT_RANGE, 2, 0, 0x1000);
+        let refused = |pages: &[Vec<u8>], wanted: &str| {
+            assert_bad_items(&[&memory[..], &ports, &pages.concat()].concat(), wanted);
+        };
+        refused(&[read_page(1, 1, 0, b"page")], "unknown flags 0x1");
+        refused(&[read_page(1, 0, 0x800, b"page")], "middle of a page");
+        refused(
+            &[read_page(1, 0, 0x2000, b"page")],
+            "which has 0x2000 bytes",
+        );
+        refused(&[read_page(0, 0, 0, b"page")], "no such region");
+        refused(&[read_page(2, 0, 0, b"page")], "ports have no pages");
+        let page = read_page(1, 0, 0x1000, b"page");
+        let other = read_page(1, 0, 0x1000, b"other");
+        refused(&[page.clone(), other], "0x1000 of region 1 twice");
+        for name in [&b""[..], b"\0x", b"a\0b", b"\xff", b"sixteen_bytes_xx"] {
+            refused(&[read_page(1, 0, 0, name)], "without a map's name");
+        }
+        for len in [0, 16, 31, 33, 36] {
+            let wanted = format!("{len} bytes, not 32");
+            refused(&[item(kind::READ_PAGE, &vec![0; len])], &wanted);
+        }
+        // A page that is needed is one that is known.
+        let mut needed = page;
+        needed[1] |= 0x80;
+        assert!(parse_items_of(&[memory, needed].concat()).is_ok());
     }
 
     #[test]

@@ -1421,6 +1421,7 @@ mod tests {
                 region: 2,
                 size: 8,
             }],
+            read_pages: vec![],
             works: vec![],
             state_version: None,
         }

@@ -1,0 +1,503 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Pages of a device that the guest reads itself: a read-only memory slot over a part of a region.
+//!
+//! Loads of the page then are those of memory: no exit, no program. Stores still run the write
+//! program, which changes the page. Where there is no slot, the read program gives the same values.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_MEM_READONLY, KVMIO, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, VmFd};
+use libbpf_rs::{MapCore, MapType, OpenMap, libbpf_sys};
+use vmm_sys_util::errno;
+use vmm_sys_util::ioctl::{_IOC_WRITE, ioctl_expr, ioctl_with_ref};
+
+use crate::image::Error;
+use crate::note::{self, MIN_PAGE};
+
+/// `KVM_SET_USER_MEMORY_REGION`, for a file descriptor that is no `VmFd`.
+const KVM_SET_USER_MEMORY_REGION: libc::c_ulong = ioctl_expr(
+    _IOC_WRITE,
+    KVMIO,
+    0x46,
+    size_of::<kvm_userspace_memory_region>() as u32,
+);
+/// `KVM_CAP_ARM_CACHEABLE_PFNMAP_SUPPORTED`, which `kvm-bindings` does not have yet.
+const KVM_CAP_ARM_CACHEABLE_PFNMAP_SUPPORTED: libc::c_ulong = 243;
+
+/// Why a page has no memory slot, so that loads of it run the read program.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoSlot {
+    /// KVM has none that the guest may only read: not for this guest, or for none.
+    #[error("KVM has no read-only memory for this guest")]
+    NoReadOnlyMemory,
+    /// The guest's loads may go past the cache that the programs' stores are in.
+    #[error(
+        "the guest could read around the host's cache (no KVM_CAP_ARM_CACHEABLE_PFNMAP_SUPPORTED)"
+    )]
+    Uncached,
+    /// Address and size are none of whole pages.
+    #[error("{size:#x} bytes at {addr:#x} are no whole pages: the host's have {page:#x} bytes")]
+    PartsOfPages {
+        /// Where the guest has the page.
+        addr: u64,
+        /// Bytes of it.
+        size: u64,
+        /// Bytes of a page of the host.
+        page: u64,
+    },
+    /// KVM does not take the slot; on arm64 it takes none of maps for guests with memory tagging
+    /// (`EINVAL`), and none to read only for protected ones (`EPERM`).
+    #[error("KVM refuses memory slot {slot}: {errno}{}", hint(*errno))]
+    Refused {
+        /// Number of the slot.
+        slot: u32,
+        /// The kernel's error.
+        errno: errno::Error,
+    },
+    /// The VM's file descriptor cannot be duplicated.
+    #[error("cannot keep the VM open: {0}")]
+    KeepVm(errno::Error),
+}
+
+/// What the error may mean.
+fn hint(errno: errno::Error) -> &'static str {
+    match errno.errno() {
+        libc::EINVAL if cfg!(target_arch = "aarch64") => {
+            " (guests with memory tagging get none of maps)"
+        }
+        libc::EPERM if cfg!(target_arch = "aarch64") => " (protected guests get none to read only)",
+        _ => "",
+    }
+}
+
+/// A map in this process's memory, to read.
+pub(crate) struct Mapping {
+    at: NonNull<libc::c_void>,
+    size: usize,
+    /// The kernel's number of the map.
+    map: u32,
+}
+
+// SAFETY: this process never accesses the memory; only its address is used.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "map {} ({:#x} bytes at {:p})",
+            self.map, self.size, self.at
+        )
+    }
+}
+
+impl Mapping {
+    /// Maps all of a map that is loaded.
+    pub fn new(map: &impl MapCore) -> io::Result<Self> {
+        let map_info = map.info().map_err(io::Error::other)?.info;
+        let size = map_info.value_size as usize * map_info.max_entries as usize;
+        // SAFETY: a new mapping, at an address that the kernel chooses.
+        let at = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                size,
+                libc::PROT_READ,
+                libc::MAP_SHARED,
+                map.as_fd().as_raw_fd(),
+                0,
+            )
+        };
+        match NonNull::new(at) {
+            Some(at) if at.as_ptr() != libc::MAP_FAILED => Ok(Mapping {
+                at,
+                size,
+                map: map_info.id,
+            }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and no slot has it any more.
+        unsafe { libc::munmap(self.at.as_ptr(), self.size) };
+    }
+}
+
+/// Checks that a file has, for each of its note's read pages, a map that can be it.
+pub(crate) fn check<'a>(
+    note: &note::Note,
+    find: impl Fn(&str) -> Option<OpenMap<'a>>,
+) -> Result<(), Error> {
+    let regions = note.regions();
+    let mut ends: Vec<(u32, u64, u64)> = Vec::new();
+    for page in &note.read_pages {
+        let refuse = |why: String| {
+            Err(Error::ReadPage {
+                map: page.map.clone(),
+                why,
+            })
+        };
+        let Some(map) = find(&page.map).filter(|map| map.autocreate()) else {
+            return refuse("there is no such map".to_string());
+        };
+        if map.map_type() != MapType::Array {
+            return refuse(format!("it is no array, but of type {:?}", map.map_type()));
+        }
+        if map.map_flags() & libbpf_sys::BPF_F_MMAPABLE == 0 {
+            return refuse("it has no flag BPF_F_MMAPABLE".to_string());
+        }
+        // The kernel pads elements, which the guest would see.
+        let (value, entries) = (map.value_size(), map.max_entries());
+        let size = u64::from(value) * u64::from(entries);
+        if !value.is_multiple_of(8) || size == 0 || !size.is_multiple_of(MIN_PAGE) {
+            return refuse(format!(
+                "{entries} elements of {value} bytes are no whole pages of {MIN_PAGE:#x} bytes"
+            ));
+        }
+        let region = regions.iter().find(|range| range.region == page.region);
+        let room = region.map_or(0, |range| range.size.saturating_sub(page.offset));
+        if size > room {
+            return refuse(format!(
+                "its {size:#x} bytes are more than the {room:#x} that region {} has from {:#x} on",
+                page.region, page.offset
+            ));
+        }
+        let (start, end) = (page.offset, page.offset + size);
+        let overlaps = |&(region, from, to): &(u32, u64, u64)| {
+            region == page.region && start < to && from < end
+        };
+        if ends.iter().any(overlaps) {
+            return refuse(format!("another read page overlaps it at {start:#x}"));
+        }
+        ends.push((page.region, start, end));
+    }
+    Ok(())
+}
+
+/// A memory slot that shows a mapping to the guest; gone when this is.
+#[derive(Debug)]
+struct Slot {
+    vm: Arc<OwnedFd>,
+    number: u32,
+    addr: u64,
+    mapping: Arc<Mapping>,
+    gone: bool,
+}
+
+impl Slot {
+    fn set(
+        vm: Arc<OwnedFd>,
+        number: u32,
+        addr: u64,
+        mapping: Arc<Mapping>,
+    ) -> Result<Self, errno::Error> {
+        set_memory(vm.as_fd(), number, addr, &mapping, mapping.size as u64)?;
+        Ok(Slot {
+            vm,
+            number,
+            addr,
+            mapping,
+            gone: false,
+        })
+    }
+
+    fn unset(&mut self) -> Result<(), errno::Error> {
+        set_memory(self.vm.as_fd(), self.number, self.addr, &self.mapping, 0)?;
+        self.gone = true;
+        Ok(())
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        // The guest may go on to read there: then nothing else must come to be at the address.
+        if !self.gone && self.unset().is_err() {
+            std::mem::forget(Arc::clone(&self.mapping));
+        }
+    }
+}
+
+/// Sets a slot that shows so much of a mapping; nothing removes it.
+fn set_memory(
+    vm: BorrowedFd<'_>,
+    slot: u32,
+    guest_phys_addr: u64,
+    mapping: &Mapping,
+    memory_size: u64,
+) -> Result<(), errno::Error> {
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: KVM_MEM_READONLY,
+        guest_phys_addr,
+        memory_size,
+        userspace_addr: mapping.at.as_ptr() as u64,
+    };
+    // SAFETY: the kernel reads one structure. The guest may only read the mapping, which stays
+    // until no slot has it any more.
+    match unsafe { ioctl_with_ref(&vm, KVM_SET_USER_MEMORY_REGION, &region) } {
+        0 => Ok(()),
+        _ => Err(errno::Error::last()),
+    }
+}
+
+/// What decides whether a guest can have slots of maps.
+struct Host {
+    /// KVM has memory that this guest may only read.
+    read_only_memory: bool,
+    /// The guest's loads see what the host has stored, whatever kind of memory the guest takes it for.
+    coherent: bool,
+    /// Bytes of a page.
+    page: u64,
+}
+
+impl Host {
+    fn of(vm: &VmFd) -> Self {
+        // On arm64 a guest that maps registers as a device's, as drivers do, reads around the cache
+        // unless the host's own attributes prevail (FEAT_S2FWB, which the capability implies).
+        let coherent = cfg!(target_arch = "x86_64")
+            || cfg!(target_arch = "aarch64")
+                && vm.check_extension_raw(KVM_CAP_ARM_CACHEABLE_PFNMAP_SUPPORTED) > 0;
+        // SAFETY: asks for a number.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        Host {
+            read_only_memory: vm.check_extension(Cap::ReadonlyMem),
+            coherent,
+            page: page as u64,
+        }
+    }
+}
+
+/// Whether a page at an address of the guest can have a slot, as far as that is known before.
+fn check_host(host: &Host, addr: u64, size: u64) -> Result<(), NoSlot> {
+    let &Host {
+        read_only_memory,
+        coherent,
+        page,
+    } = host;
+    match () {
+        () if !read_only_memory => Err(NoSlot::NoReadOnlyMemory),
+        () if !coherent => Err(NoSlot::Uncached),
+        () if !addr.is_multiple_of(page) || !size.is_multiple_of(page) => {
+            Err(NoSlot::PartsOfPages { addr, size, page })
+        }
+        () => Ok(()),
+    }
+}
+
+/// What the VMM has asked for: a slot of its VM.
+#[derive(Clone, Debug)]
+struct Wanted {
+    vm: Arc<OwnedFd>,
+    number: u32,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Nobody asked.
+    Unset,
+    Set(Slot),
+    /// It could not be.
+    Failed(NoSlot),
+}
+
+/// A page of a device: some of its registers, whose loads have no side effect.
+#[derive(Debug)]
+pub struct ReadPage {
+    addr: u64,
+    mapping: Arc<Mapping>,
+    wanted: Option<Wanted>,
+    state: State,
+}
+
+impl ReadPage {
+    pub(crate) fn new(addr: u64, mapping: Arc<Mapping>) -> Self {
+        ReadPage {
+            addr,
+            mapping,
+            wanted: None,
+            state: State::Unset,
+        }
+    }
+
+    /// Where the guest has it.
+    pub fn addr(&self) -> u64 {
+        self.addr
+    }
+
+    /// Its bytes.
+    pub fn size(&self) -> u64 {
+        self.mapping.size as u64
+    }
+
+    /// Where this process has it, to read: until the device goes or its programs are replaced.
+    pub fn host_addr(&self) -> *const u8 {
+        self.mapping.at.as_ptr().cast()
+    }
+
+    /// The number of the memory slot that the guest reads it through; none if loads run the read
+    /// program.
+    pub fn slot(&self) -> Option<u32> {
+        match &self.state {
+            State::Set(slot) => Some(slot.number),
+            _ => None,
+        }
+    }
+
+    /// Why it has none, if the VMM has asked for one.
+    pub fn why_no_slot(&self) -> Option<&NoSlot> {
+        match &self.state {
+            State::Failed(why) => Some(why),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn set(&mut self, vm: &VmFd, number: u32) -> Result<(), NoSlot> {
+        let result = self.try_set(vm, number);
+        if let Err(why) = &result {
+            self.state = State::Failed(why.clone());
+        }
+        result
+    }
+
+    fn try_set(&mut self, vm: &VmFd, number: u32) -> Result<(), NoSlot> {
+        let refused = |errno| NoSlot::Refused {
+            slot: number,
+            errno,
+        };
+        self.unset().map_err(refused)?;
+        check_host(&Host::of(vm), self.addr, self.size())?;
+        // SAFETY: the VM is open as long as it is borrowed.
+        let vm = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) };
+        let vm = vm.try_clone_to_owned().map_err(|error| {
+            NoSlot::KeepVm(errno::Error::new(error.raw_os_error().unwrap_or(0)))
+        })?;
+        self.wanted = Some(Wanted {
+            vm: Arc::new(vm),
+            number,
+        });
+        self.set_again();
+        match &self.state {
+            State::Failed(why) => Err(why.clone()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the slot away; the VMM does not want it any more.
+    pub(crate) fn unset(&mut self) -> Result<(), errno::Error> {
+        self.suspend()?;
+        self.wanted = None;
+        Ok(())
+    }
+
+    /// Takes the slot away until [`Self::set_again`], or leaves all as it is.
+    pub(crate) fn suspend(&mut self) -> Result<(), errno::Error> {
+        if let State::Set(slot) = &mut self.state {
+            slot.unset()?;
+            self.state = State::Unset;
+        }
+        Ok(())
+    }
+
+    /// Sets the slot that the VMM wants, if it wants one and it is not there.
+    pub(crate) fn set_again(&mut self) {
+        let Some(Wanted { vm, number }) = self.wanted.clone() else {
+            return;
+        };
+        if self.slot().is_some() {
+            return;
+        }
+        let slot = Slot::set(vm, number, self.addr, Arc::clone(&self.mapping));
+        self.state = match slot {
+            Ok(slot) => State::Set(slot),
+            Err(errno) => State::Failed(NoSlot::Refused {
+                slot: number,
+                errno,
+            }),
+        };
+    }
+
+    /// Whether both are the same map's.
+    pub(crate) fn is_same_map(&self, mapping: &Mapping) -> bool {
+        self.mapping.map == mapping.map
+    }
+
+    /// Goes over to another map; the slot is not there.
+    pub(crate) fn exchange(&mut self, mapping: Arc<Mapping>) {
+        self.mapping = mapping;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: Host = Host {
+        read_only_memory: true,
+        coherent: true,
+        page: 0x1000,
+    };
+
+    #[test]
+    fn a_host_that_can_has_slots() {
+        assert_eq!(check_host(&HOST, 0xd000_0000, 0x1000), Ok(()));
+        assert_eq!(check_host(&HOST, 0xd000_3000, 0x2000), Ok(()));
+    }
+
+    #[test]
+    fn what_a_host_lacks_is_said() {
+        let without = Host {
+            read_only_memory: false,
+            ..HOST
+        };
+        let why = check_host(&without, 0x1000, 0x1000);
+        assert_eq!(why, Err(NoSlot::NoReadOnlyMemory));
+        let without = Host {
+            coherent: false,
+            ..HOST
+        };
+        let why = check_host(&without, 0x1000, 0x1000).unwrap_err();
+        assert_eq!(why, NoSlot::Uncached);
+        assert!(why.to_string().contains("around the host's cache"), "{why}");
+    }
+
+    #[test]
+    fn pages_are_the_hosts() {
+        let large = Host {
+            page: 0x1_0000,
+            ..HOST
+        };
+        assert_eq!(check_host(&large, 0x1_0000, 0x1_0000), Ok(()));
+        for (addr, size) in [(0x1_0000, 0x1000), (0x1000, 0x1_0000)] {
+            let why = check_host(&large, addr, size);
+            let page = large.page;
+            assert_eq!(why, Err(NoSlot::PartsOfPages { addr, size, page }));
+        }
+        let why = check_host(&HOST, 0x1800, 0x1000).unwrap_err().to_string();
+        assert_eq!(
+            why,
+            "0x1000 bytes at 0x1800 are no whole pages: the host's have 0x1000 bytes"
+        );
+    }
+
+    #[test]
+    fn refusals_have_an_error_and_maybe_a_hint() {
+        let refused = |errno| NoSlot::Refused {
+            slot: 7,
+            errno: errno::Error::new(errno),
+        };
+        let text = refused(libc::EEXIST).to_string();
+        assert_eq!(text, "KVM refuses memory slot 7: File exists (os error 17)");
+        let text = refused(libc::EINVAL).to_string();
+        assert_eq!(text.contains("tagging"), cfg!(target_arch = "aarch64"));
+    }
+}
