@@ -469,7 +469,8 @@ pub struct Map {
 /// Name of every [`Map`], to count them by.
 const MAP_NAME: &CStr = c"kvm_bpf_test";
 /// The maps of those of `samples/devices` that tests load.
-const SAMPLE_MAP_NAMES: [&CStr; 10] = [
+const SAMPLE_MAP_NAMES: [&CStr; 11] = [
+    c".data.page",
     c"clock",
     c"pl031",
     c"locks",
@@ -672,6 +673,26 @@ fn program_info(fd: RawFd) -> sys::bpf_prog_info {
 /// The type of the program behind an fd, as tools see it.
 pub fn program_type(fd: RawFd) -> ProgType {
     ProgType(program_info(fd).type_)
+}
+
+/// Has the kernel count how often programs run, as long as this is there.
+#[derive(Debug)]
+pub struct RunCounts(OwnedFd);
+
+impl RunCounts {
+    /// Counts from now on.
+    pub fn start() -> Self {
+        // SAFETY: makes a file descriptor, which is ours.
+        let fd = unsafe { sys::bpf_enable_stats(sys::BPF_STATS_RUN_TIME) };
+        assert!(fd >= 0, "BPF_ENABLE_STATS: {:?}", Errno(-fd));
+        // SAFETY: as above.
+        RunCounts(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    /// How often a program has run while there was one of these.
+    pub fn of(&self, program: impl AsRawFd) -> u64 {
+        program_info(program.as_raw_fd()).run_cnt
+    }
 }
 
 /// The number by which tools know it.

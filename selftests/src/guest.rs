@@ -8,6 +8,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Once};
 use std::time::Duration;
@@ -15,9 +16,11 @@ use std::{mem, ptr, slice};
 
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_EXIT_INTERNAL_ERROR,
-    KVM_MEM_READONLY, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_MEM_READONLY, kvm_enable_cap, kvm_stats_desc, kvm_stats_header,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vmm_sys_util::ioctl::{_IOC_NONE, ioctl, ioctl_expr};
 
 use crate::harness::Errno;
 
@@ -203,6 +206,44 @@ pub fn vms() -> Option<usize> {
         let text = fs::read_to_string(format!("/sys/module/{module}/refcnt")).ok()?;
         text.trim().parse().ok()
     })
+}
+
+/// `KVM_GET_STATS_FD`, which kvm-ioctls does not have.
+const KVM_GET_STATS_FD: libc::c_ulong = ioctl_expr(_IOC_NONE, kvm_bindings::KVMIO, 0xce, 0);
+
+/// A number of KVM's own about a vCPU.
+fn statistic(vcpu: &VcpuFd, name: &str) -> u64 {
+    // SAFETY: makes a file descriptor, which is ours.
+    let file = unsafe {
+        let fd = ioctl(vcpu, KVM_GET_STATS_FD);
+        assert!(fd >= 0, "KVM_GET_STATS_FD: {:?}", Errno::last());
+        File::from_raw_fd(fd)
+    };
+    let bytes = |at: u32, len: usize| {
+        let mut bytes = vec![0; len];
+        let read = file.read_exact_at(&mut bytes, at.into());
+        read.expect("a read of KVM's statistics");
+        bytes
+    };
+    let word = |bytes: &[u8], at: usize| {
+        let word = bytes[at..at + 4].try_into().expect("four bytes");
+        u32::from_ne_bytes(word)
+    };
+    // The fields of struct kvm_stats_header.
+    let header = bytes(0, size_of::<kvm_stats_header>());
+    let [_, name_size, count, _, descriptors, data] =
+        std::array::from_fn(|field| word(&header, 4 * field));
+    let before_name = size_of::<kvm_stats_desc>();
+    let size = before_name + name_size as usize;
+    for descriptor in bytes(descriptors, count as usize * size).chunks(size) {
+        let found = descriptor[before_name..].split(|&byte| byte == 0).next();
+        if found == Some(name.as_bytes()) {
+            // Its offset is behind flags, exponent and size.
+            let value = bytes(data + word(descriptor, 8), 8);
+            return u64::from_ne_bytes(value.try_into().expect("eight bytes"));
+        }
+    }
+    panic!("KVM has no statistic {name}")
 }
 
 /// The guest's memory.
@@ -611,6 +652,11 @@ impl Vcpu {
             other => panic!("{routine:?} {args:x?}: wanted ports, got {other:x?}"),
         });
         (results, exits)
+    }
+
+    /// How often the vCPU has left the guest so far, for whatever reason.
+    pub fn exits(&self) -> u64 {
+        statistic(&self.fd, "exits")
     }
 
     /// Has `KVM_RUN` prepare all that it does before a guest's first instruction.

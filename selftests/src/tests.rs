@@ -62,6 +62,7 @@ mod kfunc;
 mod lifetime;
 mod mem;
 mod object;
+mod page;
 #[cfg(target_arch = "x86_64")]
 mod pio;
 #[cfg(not(target_arch = "x86_64"))]
@@ -103,6 +104,7 @@ pub fn all() -> Vec<Trial> {
         object::all(),
         replace::all(),
         state::all(),
+        page::all(),
         lifetime::all(),
         irq::all(),
         kfunc::all(),

@@ -1001,13 +1001,7 @@ mod tests {
     fn skips_unknown_kinds() {
         let good = range(kind::PORT_RANGE, 0, 0, 8);
         let wanted = parse_items_of(&good).unwrap();
-        for kind in [
-            kind::WINDOW,
-            kind::DOORBELL,
-            kind::WINDOW,
-            8,
-            REQUIRED - 1,
-        ] {
+        for kind in [kind::DOORBELL, kind::WINDOW, 8, REQUIRED - 1] {
             for payload in [&b""[..], b"1", b"four", b"padded"] {
                 let unknown = item(kind, payload);
                 for items in [

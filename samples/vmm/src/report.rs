@@ -74,6 +74,21 @@ pub struct Device {
     size: u64,
     exits: u64,
     registers: Vec<Register>,
+    read_pages: Vec<ReadPage>,
+}
+
+/// A page of a device's registers whose loads have no side effect.
+#[derive(Debug, Serialize)]
+pub struct ReadPage {
+    /// Where the guest has it.
+    pub addr: u64,
+    /// Its bytes.
+    pub size: u64,
+    /// The guest reads it itself, through a memory slot; nobody counts its loads.
+    pub slot: bool,
+    /// Why it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why_not: Option<String>,
 }
 
 /// Exits that one register caused.
@@ -104,7 +119,18 @@ impl Device {
             size: range.size,
             exits: exits.total,
             registers,
+            read_pages: Vec::new(),
         }
+    }
+
+    /// Whether it is the one there.
+    pub fn is_at(&self, space: Space, addr: u64) -> bool {
+        (self.space, self.addr) == (space, addr)
+    }
+
+    /// Says what became of its read pages.
+    pub fn set_read_pages(&mut self, pages: Vec<ReadPage>) {
+        self.read_pages = pages;
     }
 }
 
@@ -166,6 +192,20 @@ impl fmt::Display for Report {
                 "\n{} at {port}{:#x}, served by {}: {} exits to user space",
                 device.name, device.addr, device.server, device.exits
             )?;
+            for page in &device.read_pages {
+                match &page.why_not {
+                    None => write!(
+                        f,
+                        "\n  loads of {:#x} bytes at {:#x}: the guest's own, not counted",
+                        page.size, page.addr
+                    )?,
+                    Some(why) => write!(
+                        f,
+                        "\n  loads of {:#x} bytes at {:#x}: by a program, as {why}",
+                        page.size, page.addr
+                    )?,
+                }
+            }
         }
         if self.unclaimed_exits > 0 {
             write!(
@@ -250,6 +290,37 @@ mod tests {
              uart at port 0x2f8, served by eBPF: 0 exits to user space\n\
              vCPU 1: utilization clamped to 512 to 512"
         );
+    }
+
+    #[test]
+    fn read_pages_are_told() {
+        let mut report = report();
+        let page = |addr, why_not: Option<&str>| ReadPage {
+            addr,
+            size: 0x1000,
+            slot: why_not.is_none(),
+            why_not: why_not.map(str::to_string),
+        };
+        let device = &mut report.devices[1];
+        assert!(device.is_at(Space::Ports, 0x2f8) && !device.is_at(Space::Memory, 0x2f8));
+        device.set_read_pages(vec![page(0x1000, None), page(0x2000, Some("it rains"))]);
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(
+            json["devices"][0]["read_pages"].as_array().unwrap().len(),
+            0
+        );
+        let pages = &json["devices"][1]["read_pages"];
+        assert_eq!(
+            (&pages[0]["slot"], &pages[1]["slot"]),
+            (&true.into(), &false.into())
+        );
+        assert!(pages[0].get("why_not").is_none());
+        assert_eq!(pages[1]["why_not"], "it rains");
+        assert!(report.to_string().contains(
+            "0 exits to user space\n  \
+             loads of 0x1000 bytes at 0x1000: the guest's own, not counted\n  \
+             loads of 0x1000 bytes at 0x2000: by a program, as it rains\n"
+        ));
     }
 
     #[test]

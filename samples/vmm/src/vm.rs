@@ -34,7 +34,7 @@ use crate::boot;
 use crate::bus::{Bus, Conflict, Range, check_ranges, check_reach};
 use crate::cli::{Args, At, Bpf};
 use crate::provide::{self, Provided};
-use crate::report::{Report, Server, Vcpu};
+use crate::report::{ReadPage, Report, Server, Vcpu};
 use crate::serial::Serial;
 use crate::snapshot::{self, Machine, Snapshot, Source};
 use crate::userspace::{self, uclamp};
@@ -186,6 +186,9 @@ struct BpfDevice {
     irqs: Vec<(u32, EventFd)>,
 }
 
+/// The first memory slot that a device may have; those of the guest's RAM are below.
+const FIRST_DEVICE_SLOT: u32 = 16;
+
 /// What can happen while the guest runs.
 pub enum Event {
     /// Replace the programs by those in the files now.
@@ -293,6 +296,7 @@ impl Vm {
         let (mut bus, mut ports) = (Bus::default(), Bus::default());
         let mut bpf_devices = Vec::new();
         let mut free_gsis = arch::DEVICE_GSIS;
+        let mut free_slots = FIRST_DEVICE_SLOT..;
         let (bpf, userspace) = devices.split_at_mut(images.len());
         for ((info, image), args) in bpf.iter_mut().zip(images).zip(&args.bpf) {
             let name = info.range.name.clone();
@@ -321,7 +325,12 @@ impl Vm {
             }
             let serial = Serial::new(&name, &image, args.output.as_deref(), &platform)?;
             // From here on the guest's accesses run programs.
-            let device = ImageDevice::new(device, args.at.place, image).map_err(device_error)?;
+            let mut device =
+                ImageDevice::new(device, args.at.place, image).map_err(device_error)?;
+            for (page, slot) in (0..device.read_pages().len()).zip(&mut free_slots) {
+                // Without one programs go on to give the values; the report says why.
+                let _ = device.set_read_page(&vm, page, slot);
+            }
             bpf_devices.push(BpfDevice {
                 path: PathBuf::from(&name),
                 device,
@@ -553,6 +562,13 @@ impl Vm {
         console_bytes_lost += shared.platform.finish();
         let mut devices = shared.bus.report();
         devices.extend(shared.ports.report());
+        for device in &self.bpf_devices {
+            let place = device.device.place();
+            let mut here = devices.iter_mut();
+            if let Some(entry) = here.find(|entry| entry.is_at(place.space(), place.addr())) {
+                entry.set_read_pages(device.read_pages());
+            }
+        }
         let vcpus = self.clamps.iter().enumerate().filter_map(|(id, clamp)| {
             let (uclamp_min, uclamp_max) = (*clamp)?;
             Some(Vcpu {
@@ -684,6 +700,18 @@ impl BpfDevice {
         provide_to(&name, self.device.image(), provided)?;
         let restored = self.device.restore(state);
         restored.map_err(|source| Error::Device(name, source))
+    }
+
+    fn read_pages(&self) -> Vec<ReadPage> {
+        let pages = self.device.read_pages().iter();
+        pages
+            .map(|page| ReadPage {
+                addr: page.addr(),
+                size: page.size(),
+                slot: page.slot().is_some(),
+                why_not: page.why_no_slot().map(|why| why.to_string()),
+            })
+            .collect()
     }
 
     fn reload(&mut self, provided: &Provided, on_loss: OnLoss) -> Result<MapChanges, Error> {

@@ -95,6 +95,10 @@ pub enum Handler {
         server: Server,
         irq: bool,
     },
+    /// The sample device with a page that the guest reads itself; or does not, all the same.
+    Page {
+        slot: bool,
+    },
     /// KVM alone, at an instruction that always exits.
     Exit,
     /// An eventfd at a port: what KVM hands on without emulating an instruction.
@@ -292,6 +296,21 @@ pub fn all() -> Vec<Row> {
     add("work-round-trip", what, Handler::Work, Read, Machine::Plain);
     for (name, what, handler) in echo::rows() {
         add(name, what, handler, Write, Machine::Plain);
+    }
+    for (name, what, slot) in [
+        ("page", "pagebank, SCRATCH", true),
+        ("page-trapped", "the same without a slot", false),
+    ] {
+        for (suffix, direction) in [("read", Read), ("write", Write)] {
+            let name = format!("{name}-{suffix}");
+            add(
+                &name,
+                what,
+                Handler::Page { slot },
+                direction,
+                Machine::Plain,
+            );
+        }
     }
     rows
 }
@@ -503,6 +522,15 @@ impl Row {
             Handler::Sample {
                 name, user: false, ..
             } => Box::new(load_sample(guest, name)),
+            Handler::Page { slot } => {
+                let mut device = load_sample(guest, "pagebank");
+                if slot {
+                    // The slot of the guest's memory is 0.
+                    let set = device.set_read_page(guest.vm(), 0, 1);
+                    set.map_err(|why| why.to_string())?;
+                }
+                Box::new(device)
+            }
             Handler::Sample { user: true, .. } | Handler::User | Handler::Exit => Box::new(()),
             Handler::Work | Handler::Echo { .. } => unreachable!("it has a guest of its own"),
         })
@@ -531,6 +559,7 @@ impl Row {
                 routine = Routine::OutLoop;
                 args.addr = PORT;
             }
+            Handler::Page { .. } => args.addr += 8,
             Handler::Sample { name, offset, user } => {
                 args.addr += offset;
                 args.value = PERF_TABLE[1].into();
