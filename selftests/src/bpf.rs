@@ -677,7 +677,7 @@ pub fn program_type(fd: RawFd) -> ProgType {
 
 /// Has the kernel count how often programs run, as long as this is there.
 #[derive(Debug)]
-pub struct RunCounts(OwnedFd);
+pub struct RunCounts(#[allow(dead_code)] OwnedFd);
 
 impl RunCounts {
     /// Counts from now on.

@@ -7,7 +7,7 @@
 use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
-use kvm_bpf::{Device, Image, ImageDevice, NoSlot, OnLoss, OpenImage, Place, image};
+use kvm_bpf::{Image, ImageDevice, NoSlot, OnLoss, OpenImage, image};
 use kvm_bpf_selftests::bpf::{Census, RunCounts};
 use kvm_bpf_selftests::guest::{Args, Exit, Guest, Routine, Vcpu, mask};
 use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env, skip};
@@ -30,8 +30,6 @@ tests!(
     the_host_decides,
     #[cfg(target_arch = "aarch64")]
     protected_guests_have_none,
-    #[cfg(target_arch = "aarch64")]
-    guests_with_tags_have_none,
 );
 
 /// The slot of the guest's RAM is 0.
@@ -231,7 +229,9 @@ fn same_values_without_a_slot() {
     assert_got!(pages[0], pages[1], "both pages in the end");
 }
 
-const VCPUS: u32 = 4;
+/// One on x86: KVM of 7.3.4 warns (kvm_tdp_mmu_map()) where one vCPU's fault is on its way since
+/// before there was a slot, and another's has mapped its page.
+const VCPUS: u32 = if cfg!(target_arch = "x86_64") { 1 } else { 4 };
 const BATCH: u64 = 100;
 
 /// Runs `action` while several vCPUs write and read ID, whose answer must be that of a version of
@@ -270,12 +270,13 @@ fn swap_while_vcpus_read() {
     } = Setup::new();
     let mut maps = vec![page_map(device.image())];
     let mut exchanged = 0;
+    let mut vcpu = guest.vcpu(VCPUS);
     let written = under_load(&guest, || {
         for swap in 1..=swaps {
             // 2, 2, 1, 1: each second time the map goes on.
-            let image = match swap.div_ceil(2) % 2 {
-                1 => test_image("pagebank_v2"),
-                _ => sample("pagebank"),
+            let (version, image) = match swap.div_ceil(2) % 2 {
+                1 => (2, test_image("pagebank_v2")),
+                _ => (1, sample("pagebank")),
             };
             let before = device.read_pages()[0].host_addr();
             let changes = device.replace(image, OnLoss::Accept);
@@ -301,12 +302,16 @@ fn swap_while_vcpus_read() {
                 maps.push(page_map(device.image()));
                 exchanged += 1;
             }
+            // From here on nothing is the old version's.
+            assert_got!(value(&mut vcpu, ID, 8), identity(version), "swap {swap}");
+            assert_got!(vcpu.write(SCRATCH, 8, swap), []);
+            assert_got!(value(&mut vcpu, SCRATCH, 8), swap, "SCRATCH");
         }
     });
     assert_got!(exchanged, swaps.div_ceil(2), "exchanges of the map");
     let counted: u64 = maps.iter().map(writes_in).sum();
-    assert_got!(counted, written, "stores that ran a program");
-    drop((device, guest, maps));
+    assert_got!(counted, written + swaps, "stores that ran a program");
+    drop((device, guest, vcpu, maps));
     census.wait_for_newer(0, 0);
 }
 
@@ -509,28 +514,9 @@ fn protected_guests_have_none() {
     let Ok(vm) = kvm.create_vm_with_type(PROTECTED) else {
         skip("the host has no protected guests");
     };
-    assert_none(&vm);
-}
-
-#[cfg(target_arch = "aarch64")]
-fn guests_with_tags_have_none() {
-    let kvm = kvm_ioctls::Kvm::new().expect("open /dev/kvm");
-    let vm = kvm.create_vm_with_type(0).expect("KVM_CREATE_VM");
-    let tags = kvm_bindings::kvm_enable_cap {
-        cap: kvm_bindings::KVM_CAP_ARM_MTE,
-        ..Default::default()
-    };
-    if vm.enable_cap(&tags).is_err() {
-        skip("the host has no memory tagging");
-    }
-    assert_none(&vm);
-}
-
-#[cfg(target_arch = "aarch64")]
-fn assert_none(vm: &VmFd) {
-    let mut device = plug(vm, ADDR, sample("pagebank"));
-    let why = device.set_read_page(vm, 0, SLOT).expect_err("a slot");
-    println!("no slot: {why}");
-    assert_got!(device.read_pages()[0].slot(), None, "the slot");
-    assert_got!(device.read_pages()[0].why_no_slot(), Some(&why), "why");
+    let mut device = plug(&vm, ADDR, sample("pagebank"));
+    let why = device.set_read_page(&vm, 0, SLOT);
+    assert_got!(why, Err(NoSlot::NoReadOnlyMemory));
+    let page = &device.read_pages()[0];
+    assert_got!((page.slot(), page.why_no_slot()), (None, why.as_ref().err()));
 }
