@@ -262,7 +262,7 @@ fn under_load(guest: &Guest, action: impl FnOnce()) -> u64 {
 /// vCPUs use them: every load has a value of one version, every store runs one program once.
 fn swap_while_vcpus_read() {
     let census = Census::now();
-    let swaps = number_from_env("KVM_BPF_SWAPS", 1000) / 10;
+    let swaps = number_from_env("KVM_BPF_SWAPS", 1000) / 50;
     let Setup {
         mut device,
         guest,
@@ -349,7 +349,7 @@ fn removal_while_vcpus_read() {
     let Setup {
         mut device, guest, ..
     } = Setup::with_slot();
-    let changes = number_from_env("KVM_BPF_SWAPS", 1000) / 10;
+    let changes = number_from_env("KVM_BPF_SWAPS", 1000) / 50;
     let written = under_load(&guest, || {
         for number in 0..changes {
             device.unset_read_page(0).expect("no slot");
