@@ -518,5 +518,8 @@ fn protected_guests_have_none() {
     let why = device.set_read_page(&vm, 0, SLOT);
     assert_got!(why, Err(NoSlot::NoReadOnlyMemory));
     let page = &device.read_pages()[0];
-    assert_got!((page.slot(), page.why_no_slot()), (None, why.as_ref().err()));
+    assert_got!(
+        (page.slot(), page.why_no_slot()),
+        (None, why.as_ref().err())
+    );
 }
