@@ -1272,7 +1272,7 @@ mod tests {
             let convert = random.below(2) == 0;
             refused += usize::from(decode(&other, &value, &mut bytes, convert).is_err());
         }
-        assert!(refused > 10_000, "{refused}");
+        assert!((1_000..19_000).contains(&refused), "{refused}");
     }
 
     #[test]
@@ -1514,8 +1514,7 @@ mod tests {
 
         // More entries, and less of them.
         let mut many = Shape::new(".bss", int(4, Encoding::Unsigned), 3, &[]);
-        let value = |number| Value::Number(number);
-        saved.maps.get_mut(".bss").unwrap().values = vec![value(1), value(2)];
+        saved.maps.get_mut(".bss").unwrap().values = vec![Value::Number(1), Value::Number(2)];
         let planned = plan(&versioned(1, 0), [&many].into_iter(), &saved).unwrap();
         let wanted = [1_u64, 2, 0].map(u64::to_le_bytes).concat();
         assert_eq!(planned, [wanted]);

@@ -233,7 +233,7 @@ fn as_bpftool_says() {
                 let mut parts = text.split("\"pointer\":");
                 let first = parts.next().unwrap_or_default().to_string();
                 parts.fold(first, |all, part| {
-                    all + part.trim_start_matches(|c| c != '}')
+                    all + part.trim_start_matches(|letter: char| letter != '}')
                 })
             };
             assert_got!(
