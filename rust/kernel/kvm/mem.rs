@@ -244,3 +244,44 @@ impl Drop for Old {
         drop(unsafe { KBox::from_raw(self.0) });
     }
 }
+
+#[cfg(CONFIG_RUST_KVM_KUNIT_TEST)]
+#[macros::kunit_tests(rust_kvm_mem)]
+mod tests {
+    use super::*;
+
+    const READ: u32 = uapi::KVM_BPF_MEM_READ;
+    const WRITE: u32 = uapi::KVM_BPF_MEM_WRITE;
+
+    #[test]
+    fn windows_that_there_cannot_be() {
+        assert_eq!(Window::new(0, 1, 0), Err(EINVAL));
+        assert_eq!(Window::new(0, 1, 4 | READ), Err(EINVAL));
+        assert_eq!(Window::new(0, 0, READ), Err(ERANGE));
+        assert_eq!(Window::new(1, u64::MAX, READ), Err(ERANGE));
+        assert!(Window::new(1, u64::MAX - 1, READ | WRITE).is_ok());
+    }
+
+    #[test]
+    fn accesses_lie_inside() -> Result {
+        let window = Window::new(0x1000, 0x10, READ)?;
+
+        assert!(window.allows(0x1000, 0x10, READ));
+        assert!(window.allows(0x100f, 1, READ));
+        assert!(window.allows(0x1010, 0, READ));
+        assert!(!window.allows(0x1000, 0x10, WRITE));
+        assert!(!window.allows(0xfff, 2, READ));
+        assert!(!window.allows(0xfff, 0, READ));
+        assert!(!window.allows(0x1000, 0x11, READ));
+        assert!(!window.allows(0x1010, 1, READ));
+        assert!(!window.allows(0x1011, 0, READ));
+        assert!(!window.allows(u64::MAX, u64::MAX, READ));
+
+        let window = Window::new(0, u64::MAX, WRITE)?;
+        assert!(window.allows(0, u64::MAX, WRITE));
+        assert!(window.allows(u64::MAX, 0, WRITE));
+        assert!(!window.allows(u64::MAX, 1, WRITE));
+        assert!(!window.allows(1, u64::MAX, WRITE));
+        Ok(())
+    }
+}

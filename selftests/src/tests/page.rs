@@ -229,9 +229,8 @@ fn same_values_without_a_slot() {
     assert_got!(pages[0], pages[1], "both pages in the end");
 }
 
-/// One on x86: KVM of 7.3.4 warns (kvm_tdp_mmu_map()) where one vCPU's fault is on its way since
-/// before there was a slot, and another's has mapped its page.
-const VCPUS: u32 = if cfg!(target_arch = "x86_64") { 1 } else { 4 };
+/// So that faults from before there was a slot meet pages that others have mapped since.
+const VCPUS: u32 = 4;
 const BATCH: u64 = 100;
 
 /// Runs `action` while several vCPUs write and read ID, whose answer must be that of a version of
