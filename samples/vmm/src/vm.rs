@@ -553,6 +553,12 @@ impl Vm {
                 Ok(end) => break Ok(end),
                 Err(error) => crate::print_error("the guest goes on here", &error),
             }
+            // Saving has stopped their timers.
+            for device in &self.bpf_devices {
+                if let Err(error) = device.resume() {
+                    crate::print_error("a device does not go on", &error);
+                }
+            }
         };
 
         let lost =
@@ -692,6 +698,12 @@ impl BpfDevice {
     fn save(&self) -> Result<State, Error> {
         let saved = self.device.save();
         saved.map_err(|source| Error::Device(self.path.display().to_string(), source))
+    }
+
+    /// Has its programs go on here after all.
+    fn resume(&self) -> Result<(), Error> {
+        let resumed = self.device.resume();
+        resumed.map_err(|source| Error::Device(self.path.display().to_string(), source))
     }
 
     /// Has its programs go on from a state, with what they cannot know on this host.
