@@ -433,7 +433,7 @@ pub fn create_memory(size: u64, shared: bool) -> Result<GuestMemoryMmap, Error> 
         let range = (GuestAddress(arch::RAM_START), size as usize);
         return Ok(GuestMemoryMmap::from_ranges(&[range])?);
     }
-    let failed = |_| Error::Write(io::Error::last_os_error());
+    let failed = || Error::Write(io::Error::last_os_error());
     // SAFETY: the name is a string that lives on, and the kernel only reads it.
     let fd = unsafe {
         libc::memfd_create(
@@ -442,14 +442,14 @@ pub fn create_memory(size: u64, shared: bool) -> Result<GuestMemoryMmap, Error> 
         )
     };
     if fd < 0 {
-        return Err(failed(()));
+        return Err(failed());
     }
     // SAFETY: it is open and nobody else's.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(size).map_err(Error::Write)?;
     // SAFETY: the call has numbers only.
     if unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, SEALS) } < 0 {
-        return Err(failed(()));
+        return Err(failed());
     }
     map(file, size)
 }

@@ -305,7 +305,7 @@ fn interface_registers(control: u64) -> impl Iterator<Item = u64> {
     const IGRPEN1: u64 = icc(12, 12, 7);
 
     let priority_bits = (control >> 8 & 7) + 1;
-    let active = 1 << priority_bits.clamp(5, 7) - 5;
+    let active = 1 << (priority_bits.clamp(5, 7) - 5);
     let active = (0..active).flat_map(|n| [icc(12, 8, 4 + n), icc(12, 9, n)]);
     [ICC_SRE_EL1, ICC_CTLR_EL1, PMR, BPR0, BPR1]
         .into_iter()
