@@ -8,6 +8,12 @@
 
 KVM_BPF_MMIO_DEVICE(0x1000, 0, "kvm-bpf,mem");
 
+KVM_IO_READ
+int mem_read(struct bpf_kvm_io_ctx *ctx)
+{
+	return 0;
+}
+
 KVM_IO_WORK_SLEEPABLE(0, work)
 int mem_work(struct bpf_kvm_io_ctx *ctx)
 {

@@ -138,7 +138,7 @@ fn json_of(state: &State) -> Value {
     json
 }
 
-/// A number, as it is or as text; of what bpftool writes of bits, which have no sign.
+/// A number, as it is or as text; bpftool's of bits have no sign, its of an enum always.
 fn number(value: &Value) -> Option<i128> {
     match value {
         Value::Number(number) => number.to_string().parse().ok(),
@@ -192,8 +192,10 @@ fn is_same(ours: &Value, theirs: &Value) -> bool {
         }
         _ => match (number(ours), number(theirs)) {
             (Some(ours), Some(theirs)) => {
-                let is_without_sign = |bits: u32| ours + (1 << bits) == theirs;
-                ours == theirs || ours < 0 && (1..=64).any(is_without_sign)
+                // Of the two, one takes the highest bit for a sign.
+                let (less, more) = (ours.min(theirs), ours.max(theirs));
+                let is_without_sign = |bits: u32| less + (1 << bits) == more;
+                less == more || less < 0 && (1..=64).any(is_without_sign)
             }
             _ => false,
         },
