@@ -123,11 +123,15 @@ impl Layout {
             .collect()
     }
 
-    /// Whether it is a section of global data without anything that the kernel looks after.
+    /// Whether it is a section of global data that can be mapped.
     fn is_plain_data(&self) -> bool {
         let is_data = self.name == ".bss" || self.name.starts_with(".data");
-        is_data
-            && self.runs_later.is_none()
+        is_data && self.is_plain()
+    }
+
+    /// Whether there is nothing in it that the kernel looks after.
+    fn is_plain(&self) -> bool {
+        self.runs_later.is_none()
             && self.value.contains(&KERNELS).is_none()
             && !self.value.has_tagged_pointer()
     }
@@ -143,14 +147,17 @@ impl Layout {
         // The kernel ignores types of another size.
         let size = map.value_size() as usize;
         let value = values.into_iter().next().filter(|ty| ty.size == size);
-        Ok(Layout {
+        let mut layout = Layout {
             name,
             facts,
             entries: map.max_entries() as usize,
             is_state: is_array && map.map_flags() & libbpf_sys::BPF_F_MMAPABLE != 0,
             runs_later,
             value: value.unwrap_or_else(|| Type::bytes(size)),
-        })
+        };
+        // The kernel makes such a map with the flag, but lets nobody map it.
+        layout.is_state &= layout.is_plain();
+        Ok(layout)
     }
 
     /// Why a map like this cannot go on with the content of one like `old`.
