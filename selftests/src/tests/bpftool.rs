@@ -144,9 +144,7 @@ fn loads_by_section() {
             .collect();
         for (kind, what) in &all {
             let name = format!("{device}_{what}");
-            // The kernel keeps 15 bytes of a name.
-            let short = &name[..name.len().min(15)];
-            assert_shows(&format!("{}/{name}", pins.path()), kind, short);
+            assert_shows(&format!("{}/{name}", pins.path()), kind, &name);
         }
         assert_got!(census.newer().0, all.len(), "programs of {device}");
         drop(pins);
