@@ -59,9 +59,9 @@ const WAYS: [Way; 5] = [
         counts: [0.0, 0.0],
         reads: "yes",
         payload: "8 bytes each way",
-        memory: "no",
+        memory: "in windows, copied",
         replaceable: "yes: one ioctl, between two accesses, maps stay",
-        trusted: "verifier and JIT, not the program: it has its maps and its interrupts",
+        trusted: "verifier and JIT, not the program: it has its maps, its interrupts and its windows",
     },
     Way {
         row: "echo-user",
