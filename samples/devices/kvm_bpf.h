@@ -272,6 +272,9 @@ struct kvm_bpf_note_state_version {
  *			runs.
  *	replaced	The programs are new, and what maps they share with those
  *			before them has what these have left.  vCPUs may run.
+ *	resample	The guest has acknowledged interrupt 0, whose line the VMM has
+ *			made one of a level for the sake of this program: signal it
+ *			again if it is still wanted.  vCPUs may run.
  *	input		Line (__u32)data of the device's inputs is at level data >> 32,
  *			1 or 0, with data = *(__u64 *)ctx->buf.  vCPUs may run.
  *

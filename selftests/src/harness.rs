@@ -98,6 +98,12 @@ pub fn set_capabilities(capabilities: &[u32]) {
     assert_eq!(result, 0, "capset to {capabilities:?}: {:?}", Errno::last());
 }
 
+/// For a replacement that needs no pause: fails where vCPUs were to stop.
+#[track_caller]
+pub fn unpaused(_: &mut dyn FnMut()) {
+    panic!("wanted the vCPUs to run on, got a pause");
+}
+
 /// Polls until a value is the wanted one; fails when it does not become so.
 #[track_caller]
 pub fn wait_for<T: PartialEq + fmt::Debug>(what: &str, wanted: T, mut get: impl FnMut() -> T) {

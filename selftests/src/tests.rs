@@ -69,6 +69,7 @@ mod pio;
 #[path = "tests/no_pio.rs"]
 mod pio;
 mod pl031;
+mod pl061;
 mod regbank;
 mod region;
 mod replace;
@@ -114,6 +115,7 @@ pub fn all() -> Vec<Trial> {
         verifier::all(),
         regbank::all(),
         pl031::all(),
+        pl061::all(),
         vcpufreq::all(),
         #[cfg(target_arch = "x86_64")]
         uart16550::all(),

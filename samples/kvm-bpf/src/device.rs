@@ -161,6 +161,9 @@ pub enum Error {
     /// The state cannot be saved or restored.
     #[error(transparent)]
     State(#[from] state::Error),
+    /// The new programs can take the state over only while no vCPU runs.
+    #[error("the state has other types than before, and the vCPUs were not paused")]
+    NotPaused,
     /// The new file describes another device than the one it should replace.
     #[error("the new file is not the same device: {new:?} instead of {running:?}")]
     OtherDevice {
@@ -492,10 +495,21 @@ impl ImageDevice {
 
     /// Goes over to the programs of a new file while the guest runs.
     ///
+    /// `paused` is called only where the state has other types than before, and the new file says that
+    /// it loads the version of the old one: it calls what it is given once, while no vCPU is in
+    /// `KVM_RUN`. When this returns, no callback of the old programs runs or is to run, if their
+    /// WORK programs `save` and those new ones `replaced` and `restore` do what
+    /// they are there for.
+    ///
     /// On an error the device goes on as it was.
-    pub fn replace(&mut self, image: OpenImage, on_loss: OnLoss) -> Result<MapChanges> {
+    pub fn replace(
+        &mut self,
+        image: OpenImage,
+        on_loss: OnLoss,
+        paused: impl FnOnce(&mut dyn FnMut()),
+    ) -> Result<MapChanges> {
         let replacement = self.load(image, on_loss)?;
-        self.swap(replacement)
+        self.swap(replacement, paused)
     }
 
     /// Loads a new file for [`Self::swap`], with the maps that it has in common with the running
@@ -519,17 +533,39 @@ impl ImageDevice {
         })
     }
 
-    /// Goes over to the programs of what [`Self::load`] returned while the guest runs, and runs its
-    /// WORK program `replaced`.
+    /// Goes over to the programs of what [`Self::load`] returned while the guest runs, with `paused`
+    /// as [`Self::replace`] has it, and runs its WORK program `replaced`; or `restore`, where the
+    /// state is converted after a run of the old `save`.
     ///
     /// Memory slots of read pages stay where the page's map is carried over. Of others they are
     /// taken away before and set with the new map after; in between, loads run the read program.
     ///
-    /// On an error the device goes on as it was, but for one of `replaced` itself.
-    pub fn swap(&mut self, replacement: Replacement) -> Result<MapChanges> {
+    /// On an error the device goes on as it was, but for one of `replaced` or `restore` itself.
+    pub fn swap(
+        &mut self,
+        replacement: Replacement,
+        paused: impl FnOnce(&mut dyn FnMut()),
+    ) -> Result<MapChanges> {
         // It may be another device's.
         self.check(replacement.image.note())?;
-        let new = replacement.image;
+        if !replacement.needs_pause() {
+            self.set_programs(replacement.image)?;
+            self.run("replaced", 0)?;
+            return Ok(replacement.changes);
+        }
+        let Replacement { image, changes } = replacement;
+        let mut image = Some(image);
+        let mut result = Err(Error::NotPaused);
+        paused(&mut || {
+            if let Some(image) = image.take() {
+                result = self.convert(image);
+            }
+        });
+        result.map(|()| changes)
+    }
+
+    /// Has the programs of `new` handle accesses and the rest.
+    fn set_programs(&mut self, new: Image) -> Result<()> {
         let swapped = self.swap_programs(&new);
         // With the old maps, where the old programs go on.
         self.read_pages.iter_mut().for_each(ReadPage::set_again);
@@ -538,8 +574,19 @@ impl ImageDevice {
         self.unset_works(&old, &self.image)?;
         let kept = |name: &String| self.image.work(name).is_some();
         self.eventfds.retain(|name, _| kept(name));
-        self.run("replaced", 0)?;
-        Ok(replacement.changes)
+        Ok(())
+    }
+
+    /// The same, with the state by the names of its fields, while no vCPU is in `KVM_RUN`.
+    fn convert(&mut self, new: Image) -> Result<()> {
+        let state = self.save()?;
+        // Maps that go on have what they had.
+        let taken = state::restore(new.note(), new.states(), &state).map_err(Error::from);
+        if let Err(error) = taken.and_then(|_| self.set_programs(new)) {
+            self.resume()?;
+            return Err(error);
+        }
+        self.resume()
     }
 
     fn swap_programs(&mut self, new: &Image) -> Result<()> {
@@ -747,6 +794,11 @@ impl Replacement {
     /// The programs and maps.
     pub fn image(&self) -> &Image {
         &self.image
+    }
+
+    /// Whether [`ImageDevice::swap`] will have the vCPUs paused.
+    pub fn needs_pause(&self) -> bool {
+        !self.changes.converted.is_empty()
     }
 }
 

@@ -105,6 +105,19 @@ pub enum Error {
         /// What is different.
         why: String,
     },
+    /// What the running device's programs have started would run on.
+    #[error(
+        "map {map} has a {what}, and the new file no WORK program \"{stops}\" that stops what the \
+         running device has started"
+    )]
+    RunsOn {
+        /// The map.
+        map: String,
+        /// What runs later: `bpf_timer`, say.
+        what: &'static str,
+        /// The WORK program.
+        stops: &'static str,
+    },
     /// The running device handles accesses that would exit to the VMM.
     #[error("the running device has a program for {0}, the new file none")]
     LostDirection(&'static str),
@@ -282,7 +295,8 @@ impl OpenImage {
     ///
     /// A map is carried over where type, sizes, flags and the types of key and value are the same,
     /// with the names, places and kinds of all fields. What belongs to the programs, such as
-    /// read-only data, is not.
+    /// read-only data, is not. Maps with state that have changed are for [`state`](crate::state) to
+    /// convert, where the device says that it loads the version of the running one.
     pub fn reuse_maps(&mut self, from: &Image, on_loss: OnLoss) -> Result<MapChanges, Error> {
         if on_loss == OnLoss::Refuse {
             let programs = self.programs()?;
@@ -296,6 +310,7 @@ impl OpenImage {
 
         let layouts = Layout::of_object(&mut self.object)?;
         let mut changes = MapChanges::default();
+        let loads = self.note.loads_state_of(&from.note);
         for old in &from.layouts {
             let new = layouts.iter().find(|new| new.name == old.name);
             let why = match new {
@@ -303,8 +318,10 @@ impl OpenImage {
                 None => Some("the new file has none of that name".to_string()),
             };
             let name = old.name.clone();
+            let converts = loads && old.is_state && new.is_none_or(|new| new.is_state);
             match why {
                 None => changes.carried.push(name),
+                Some(_) if converts => changes.converted.push(name),
                 Some(why) if on_loss == OnLoss::Refuse => {
                     return Err(Error::LostMap { map: name, why });
                 }
@@ -315,10 +332,11 @@ impl OpenImage {
         }
         let names = layouts.iter().map(|new| new.name.clone());
         changes.fresh = names
-            .filter(|name| !changes.carried.contains(name))
+            .filter(|name| !changes.carried.contains(name) && !changes.converted.contains(name))
             .collect();
         for names in [
             &mut changes.carried,
+            &mut changes.converted,
             &mut changes.fresh,
             &mut changes.dropped,
         ] {
@@ -334,6 +352,24 @@ impl OpenImage {
                 map.reuse_fd(old.as_fd())
                     .map_err(|source| Error::ReuseMap { map: name, source })?;
             }
+        }
+        let runs_later = |layout: &&Layout| {
+            layout.runs_later.is_some() && changes.carried.contains(&layout.name)
+        };
+        // "restore" does it for one that is converted.
+        let stops = match changes.converted.is_empty() {
+            true => "replaced",
+            false => "restore",
+        };
+        if on_loss == OnLoss::Refuse
+            && let Some(layout) = layouts.iter().find(runs_later)
+            && !self.note.works.iter().any(|work| work.name == stops)
+        {
+            return Err(Error::RunsOn {
+                map: layout.name.clone(),
+                what: layout.runs_later.unwrap_or_default(),
+                stops,
+            });
         }
         self.layouts = Some(layouts);
         Ok(changes)

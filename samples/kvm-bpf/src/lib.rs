@@ -30,7 +30,11 @@
 //! let mut device = ImageDevice::new(device, Place::Memory(0xd000_0000), image)?;
 //!
 //! // Later, while vCPUs run: new programs, same state.
-//! let changes = device.replace(OpenImage::open_file(file)?, OnLoss::Refuse)?;
+//! let changes = device.replace(OpenImage::open_file(file)?, OnLoss::Refuse, |swap| {
+//!     // Here the vCPUs stop, if it is called at all,
+//!     swap();
+//!     // and here they go on.
+//! })?;
 //! println!("{changes}");
 //! # Ok(())
 //! # }

@@ -28,6 +28,9 @@ pub enum OnLoss {
 pub struct MapChanges {
     /// They keep their content.
     pub carried: Vec<String>,
+    /// They have the content by the names of its fields: the device loads the state of the running
+    /// one.
+    pub converted: Vec<String>,
     /// They start anew: the running device has none of that name, or it could not be carried over.
     pub fresh: Vec<String>,
     /// The new programs have none of that name.
@@ -39,6 +42,7 @@ impl fmt::Display for MapChanges {
         let mut separator = "";
         for (what, maps) in [
             ("carried over", &self.carried),
+            ("converted", &self.converted),
             ("starts anew", &self.fresh),
             ("dropped", &self.dropped),
         ] {
@@ -289,5 +293,8 @@ mod tests {
         assert_eq!(changes.to_string(), "carried over: a, .bss");
         changes.dropped = vec!["b".to_string()];
         assert_eq!(changes.to_string(), "carried over: a, .bss; dropped: b");
+        changes.converted = vec!["c".to_string()];
+        let text = "carried over: a, .bss; converted: c; dropped: b";
+        assert_eq!(changes.to_string(), text);
     }
 }

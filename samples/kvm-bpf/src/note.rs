@@ -260,6 +260,14 @@ impl Note {
         seen(self) == seen(other)
     }
 
+    /// Whether the device can go on with the state of the one that `other` describes, though its
+    /// types may be others.
+    pub fn loads_state_of(&self, other: &Self) -> bool {
+        let saved = other.state_version.unwrap_or_default().version;
+        self.state_version
+            .is_some_and(|own| (own.oldest..=own.version).contains(&saved))
+    }
+
     /// All regions.
     pub fn regions(&self) -> Vec<Range> {
         let first = (self.mmio_size != 0).then_some(Range {
@@ -921,6 +929,8 @@ mod tests {
 
         // They are no part of what a guest sees.
         let without = parse_items_of(&ports).unwrap();
+        assert!(!without.loads_state_of(&without) && !without.loads_state_of(&parsed));
+        assert!(parsed.loads_state_of(&parsed));
         assert!(without.is_same_device(&parsed));
         let other = parse_items_of(&range(kind::PORT_RANGE, 0, 0, 16)).unwrap();
         assert!(!other.is_same_device(&parsed));

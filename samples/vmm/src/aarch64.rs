@@ -146,7 +146,7 @@ impl Platform {
         PlatformState::save(&self.gic, vcpus)
     }
 
-    /// Gives it to a VM that has not run.
+    /// Gives it to a VM whose vCPUs are out of `KVM_RUN`.
     pub fn restore(
         &self,
         _vm: &VmFd,
@@ -284,7 +284,7 @@ fn vcpu_init(vm: &VmFd, id: u8) -> Result<kvm_vcpu_init, Error> {
     Ok(init)
 }
 
-/// Sets up a vCPU; all but the first wait for PSCI.
+/// Sets up a vCPU, also one that has run; all but the first wait for PSCI.
 pub fn setup_vcpu(_kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, id: u8, _cpus: u8) -> Result<(), Error> {
     vcpu.vcpu_init(&vcpu_init(vm, id)?)
         .map_err(kvm("initialise it"))

@@ -52,7 +52,12 @@ pub struct Args {
     /// What its programs do not handle is for the device NAME of --userspace; without one, reads
     /// give all ones and writes are dropped. On x86-64, pio:PORT instead of ADDR is for a device at
     /// ports. A ring buffer "output" of a device ns16550a is written to standard output, or to FILE.
-    #[arg(long, value_name = "DEVICE.o@ADDR[,fallback=NAME][,output=FILE]")]
+    /// Lines "LINE LEVEL" of a pipe or regular FILE drive the inputs of a device with a WORK program
+    /// "input". The first interrupt of a device with a WORK program "resample" is level-triggered.
+    #[arg(
+        long,
+        value_name = "DEVICE.o@ADDR[,fallback=NAME][,output=FILE][,input=FILE]"
+    )]
     pub bpf: Vec<Bpf>,
 
     /// On SIGUSR1 take a file also if state is lost by that.
@@ -73,6 +78,14 @@ pub struct Args {
     /// Default: the highest one of the host's CPUs, or 1000000 where the host does not tell.
     #[arg(long, value_name = "KHZ,...")]
     pub perf_table: Option<PerfTable>,
+
+    /// When the guest resets, start it again.
+    ///
+    /// Memory, CPUs and interrupt controller are as at first, and kernel and initramfs are read again.
+    /// A device of programs runs its WORK program "reset"; one without it goes on with its maps as they
+    /// were. The guest ends when it switches itself off.
+    #[arg(long, requires = "kernel")]
+    pub reboot: bool,
 
     /// On SIGUSR2 stop the guest, save it to FILE and end.
     ///
@@ -151,7 +164,7 @@ impl FromStr for At {
     }
 }
 
-/// A device of eBPF programs: `FILE@ADDR[,fallback=NAME][,output=FILE]`.
+/// A device of eBPF programs: `FILE@ADDR[,fallback=NAME][,output=FILE][,input=FILE]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bpf {
     /// File and address.
@@ -160,6 +173,8 @@ pub struct Bpf {
     pub fallback: Option<String>,
     /// Where its output goes, if not to standard output.
     pub output: Option<PathBuf>,
+    /// What drives its inputs.
+    pub input: Option<PathBuf>,
 }
 
 impl FromStr for Bpf {
@@ -178,6 +193,7 @@ impl FromStr for Bpf {
             at: at.parse()?,
             fallback: None,
             output: None,
+            input: None,
         };
         for option in options.into_iter().flat_map(|options| options.split(',')) {
             let twice = match option.split_once('=') {
@@ -187,7 +203,14 @@ impl FromStr for Bpf {
                 Some(("output", file)) if !file.is_empty() => {
                     bpf.output.replace(file.into()).is_some()
                 }
-                _ => return Err(format!("{option:?} is not fallback=NAME or output=FILE")),
+                Some(("input", file)) if !file.is_empty() => {
+                    bpf.input.replace(file.into()).is_some()
+                }
+                _ => {
+                    return Err(format!(
+                        "{option:?} is not fallback=NAME, output=FILE or input=FILE"
+                    ));
+                }
             };
             if twice {
                 return Err(format!("{option:?}: a second time"));
@@ -263,8 +286,11 @@ mod tests {
             (bpf.at.what.as_str(), bpf.at.place),
             ("a,fallback=x", place)
         );
-        assert_eq!((bpf.fallback, bpf.output), (None, None));
-        let bpf: Bpf = "a.o@1,output=/tmp/x,fallback=b".parse().unwrap();
+        assert_eq!((bpf.fallback, bpf.output, bpf.input), (None, None, None));
+        let bpf: Bpf = "a.o@1,output=/tmp/x,input=/tmp/y,fallback=b"
+            .parse()
+            .unwrap();
+        assert_eq!(bpf.input.as_deref(), Some("/tmp/y".as_ref()));
         assert_eq!(bpf.fallback.as_deref(), Some("b"));
         assert_eq!(bpf.output.as_deref(), Some("/tmp/x".as_ref()));
         for bad in [
@@ -274,6 +300,8 @@ mod tests {
             "a.o@1,x=y",
             "a.o@1,output=",
             "a.o@1,output=a,output=b",
+            "a.o@1,input=",
+            "a.o@1,input=a,input=a",
             "a.o@1,fallback=a,,output=b",
             "a.o,x@",
         ] {
@@ -328,7 +356,7 @@ mod tests {
     #[test]
     fn a_guest_comes_from_one_place() {
         let parse = |args: &[&str]| Args::try_parse_from([&["kvm-bpf-vmm"], args].concat());
-        assert!(!parse(&["--kernel", "k"]).unwrap().moves());
+        assert!(!parse(&["--kernel", "k", "--reboot"]).unwrap().moves());
         for good in [
             &["--kernel", "k", "--save", "f"][..],
             &["--restore", "f", "--save", "f"],
@@ -343,6 +371,7 @@ mod tests {
             &["--restore", "f", "--kernel", "k"],
             &["--restore", "f", "--initrd", "i"],
             &["--take-over", "s", "--kernel", "k"],
+            &["--restore", "f", "--reboot"],
         ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }

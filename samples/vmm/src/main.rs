@@ -11,6 +11,7 @@ mod console;
 #[cfg(all(test, not(target_arch = "aarch64")))]
 #[path = "aarch64/fdt.rs"]
 mod fdt;
+mod input;
 mod output;
 mod provide;
 mod report;

@@ -166,6 +166,8 @@ pub struct Report {
     pub end: &'static str,
     /// How often programs were replaced while the guest ran.
     pub reloads: u64,
+    /// How often the guest was started again.
+    pub reboots: u64,
     /// Exits for addresses that no device has; ports are not among them.
     pub unclaimed_exits: u64,
     /// Bytes of the guest's console and of its serial ports that nobody took.
@@ -181,6 +183,9 @@ impl fmt::Display for Report {
         write!(f, "guest ended: {}", self.end)?;
         if self.reloads > 0 {
             write!(f, "\nreloads: {}", self.reloads)?;
+        }
+        if self.reboots > 0 {
+            write!(f, "\nreboots: {}", self.reboots)?;
         }
         for device in &self.devices {
             let port = match device.space {
@@ -241,6 +246,7 @@ mod tests {
         Report {
             end: "reset",
             reloads: 0,
+            reboots: 2,
             unclaimed_exits: 0,
             console_bytes_lost: 0,
             devices: vec![
@@ -286,6 +292,7 @@ mod tests {
         assert_eq!(
             text,
             "guest ended: reset\n\
+             reboots: 2\n\
              bank at 0x1000, served by user space: 4 exits to user space\n\
              uart at port 0x2f8, served by eBPF: 0 exits to user space\n\
              vCPU 1: utilization clamped to 512 to 512"

@@ -79,6 +79,8 @@ pub enum Error {
     Memory(&'static str),
     #[error("cannot access guest memory")]
     GuestMemory(#[from] GuestMemoryError),
+    #[error("cannot clear guest memory")]
+    Clear(#[source] io::Error),
     #[error("cannot map guest memory")]
     Map(#[from] vm_memory::mmap::FromRangesError),
     #[error("the saved VM has {saved}, and this one {here}")]
@@ -452,6 +454,33 @@ pub fn create_memory(size: u64, shared: bool) -> Result<GuestMemoryMmap, Error> 
         return Err(failed());
     }
     map(file, size)
+}
+
+/// Makes all of guest memory zeroes again, when no vCPU is in `KVM_RUN`.
+pub fn clear_memory(memory: &GuestMemoryMmap) -> Result<(), Error> {
+    for region in memory.iter() {
+        let result = match region.file_offset() {
+            // SAFETY: the call has numbers only.
+            Some(file) => unsafe {
+                let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                libc::fallocate(
+                    file.file().as_raw_fd(),
+                    hole,
+                    0,
+                    region.len() as libc::off_t,
+                )
+            },
+            // SAFETY: the region is mapped, and nobody holds a reference into guest memory.
+            None => unsafe {
+                let start = region.as_ptr().cast();
+                libc::madvise(start, region.len() as usize, libc::MADV_DONTNEED)
+            },
+        };
+        if result != 0 {
+            return Err(Error::Clear(io::Error::last_os_error()));
+        }
+    }
+    Ok(())
 }
 
 /// Who maps a file that another can shorten dies of that.

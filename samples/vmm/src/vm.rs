@@ -20,7 +20,7 @@ use kvm_bindings::{
 use kvm_bpf::device::only_region;
 use kvm_bpf::image::open_regular;
 use kvm_bpf::note::Space;
-use kvm_bpf::{Device, Image, ImageDevice, MapChanges, OnLoss, OpenImage, Place, State};
+use kvm_bpf::{Device, Image, ImageDevice, OnLoss, OpenImage, Place, Replacement, State};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
@@ -33,6 +33,8 @@ use crate::arch::PortWrite;
 use crate::boot;
 use crate::bus::{Bus, Conflict, Range, check_ranges, check_reach};
 use crate::cli::{Args, At, Bpf};
+use crate::console;
+use crate::input::{self, Input};
 use crate::provide::{self, Provided};
 use crate::report::{ReadPage, Report, Server, Vcpu};
 use crate::serial::Serial;
@@ -62,6 +64,14 @@ pub enum Error {
     NoOutput(String),
     #[error("{}: cannot write its output there", .0.display())]
     Output(PathBuf, #[source] io::Error),
+    #[error("{0}: it has no WORK program \"input\": no input")]
+    NoInput(String),
+    #[error("{}: no inputs come from there any more", .0.display())]
+    Input(PathBuf, #[source] io::Error),
+    #[error("{}: cannot take inputs from there", .0.display())]
+    Inputs(PathBuf, #[source] io::Error),
+    #[error("{0}: it has a WORK program \"{RESAMPLE}\", but no interrupt")]
+    NoLevel(String),
     #[error("{0}: cannot take its output")]
     TakeOutput(String, #[source] io::Error),
     #[error("{0}: no such user-space device, only {names}", names = userspace::NAMES.join(", "))]
@@ -106,8 +116,14 @@ pub enum Error {
     SetupVcpu(u8, #[source] boot::Error),
     #[error("{0}: a user-space device, whose state cannot be saved")]
     NotSaved(String),
+    #[error("{0}: a user-space device, whose state cannot be reset")]
+    NotReset(String),
+    #[error("cannot clear the guest's memory")]
+    ClearMemory(#[source] snapshot::Error),
     #[error("cannot save the guest")]
     Save(#[source] boot::Error),
+    #[error("cannot keep what the guest's hardware has at first")]
+    Keep(#[source] boot::Error),
     #[error("cannot hold an interrupt back")]
     HoldInterrupt(#[source] io::Error),
     #[error("{}: cannot save the guest there", .0.display())]
@@ -173,6 +189,34 @@ pub struct GuestDevice {
     pub compatible: Vec<String>,
     /// Its interrupts, edge-triggered.
     pub gsis: Vec<u32>,
+    /// But the first one is level-triggered, active high.
+    pub is_level: bool,
+}
+
+/// The WORK program that runs when a guest is done with the level-triggered interrupt.
+const RESAMPLE: &str = "resample";
+
+/// An interrupt line, and what raises it.
+struct Line {
+    gsi: u32,
+    /// Open as long as the line: when an eventfd's last fd is closed, KVM ends its irqfd.
+    irq: EventFd,
+    /// For a level-triggered one: what KVM signals when the guest is done.
+    resample: Option<EventFd>,
+}
+
+impl Line {
+    fn connect(&self, vm: &VmFd) -> Result<(), errno::Error> {
+        match &self.resample {
+            Some(resample) => vm.register_irqfd_with_resample(&self.irq, resample, self.gsi),
+            None => vm.register_irqfd(&self.irq, self.gsi),
+        }
+    }
+
+    /// Waits for the work that signals have queued, and lowers a level.
+    fn disconnect(&self, vm: &VmFd) -> Result<(), errno::Error> {
+        vm.unregister_irqfd(&self.irq, self.gsi)
+    }
 }
 
 /// A device that the kernel serves, and the file that it came from.
@@ -181,9 +225,10 @@ struct BpfDevice {
     device: ImageDevice,
     /// Who takes what it puts out.
     serial: Option<Serial>,
-    /// By interrupt, with its line. Open as long as the device: when an eventfd's last fd is
-    /// closed, KVM ends its irqfd.
-    irqs: Vec<(u32, EventFd)>,
+    /// By interrupt.
+    lines: Vec<Line>,
+    /// What drives its inputs, until that begins.
+    inputs: Option<input::Source>,
 }
 
 /// The first memory slot that a device may have; those of the guest's RAM are below.
@@ -197,8 +242,32 @@ pub enum Event {
     Save,
     /// Give the guest to the process at the other end.
     HandOver(UnixStream),
+    /// An input of the device of that number is at a level.
+    Input {
+        device: usize,
+        input: Input,
+        /// Is sent something when the device knows.
+        done: Sender<()>,
+    },
     /// A vCPU's thread is done.
     Vcpu(Result<Option<End>, Error>),
+}
+
+/// What the guest starts from.
+struct Boot {
+    path: PathBuf,
+    kernel: File,
+    initrd: Option<File>,
+    cmdline: String,
+    devices: Vec<GuestDevice>,
+}
+
+/// All that a guest has when it starts, for one that starts again.
+struct Start {
+    boot: Boot,
+    vcpus: Vec<arch::VcpuState>,
+    platform: arch::PlatformState,
+    console: console::State,
 }
 
 /// A VM that is ready to run.
@@ -212,6 +281,8 @@ pub struct Vm {
     /// Bounds of the utilization of the vCPUs' threads, where there are such.
     clamps: Vec<Option<(u32, u32)>>,
     save: Option<PathBuf>,
+    /// What a guest that resets goes back to, if not to its end.
+    start: Option<Start>,
     shared: Arc<Shared>,
     kvm: Kvm,
     // The last ones: nothing above may outlive them.
@@ -238,7 +309,16 @@ impl Vm {
             if bpf.output.is_some() && !Serial::is_one(note) {
                 return Err(Error::NoOutput(bpf.at.what.clone()));
             }
-            devices.push(guest_device(&bpf.at, region.size, note.compatible.clone()));
+            let has = |name| note.works.iter().any(|work| work.name == name);
+            if bpf.input.is_some() && !has("input") {
+                return Err(Error::NoInput(bpf.at.what.clone()));
+            }
+            let mut device = guest_device(&bpf.at, region.size, note.compatible.clone());
+            device.is_level = has(RESAMPLE);
+            if device.is_level && note.nr_irqs == 0 {
+                return Err(Error::NoLevel(bpf.at.what.clone()));
+            }
+            devices.push(device);
         }
         let mut userspace_irqs = Vec::new();
         for at in &args.userspace {
@@ -261,14 +341,14 @@ impl Vm {
             }
         }
         let open = |path| open_at_most(path, args.memory);
-        let mut kernel = args.kernel.as_deref().map(open).transpose()?;
-        let mut initrd = args.initrd.as_deref().map(open).transpose()?;
-        if args.moves() {
-            let fallbacks = args.bpf.iter().filter_map(|bpf| bpf.fallback.as_ref());
-            let mut models = args.userspace.iter().map(|at| &at.what).chain(fallbacks);
-            if let Some(name) = models.next() {
-                return Err(Error::NotSaved(name.clone()));
-            }
+        let kernel = args.kernel.as_deref().map(open).transpose()?;
+        let initrd = args.initrd.as_deref().map(open).transpose()?;
+        let fallbacks = args.bpf.iter().filter_map(|bpf| bpf.fallback.as_ref());
+        let mut models = args.userspace.iter().map(|at| &at.what).chain(fallbacks);
+        match models.next() {
+            Some(name) if args.moves() => return Err(Error::NotSaved(name.clone())),
+            Some(name) if args.reboot => return Err(Error::NotReset(name.clone())),
+            _ => (),
         }
         let restore = args.restore.as_deref();
         let saved = restore
@@ -304,16 +384,16 @@ impl Vm {
             let device = Device::new(&vm).map_err(device_error)?;
             let image = image.load().map_err(|error| device_error(error.into()))?;
             provide_to(&name, &image, &provided)?;
-            let irqs = wire_interrupts(&vm, info, image.note().nr_irqs, &mut free_gsis)?;
-            for (index, irq) in (0..).zip(&irqs) {
-                device.set_irq(index, irq).map_err(device_error)?;
+            let lines = wire_interrupts(&vm, info, image.note().nr_irqs, &mut free_gsis)?;
+            for (index, line) in (0..).zip(&lines) {
+                device.set_irq(index, &line.irq).map_err(device_error)?;
             }
             let fallback = args.fallback.as_deref();
             let fallback = fallback
                 .map(|fallback| {
-                    let irqs = irqs
+                    let irqs = lines
                         .iter()
-                        .map(EventFd::try_clone)
+                        .map(|line| line.irq.try_clone())
                         .collect::<Result<_, _>>();
                     let irqs = irqs.map_err(|error| Error::WireInterrupt(name.clone(), error))?;
                     create_model(fallback, irqs, &provided)
@@ -331,15 +411,30 @@ impl Vm {
                 // Without one programs go on to give the values; the report says why.
                 let _ = device.set_read_page(&vm, page, slot);
             }
+            let resample = lines.first().and_then(|line| line.resample.as_ref());
+            if resample.is_some() {
+                device
+                    .set_work_eventfd(RESAMPLE, resample)
+                    .map_err(device_error)?;
+            }
+            let inputs = args.input.as_deref();
+            let inputs = inputs
+                .map(|path| {
+                    let inputs = input::Source::new(path);
+                    inputs.map_err(|error| Error::Inputs(path.to_path_buf(), error))
+                })
+                .transpose()?;
             bpf_devices.push(BpfDevice {
                 path: PathBuf::from(&name),
                 device,
                 serial,
-                irqs: info.gsis.iter().copied().zip(irqs).collect(),
+                lines,
+                inputs,
             });
         }
         for (info, nr_irqs) in userspace.iter_mut().zip(userspace_irqs) {
-            let irqs = wire_interrupts(&vm, info, nr_irqs, &mut free_gsis)?;
+            let lines = wire_interrupts(&vm, info, nr_irqs, &mut free_gsis)?;
+            let irqs = lines.into_iter().map(|line| line.irq).collect();
             let model = create_model(&info.range.name, irqs, &provided)?;
             bus.add(info.range.clone(), Server::Userspace, Some(model));
         }
@@ -370,6 +465,7 @@ impl Vm {
             },
             machine,
             save: args.save.clone(),
+            start: None,
             shared: Arc::new(Shared {
                 bus,
                 ports,
@@ -380,19 +476,28 @@ impl Vm {
             vm,
             memory: GuestMemoryMmap::default(),
         };
-        if let (Some(path), Some(kernel)) = (&args.kernel, &mut kernel) {
+        if let (Some(path), Some(kernel)) = (&args.kernel, kernel) {
             let cmdline = format!("{} {}", arch::CMDLINE, args.append);
-            vm.set_memory(snapshot::create_memory(memory_size, shared_memory).map_err(no_memory)?)?;
-            let entry = arch::load(
-                &vm.memory,
+            let mut boot = Boot {
+                path: path.clone(),
                 kernel,
-                initrd.as_mut(),
-                cmdline.trim_end(),
-                args.cpus,
-                &devices,
-            )
-            .map_err(|source| Error::Load(path.clone(), source))?;
-            arch::enter(&vm.vcpus[0], entry).map_err(|source| Error::SetupVcpu(0, source))?;
+                initrd,
+                cmdline: cmdline.trim_end().to_string(),
+                devices,
+            };
+            vm.set_memory(snapshot::create_memory(memory_size, shared_memory).map_err(no_memory)?)?;
+            // What is kept is that of CPUs which have not been told where to begin.
+            let start = args
+                .reboot
+                .then(|| vm.hardware().map_err(Error::Keep))
+                .transpose()?;
+            vm.load(&mut boot)?;
+            vm.start = start.map(|(vcpus, platform, console)| Start {
+                boot,
+                vcpus,
+                platform,
+                console,
+            });
         }
         let own_table = args.perf_table.is_some();
         if let (Some(path), Some(saved)) = (&args.restore, saved) {
@@ -425,6 +530,70 @@ impl Vm {
             // mapping until the vCPUs' threads, the only ones to use it, are gone.
             unsafe { self.vm.set_user_memory_region(kvm_region) }.map_err(Error::SetMemory)?;
         }
+        Ok(())
+    }
+
+    /// Has the first vCPU of a VM whose memory is zeroes begin with the kernel.
+    fn load(&self, boot: &mut Boot) -> Result<(), Error> {
+        let entry = arch::load(
+            &self.memory,
+            &mut boot.kernel,
+            boot.initrd.as_mut(),
+            &boot.cmdline,
+            self.machine.cpus,
+            &boot.devices,
+        )
+        .map_err(|source| Error::Load(boot.path.clone(), source))?;
+        arch::enter(&self.vcpus[0], entry).map_err(|source| Error::SetupVcpu(0, source))
+    }
+
+    /// The state of stopped vCPUs, of what no vCPU has for itself, and of the console.
+    fn hardware(
+        &self,
+    ) -> Result<(Vec<arch::VcpuState>, arch::PlatformState, console::State), boot::Error> {
+        let platform = &self.shared.platform;
+        let saved = platform.save(&self.vm, &self.vcpus)?;
+        let vcpus = self.vcpus.iter();
+        let vcpus = vcpus.map(|vcpu| arch::VcpuState::save(&self.kvm, vcpu));
+        let (console, _) = platform.console_line();
+        Ok((vcpus.collect::<Result<_, _>>()?, saved, console.save()))
+    }
+
+    /// Starts the guest again, when its vCPUs have stopped.
+    fn reboot(&mut self, start: &mut Start) -> Result<(), Error> {
+        let platform = &self.shared.platform;
+        let (console, _) = platform.console_line();
+        self.hold_interrupts(|lines| {
+            self.bpf_devices.iter().try_for_each(BpfDevice::reset)?;
+            for ((id, vcpu), new) in (0..).zip(&self.vcpus).zip(&start.vcpus) {
+                arch::setup_vcpu(&self.kvm, &self.vm, vcpu, id, self.machine.cpus)
+                    .and_then(|()| new.restore(vcpu))
+                    .map_err(|source| Error::RestoreVcpu(id.into(), source))?;
+            }
+            platform
+                .restore(&self.vm, &self.vcpus, &start.platform)
+                .map_err(Error::RestorePlatform)?;
+            console
+                .restore(&start.console)
+                .map_err(Error::RestoreConsole)?;
+            // Nobody is there who asked for these.
+            for line in lines {
+                match line.irq.read() {
+                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                        return Err(Error::HoldInterrupt(error));
+                    }
+                    _ => (),
+                }
+            }
+            snapshot::clear_memory(&self.memory).map_err(Error::ClearMemory)?;
+            self.load(&mut start.boot)?;
+            start
+                .platform
+                .restore_clock(&self.vm, &self.vcpus)
+                .map_err(Error::RestorePlatform)
+        })?;
+        self.clamps.fill(None);
+        crate::say("kvm-bpf-vmm: the guest starts again");
         Ok(())
     }
 
@@ -477,11 +646,8 @@ impl Vm {
         let devices = self.bpf_devices.iter().map(BpfDevice::save);
         let devices = devices.collect::<Result<_, _>>()?;
         let platform = &self.shared.platform;
-        let (console, gsi) = platform.console_line();
-        let irq = console.irq().map_err(Error::HoldInterrupt)?;
-        let lines = self.bpf_devices.iter().flat_map(|device| &device.irqs);
-        let lines = lines.map(|(gsi, irq)| (*gsi, irq)).chain([(gsi, &irq)]);
-        let (platform, vcpus) = self.hold_interrupts(lines, || {
+        let (console, _) = platform.console_line();
+        let (platform, vcpus) = self.hold_interrupts(|_| {
             let platform = platform.save(&self.vm, &self.vcpus);
             let vcpus = self.vcpus.iter().zip(&self.clamps);
             let vcpus = vcpus.map(|(vcpu, clamp)| {
@@ -504,26 +670,33 @@ impl Vm {
 
     /// Does something while no interrupt of a device is on its way to the interrupt controller.
     ///
-    /// What has been signalled before has arrived there; what is signalled meanwhile waits.
-    fn hold_interrupts<'a, T>(
+    /// What has been signalled before has arrived there; what is signalled meanwhile waits. Lines of
+    /// levels go down: a device that still wants its interrupt signals again when it goes on.
+    fn hold_interrupts<T>(
         &self,
-        lines: impl Iterator<Item = (u32, &'a EventFd)>,
-        work: impl FnOnce() -> Result<T, Error>,
+        work: impl FnOnce(&[&Line]) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        let mut held = Vec::new();
+        let (console, gsi) = self.shared.platform.console_line();
+        let console = Line {
+            gsi,
+            irq: console.irq().map_err(Error::HoldInterrupt)?,
+            resample: None,
+        };
+        let lines = self.bpf_devices.iter().flat_map(|device| &device.lines);
+        let lines: Vec<_> = lines.chain([&console]).collect();
+        let mut held = 0;
         let mut holding = Ok(());
-        for (gsi, irq) in lines {
-            // It waits for the work that signals have queued.
-            holding = self.vm.unregister_irqfd(irq, gsi);
+        for line in &lines {
+            holding = line.disconnect(&self.vm);
             if holding.is_err() {
                 break;
             }
-            held.push((gsi, irq));
+            held += 1;
         }
         let failed = |error: errno::Error| Error::HoldInterrupt(error.into());
-        let result = holding.map_err(failed).and_then(|()| work());
-        for (gsi, irq) in held {
-            self.vm.register_irqfd(irq, gsi).map_err(failed)?;
+        let result = holding.map_err(failed).and_then(|()| work(&lines));
+        for line in &lines[..held] {
+            line.connect(&self.vm).map_err(failed)?;
         }
         result
     }
@@ -533,12 +706,27 @@ impl Vm {
     /// Others may send events through `sender`.
     pub fn run(mut self, sender: Sender<Event>, events: Receiver<Event>) -> Result<Report, Error> {
         register_signal_handler(SIGRTMIN(), interrupt_vcpu).map_err(Error::Signal)?;
-        let mut reloads = 0;
+        for (index, device) in self.bpf_devices.iter_mut().enumerate() {
+            if let Some(inputs) = device.inputs.take() {
+                inputs.start(index, sender.clone())?;
+            }
+        }
+        let (mut reloads, mut reboots) = (0, 0);
         let mut waiting = VecDeque::new();
         let end = loop {
             let event = self.run_vcpus(&sender, &events, &mut waiting, &mut reloads);
             let moved = match event {
-                Ok(Next::End(end)) => break Ok(end),
+                Ok(Next::End(end)) => {
+                    let Some(mut start) = self.start.take_if(|_| end == End::Reset) else {
+                        break Ok(end);
+                    };
+                    if let Err(error) = self.reboot(&mut start) {
+                        break Err(error);
+                    }
+                    self.start = Some(start);
+                    reboots += 1;
+                    continue;
+                }
                 Ok(Next::Save(path)) => self
                     .snapshot()
                     .and_then(|snapshot| {
@@ -546,6 +734,12 @@ impl Vm {
                         saved.map_err(|source| Error::SaveTo(path, source))
                     })
                     .map(|()| End::Saved),
+                Ok(Next::Swap(pausing)) => {
+                    for (index, replacement) in pausing {
+                        reloads += self.bpf_devices[index].swap(replacement);
+                    }
+                    continue;
+                }
                 Ok(Next::HandOver(stream)) => self.hand_over(&stream).map(|()| End::HandedOver),
                 Err(error) => break Err(error),
             };
@@ -586,6 +780,7 @@ impl Vm {
         end.map(|end| Report {
             end: end.describe(),
             reloads,
+            reboots,
             unclaimed_exits: shared.bus.unclaimed(),
             console_bytes_lost,
             devices,
@@ -622,13 +817,30 @@ impl Vm {
             loop {
                 let event = waiting.pop_front().map_or_else(|| events.recv(), Ok);
                 match event {
-                    Ok(Event::Reload) => *reloads += self.reload(),
+                    Ok(Event::Reload) => {
+                        let (count, pausing) = self.reload();
+                        *reloads += count;
+                        if !pausing.is_empty() {
+                            break Ok(Next::Swap(pausing));
+                        }
+                    }
                     Ok(Event::Save) => {
                         if let Some(path) = &self.save {
                             break Ok(Next::Save(path.clone()));
                         }
                     }
                     Ok(Event::HandOver(stream)) => break Ok(Next::HandOver(stream)),
+                    Ok(Event::Input {
+                        device,
+                        input,
+                        done,
+                    }) => {
+                        if let Err(error) = self.bpf_devices[device].input(input) {
+                            crate::print_error("input", &error);
+                        }
+                        // Nobody waits where the file's thread is gone.
+                        let _ = done.send(());
+                    }
                     Ok(Event::Vcpu(Ok(None))) => (),
                     Ok(Event::Vcpu(Ok(Some(end)))) => break Ok(Next::End(end)),
                     Ok(Event::Vcpu(Err(error))) => break Err(error),
@@ -658,20 +870,18 @@ impl Vm {
         next
     }
 
-    /// Replaces the programs of all devices whose files can; returns of how many.
-    fn reload(&mut self) -> u64 {
-        let mut reloads = 0;
-        for device in &mut self.bpf_devices {
-            match device.reload(&self.provided, self.on_loss) {
-                Ok(changes) => {
-                    reloads += 1;
-                    let path = device.path.display();
-                    crate::say(&format!("kvm-bpf-vmm: reload: {path}: {changes}"));
-                }
+    /// Replaces the programs of all devices whose files can; returns of how many, and the devices that
+    /// have to wait until the vCPUs have stopped, by number.
+    fn reload(&mut self) -> (u64, Vec<(usize, Replacement)>) {
+        let (mut reloads, mut pausing) = (0, Vec::new());
+        for (index, device) in self.bpf_devices.iter_mut().enumerate() {
+            match device.load(&self.provided, self.on_loss) {
+                Ok(replacement) if replacement.needs_pause() => pausing.push((index, replacement)),
+                Ok(replacement) => reloads += device.swap(replacement),
                 Err(error) => crate::print_error("reload", &error),
             }
         }
-        reloads
+        (reloads, pausing)
     }
 
     fn hand_over(&self, stream: &UnixStream) -> Result<(), Error> {
@@ -691,19 +901,40 @@ enum Next {
     Save(PathBuf),
     /// It is to go on at the other end.
     HandOver(UnixStream),
+    /// Devices are to have other programs, by number.
+    Swap(Vec<(usize, Replacement)>),
 }
 
 impl BpfDevice {
     /// Reads its programs' state.
     fn save(&self) -> Result<State, Error> {
-        let saved = self.device.save();
-        saved.map_err(|source| Error::Device(self.path.display().to_string(), source))
+        self.device.save().map_err(|source| self.error(source))
+    }
+
+    /// Puts it into the state of a new one, if its programs can.
+    fn reset(&self) -> Result<(), Error> {
+        let reset = self.device.reset().map(drop);
+        reset.map_err(|source| self.error(source))
+    }
+
+    /// Has one of its inputs be at a level.
+    fn input(&self, input: Input) -> Result<(), Error> {
+        let Input { line, level } = input;
+        match self.device.input(line, level) {
+            Ok(true) => Ok(()),
+            // A file that it was replaced by may have no such program.
+            Ok(false) => Err(Error::NoInput(self.path.display().to_string())),
+            Err(source) => Err(self.error(source)),
+        }
+    }
+
+    fn error(&self, source: kvm_bpf::device::Error) -> Error {
+        Error::Device(self.path.display().to_string(), source)
     }
 
     /// Has its programs go on here after all.
     fn resume(&self) -> Result<(), Error> {
-        let resumed = self.device.resume();
-        resumed.map_err(|source| Error::Device(self.path.display().to_string(), source))
+        self.device.resume().map_err(|source| self.error(source))
     }
 
     /// Has its programs go on from a state, with what they cannot know on this host.
@@ -726,7 +957,8 @@ impl BpfDevice {
             .collect()
     }
 
-    fn reload(&mut self, provided: &Provided, on_loss: OnLoss) -> Result<MapChanges, Error> {
+    /// Loads what is in its file now.
+    fn load(&mut self, provided: &Provided, on_loss: OnLoss) -> Result<Replacement, Error> {
         crate::forget_warnings();
         let image = open_image(&self.path)?;
         let name = self.path.display().to_string();
@@ -736,7 +968,22 @@ impl BpfDevice {
         if let Some(serial) = &mut self.serial {
             serial.follow(&name, replacement.image())?;
         }
-        self.device.swap(replacement).map_err(device_error)
+        Ok(replacement)
+    }
+
+    /// Goes over to these programs, with no vCPU in `KVM_RUN` if that has to be; returns how often.
+    fn swap(&mut self, replacement: Replacement) -> u64 {
+        let path = self.path.display();
+        match self.device.swap(replacement, |swap| swap()) {
+            Ok(changes) => {
+                crate::say(&format!("kvm-bpf-vmm: reload: {path}: {changes}"));
+                1
+            }
+            Err(source) => {
+                crate::print_error("reload", &self.error(source));
+                0
+            }
+        }
     }
 }
 
@@ -811,42 +1058,48 @@ fn guest_device(at: &At, size: u64, compatible: Vec<String>) -> GuestDevice {
         },
         compatible,
         gsis: Vec::new(),
+        is_level: false,
     }
 }
 
-/// Gives a device its interrupt lines; returns an eventfd for each, which raises it.
+/// Gives a device its interrupt lines.
 fn wire_interrupts(
     vm: &VmFd,
     device: &mut GuestDevice,
     count: u32,
     free: &mut impl Iterator<Item = u32>,
-) -> Result<Vec<EventFd>, Error> {
-    let mut irqs = Vec::new();
-    for _ in 0..count {
-        let (gsi, irq) = wire_interrupt(vm, &device.range.name, free)?;
-        device.gsis.push(gsi);
-        irqs.push(irq);
+) -> Result<Vec<Line>, Error> {
+    let mut lines = Vec::new();
+    for index in 0..count {
+        let is_level = device.is_level && index == 0;
+        let line = wire_interrupt(vm, &device.range.name, is_level, free)?;
+        device.gsis.push(line.gsi);
+        lines.push(line);
     }
-    Ok(irqs)
+    Ok(lines)
 }
 
 /// Takes an interrupt line and makes an eventfd that raises it.
 fn wire_interrupt(
     vm: &VmFd,
     device: &str,
+    is_level: bool,
     free: &mut impl Iterator<Item = u32>,
-) -> Result<(u32, EventFd), Error> {
+) -> Result<Line, Error> {
     let gsi = free
         .next()
         .ok_or_else(|| Error::NoInterruptLine(device.to_string()))?;
-    let irq = EventFd::new(libc::EFD_NONBLOCK)
-        .and_then(|irq| {
-            vm.register_irqfd(&irq, gsi)
-                .map_err(Into::into)
-                .map(|()| irq)
-        })
-        .map_err(|source| Error::WireInterrupt(device.to_string(), source))?;
-    Ok((gsi, irq))
+    let eventfd = || EventFd::new(libc::EFD_NONBLOCK);
+    let wire = || {
+        let line = Line {
+            gsi,
+            irq: eventfd()?,
+            resample: is_level.then(eventfd).transpose()?,
+        };
+        line.connect(vm)?;
+        Ok(line)
+    };
+    wire().map_err(|source: io::Error| Error::WireInterrupt(device.to_string(), source))
 }
 
 /// What all vCPU threads use.

@@ -177,7 +177,7 @@ impl Platform {
         PlatformState::save(vm)
     }
 
-    /// Gives it to a VM that has not run.
+    /// Gives it to a VM whose vCPUs are out of `KVM_RUN`.
     pub fn restore(
         &self,
         vm: &VmFd,
@@ -353,7 +353,7 @@ fn supported_cpuid(kvm_fd: &Kvm) -> Result<CpuId, Error> {
         .map_err(kvm("ask for the supported CPUID"))
 }
 
-/// Sets up a vCPU; all but the first wait for it.
+/// Sets up a vCPU, also one that has run; all but the first wait for it.
 pub fn setup_vcpu(kvm_fd: &Kvm, _vm: &VmFd, vcpu: &VcpuFd, id: u8, cpus: u8) -> Result<(), Error> {
     let entries = cpuid(supported_cpuid(kvm_fd)?.as_slice(), id, cpus);
     let cpuid = CpuId::from_entries(&entries)

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use kvm_bpf::{Image, ImageDevice, NoSlot, OnLoss, OpenImage, image};
 use kvm_bpf_selftests::bpf::{Census, RunCounts};
 use kvm_bpf_selftests::guest::{Args, Exit, Guest, Routine, Vcpu, mask};
-use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env, skip};
+use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env, skip, unpaused};
 use kvm_bpf_selftests::programs::{loaded, plug, sample, test_image, test_path};
 use kvm_ioctls::VmFd;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
@@ -278,7 +278,7 @@ fn swap_while_vcpus_read() {
                 _ => (1, sample("pagebank")),
             };
             let before = device.read_pages()[0].host_addr();
-            let changes = device.replace(image, OnLoss::Accept);
+            let changes = device.replace(image, OnLoss::Accept, unpaused);
             let changes = changes.unwrap_or_else(|error| panic!("swap {swap}: {error:#?}"));
             let page = &device.read_pages()[0];
             assert_got!(
@@ -324,7 +324,7 @@ fn the_same_map_keeps_its_slot() {
     let before = device.read_pages()[0].host_addr();
     let counts = RunCounts::start();
     device
-        .replace(sample("pagebank"), OnLoss::Refuse)
+        .replace(sample("pagebank"), OnLoss::Refuse, unpaused)
         .unwrap_or_else(|error| panic!("wanted the same device to do, got {error:#?}"));
     let page = &device.read_pages()[0];
     assert_got!(
@@ -337,7 +337,7 @@ fn the_same_map_keeps_its_slot() {
     assert_got!(counts.of(program), 0, "runs of the new read program");
 
     // What does not replace it leaves all as it was.
-    let error = device.replace(test_image("pagebank_v2"), OnLoss::Refuse);
+    let error = device.replace(test_image("pagebank_v2"), OnLoss::Refuse, unpaused);
     error.expect_err("another page is a loss");
     assert_got!(value(&mut vcpu, SCRATCH, 8), PATTERN, "SCRATCH");
     assert_got!(device.read_pages()[0].slot(), Some(SLOT), "the slot");
@@ -482,7 +482,7 @@ fn places_without_a_slot() {
     // A swap tries again what was refused before.
     assert_got!(device.set_read_page(guest.vm(), 0, SLOT + 2), Ok(()));
     device
-        .replace(test_image("pagebank_v2"), OnLoss::Accept)
+        .replace(test_image("pagebank_v2"), OnLoss::Accept, unpaused)
         .unwrap_or_else(|error| panic!("wanted the next version to do, got {error:#?}"));
     assert_got!(device.read_pages()[0].slot(), Some(SLOT + 2));
     assert_got!(value(&mut vcpu, addr, 8), identity(2));

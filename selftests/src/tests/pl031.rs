@@ -11,7 +11,9 @@ use std::{fs, io};
 use kvm_bpf::{Device, Image, ImageDevice, OnLoss, Place, State};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
-use kvm_bpf_selftests::harness::{Errno, Random, in_a_process, meanwhile, number_from_env};
+use kvm_bpf_selftests::harness::{
+    Errno, Random, in_a_process, meanwhile, number_from_env, unpaused,
+};
 use kvm_bpf_selftests::programs::{loaded, sample};
 use kvm_bpf_vmm::userspace::{HostClock, time_of_day_offset_ns};
 use kvm_ioctls::VmFd;
@@ -151,7 +153,9 @@ impl Clock {
 
     /// The same programs again, with the state.
     fn replace(&mut self) {
-        let changes = self.device.replace(sample("pl031"), OnLoss::Refuse);
+        let changes = self
+            .device
+            .replace(sample("pl031"), OnLoss::Refuse, unpaused);
         let changes = changes.expect("replacing");
         let all = ["alarm_irqs", "alarms", "clock", "locks", "pl031"];
         assert_got!(changes.carried, all, "maps that go on");

@@ -3,11 +3,14 @@
 //! What a new file keeps of the device that it replaces: all of it, or the file is refused.
 
 use std::fs;
+use std::sync::RwLock;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use kvm_bpf::device::Error;
-use kvm_bpf::{Image, ImageDevice, MapChanges, OnLoss, OpenImage, image};
+use kvm_bpf::{Image, ImageDevice, MapChanges, OnLoss, OpenImage, image, state};
 use kvm_bpf_selftests::bpf::Census;
-use kvm_bpf_selftests::guest::{Exit, Guest, Vcpu};
+use kvm_bpf_selftests::guest::{Args, Exit, Guest, Routine, Vcpu};
+use kvm_bpf_selftests::harness::{meanwhile, unpaused, wait_for};
 use kvm_bpf_selftests::programs::{plug, test_image, test_path};
 
 use super::ADDR;
@@ -24,6 +27,9 @@ tests!(
     another_global_variable,
     a_direction_less,
     again_and_again,
+    converted_under_load,
+    converted_or_not_at_all,
+    what_runs_on_is_refused,
 );
 
 const FIRST: u64 = 0x00;
@@ -87,7 +93,7 @@ impl Setup {
 
     #[track_caller]
     fn replace(&mut self, image: OpenImage, on_loss: OnLoss) -> MapChanges {
-        match self.device.replace(image, on_loss) {
+        match self.device.replace(image, on_loss, unpaused) {
             Ok(changes) => changes,
             Err(error) => panic!("wanted the device to be replaced, got {error:#?}"),
         }
@@ -98,7 +104,10 @@ impl Setup {
     #[track_caller]
     fn assert_refused(&mut self, file: &str, wanted_map: &str, reason: &str) {
         let census = Census::now();
-        match self.device.replace(test_image(file), OnLoss::default()) {
+        match self
+            .device
+            .replace(test_image(file), OnLoss::default(), unpaused)
+        {
             Err(Error::Image(image::Error::LostMap { map, why }))
                 if map == wanted_map && why.contains(reason) => {}
             result => panic!("{file}: wanted {wanted_map} and {reason:?}, got {result:#?}"),
@@ -203,7 +212,7 @@ fn a_direction_less() {
     let mut setup = Setup::new();
     let result = setup
         .device
-        .replace(test_image("carry_read_only"), OnLoss::Refuse);
+        .replace(test_image("carry_read_only"), OnLoss::Refuse, unpaused);
     match result {
         Err(Error::Image(image::Error::LostDirection("writes"))) => {}
         result => panic!("wanted LostDirection, got {result:#?}"),
@@ -240,4 +249,126 @@ fn again_and_again() {
         let bytes = super::element(image, section);
         assert_got!(bytes[..8], u64::to_ne_bytes(value), "{section}");
     }
+}
+
+/// The registers of `progs/convert.bpf.c`: version, writes, runs of "save", "restore", "replaced".
+fn counts(vcpu: &mut Vcpu) -> [u64; 5] {
+    [0x00, 0x08, 0x10, 0x18, 0x20].map(|register| {
+        let read = vcpu.read(ADDR + register, 8);
+        assert_got!(read.exits, [], "exits of register {register:#x}");
+        read.value
+    })
+}
+
+/// vCPUs write while the programs go over to others that have the state in other types: they stop
+/// for that, no write is lost, and it is the old "save" and the new "restore" that run.
+fn converted_under_load() {
+    const VCPUS: u32 = 3;
+    const BATCH: u64 = 50;
+
+    let census = Census::now();
+    let guest = Guest::new();
+    let mut device = plug(guest.vm(), ADDR, test_image("convert"));
+    let written = AtomicU64::new(0);
+    // vCPUs are in KVM_RUN with a share of it.
+    let running = RwLock::new(());
+    let workers = (0..VCPUS).map(|id| {
+        let mut vcpu = guest.vcpu(id);
+        let (written, running) = (&written, &running);
+        move || {
+            let _share = running.read().expect("no panic");
+            let args = Args {
+                value: 1,
+                addr: ADDR,
+                count: BATCH,
+                pair: [1, 2],
+            };
+            let (results, exits) = vcpu.call(Routine::Hammer, args);
+            assert_got!((results.count, exits), (0, vec![]), "vCPU {id}");
+            written.fetch_add(BATCH, SeqCst);
+        }
+    });
+    let writes_go_on = || {
+        let before = written.load(SeqCst);
+        wait_for("more writes", true, || {
+            written.load(SeqCst) > before + u64::from(VCPUS) * BATCH
+        });
+    };
+    meanwhile(workers, || {
+        writes_go_on();
+        let mut pauses = 0;
+        let changes = device.replace(test_image("convert_v2"), OnLoss::Refuse, |swap| {
+            let _all = running.write().expect("no panic");
+            pauses += 1;
+            swap();
+        });
+        let changes = changes.unwrap_or_else(|error| panic!("wanted a conversion, got {error:#?}"));
+        assert_got!(pauses, 1, "pauses");
+        assert_got!(changes.converted, ["counts"], "converted");
+        assert_got!(
+            (changes.carried, changes.fresh, changes.dropped),
+            (vec![], vec![], vec![])
+        );
+        writes_go_on();
+        // The same types: no pause.
+        let changes = device.replace(test_image("convert_v2"), OnLoss::Refuse, unpaused);
+        assert_got!(changes.expect("the same").carried, ["counts"], "carried");
+        writes_go_on();
+    });
+    let got = counts(&mut guest.vcpu(VCPUS));
+    assert_got!(got, [2, written.into_inner(), 1, 1, 1], "counts");
+    drop((device, guest));
+    census.wait_for_newer(0, 0);
+}
+
+/// Whatever goes wrong, the device goes on as it was.
+fn converted_or_not_at_all() {
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let mut device = plug(guest.vm(), ADDR, test_image("convert"));
+    assert_got!(vcpu.write(ADDR, 8, 0), []);
+    let census = Census::now();
+
+    let result = device.replace(test_image("convert_v2"), OnLoss::Refuse, |_| ());
+    assert!(matches!(result, Err(Error::NotPaused)), "{result:#?}");
+    assert_got!(counts(&mut vcpu), [1, 1, 0, 0, 0], "without a pause");
+    census.wait_for_newer(0, 0);
+
+    // The field that is gone counts what has just happened.
+    let result = device.replace(test_image("convert_less"), OnLoss::Refuse, |swap| swap());
+    match result {
+        Err(Error::State(state::Error::Map { path, .. })) if path == "counts[0].saved" => {}
+        result => panic!("wanted the field saved to be missed, got {result:#?}"),
+    }
+    assert_got!(counts(&mut vcpu), [1, 1, 1, 1, 0], "with a field less");
+    assert_got!(vcpu.write(ADDR, 8, 0), []);
+    census.wait_for_newer(0, 0);
+
+    let result = device.replace(test_image("convert_v2"), OnLoss::Refuse, |swap| swap());
+    assert_got!(result.expect("a conversion").converted, ["counts"]);
+    assert_got!(counts(&mut vcpu), [2, 2, 2, 2, 0], "with a pause");
+
+    // The first version does not load what the second one has.
+    match device.replace(test_image("convert"), OnLoss::Refuse, unpaused) {
+        Err(Error::Image(image::Error::LostMap { map, .. })) if map == "counts" => {}
+        result => panic!("wanted counts to be lost, got {result:#?}"),
+    }
+    assert_got!(counts(&mut vcpu), [2, 2, 2, 2, 0], "the way back");
+}
+
+/// A timer of the old programs that nothing stops.
+fn what_runs_on_is_refused() {
+    let guest = Guest::new();
+    let mut device = plug(guest.vm(), ADDR, test_image("state_timer"));
+    match device.replace(test_image("state_timer"), OnLoss::Refuse, unpaused) {
+        Err(Error::Image(image::Error::RunsOn {
+            map,
+            what: "bpf_timer",
+            stops: "replaced",
+        })) if map == "alarm" => {}
+        result => panic!("wanted RunsOn, got {result:#?}"),
+    }
+    let changes = device.replace(test_image("state_timer"), OnLoss::Accept, unpaused);
+    let changes = changes.unwrap_or_else(|error| panic!("wanted it accepted, got {error:#?}"));
+    assert_got!(changes.carried, [".bss", "alarm"]);
 }

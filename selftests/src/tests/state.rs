@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use kvm_bpf::device::Error;
 use kvm_bpf::{Image, ImageDevice, OnLoss, State, image, state};
 use kvm_bpf_selftests::guest::Guest;
-use kvm_bpf_selftests::harness::{Errno, Random, number_from_env, skip, status_of_a_process};
+use kvm_bpf_selftests::harness::{
+    Errno, Random, number_from_env, skip, status_of_a_process, unpaused,
+};
 use kvm_bpf_selftests::programs::{plug, test_image};
 use libbpf_rs::{MapCore, MapFlags};
 use serde_json::{Map, Value, json};
@@ -565,7 +567,7 @@ fn without_bpf() {
         let state = setup.save();
         let text = state.to_json().expect("text of the state");
         setup.restore(&State::from_json(&text).expect("the state from its text"));
-        setup.device.swap(replacement).expect("the swap");
+        setup.device.swap(replacement, unpaused).expect("the swap");
         assert_got!(json_of(&setup.save()), json_of(&state), "after the swap");
         setup.restore(&state);
     });

@@ -18,7 +18,7 @@ use kvm_bpf_selftests::bpf::{
 };
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine};
-use kvm_bpf_selftests::harness::{meanwhile, number_from_env, trial_within, wait_for};
+use kvm_bpf_selftests::harness::{meanwhile, number_from_env, trial_within, unpaused, wait_for};
 use kvm_bpf_selftests::programs::{
     CTX_BUF, CTX_VCPU_ID, plug, ret, sample, sample_path, test_image,
 };
@@ -270,8 +270,8 @@ fn another_device_is_refused() {
         let loaded = it.load(open(), OnLoss::Refuse);
         let loaded = loaded.unwrap_or_else(|error| panic!("{what}: {error:#?}"));
         for (how, result) in [
-            ("replace", device.replace(open(), OnLoss::Refuse)),
-            ("swap", device.swap(loaded)),
+            ("replace", device.replace(open(), OnLoss::Refuse, unpaused)),
+            ("swap", device.swap(loaded, unpaused)),
         ] {
             match result {
                 Err(Error::OtherDevice { running: old, new })
@@ -286,7 +286,7 @@ fn another_device_is_refused() {
     }
 
     device
-        .replace(test_image("regbank_v2"), OnLoss::Refuse)
+        .replace(test_image("regbank_v2"), OnLoss::Refuse, unpaused)
         .unwrap_or_else(|error| panic!("wanted the next version to do, got {error:#?}"));
     assert_got!(state(), (2, PATTERN), "version and scratch");
 }

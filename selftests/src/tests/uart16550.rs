@@ -13,7 +13,7 @@ use kvm_bpf::note::Space;
 use kvm_bpf::{Device, ImageDevice, OnLoss, Place};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, PRESET, PortExit, Vcpu, mask};
-use kvm_bpf_selftests::harness::{Random, number_from_env};
+use kvm_bpf_selftests::harness::{Random, number_from_env, unpaused};
 use kvm_bpf_selftests::programs::{loaded, sample};
 use libbpf_rs::{MapHandle, RingBuffer, RingBufferBuilder};
 use vm_superio::serial::NoEvents;
@@ -286,7 +286,9 @@ fn replaced() {
     let taker = uart.taker();
     uart.set(SCR, 0x5a);
     uart.set(THR, b'a');
-    let changes = uart.device.replace(sample("uart16550"), OnLoss::Refuse);
+    let changes = uart
+        .device
+        .replace(sample("uart16550"), OnLoss::Refuse, unpaused);
     let changes = changes.unwrap_or_else(|error| panic!("wanted it to do, got {error:#?}"));
     assert_got!(changes.to_string(), "carried over: lost, output, uart");
     assert_got!(uart.device.place(), Place::Port(PORT));
@@ -295,7 +297,10 @@ fn replaced() {
     assert_got!(taker.take(), b"ab");
 
     // A device of memory is another one.
-    match uart.device.replace(sample("regbank"), OnLoss::Accept) {
+    match uart
+        .device
+        .replace(sample("regbank"), OnLoss::Accept, unpaused)
+    {
         Err(Error::OtherDevice { .. }) => {}
         result => panic!("wanted OtherDevice, got {result:?}"),
     }

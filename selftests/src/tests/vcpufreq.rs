@@ -9,7 +9,7 @@ use std::{fs, mem, thread};
 use kvm_bpf::{ImageDevice, OnLoss};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
-use kvm_bpf_selftests::harness::{Random, in_a_thread, number_from_env};
+use kvm_bpf_selftests::harness::{Random, in_a_thread, number_from_env, unpaused};
 use kvm_bpf_selftests::programs::{plug, sample};
 use kvm_bpf_vmm::userspace::{self, uclamp};
 use libbpf_rs::{MapCore, MapFlags};
@@ -451,13 +451,16 @@ fn table_and_requests_stay_when_replaced() {
         let mut setup = Setup::new(&[1000, 4000]);
         setup.write(0, SET_PERF, 1000);
         setup.write(0, PERFTBL_SEL, 1);
-        let changes = setup.device.replace(sample("vcpufreq"), OnLoss::Refuse);
+        let changes = setup
+            .device
+            .replace(sample("vcpufreq"), OnLoss::Refuse, unpaused);
         let changes = changes.expect("replacing");
         assert_got!(changes.carried, ["perf_table", "vcpus"], "maps that go on");
         assert_got!(setup.state(0), [1000, 1, 256, 0]);
         assert_got!(setup.read(0, PERFTBL_LEN), 2);
         assert_got!(setup.read(0, PERFTBL_RD), 4000);
-        census.wait_for_newer(2, 2);
+        // For reads and writes, "reset" and "restore".
+        census.wait_for_newer(4, 2);
         drop(setup);
         census.wait_for_newer(0, 0);
     });

@@ -183,14 +183,23 @@ fn device(fdt: &mut FdtWriter, info: &GuestDevice) -> Result<(), Error> {
     if !info.gsis.is_empty() {
         // Edges, whatever the hardware of that name has: KVM on arm64 raises the line of
         // an irqfd without resamplefd and never lowers it, so that a level would stay.
-        let interrupts: Vec<_> = info
-            .gsis
-            .iter()
-            .flat_map(|&gsi| [SPI, gsi, EDGE_RISING])
+        let trigger = |index| match info.is_level && index == 0 {
+            true => LEVEL_HIGH,
+            false => EDGE_RISING,
+        };
+        let interrupts: Vec<_> = (info.gsis.iter().enumerate())
+            .flat_map(|(index, &gsi)| [SPI, gsi, trigger(index)])
             .collect();
         fdt.property_array_u32("interrupts", &interrupts)?;
     }
-    if info.compatible.iter().any(|name| name == "arm,primecell") {
+    let is_a = |own| info.compatible.iter().any(|name| name == own);
+    if is_a("arm,pl061") {
+        fdt.property_null("gpio-controller")?;
+        fdt.property_u32("#gpio-cells", 2)?;
+        fdt.property_null("interrupt-controller")?;
+        fdt.property_u32("#interrupt-cells", 2)?;
+    }
+    if is_a("arm,primecell") {
         fdt.property_u32("clocks", PHANDLE_CLOCK)?;
         fdt.property_string("clock-names", "apb_pclk")?;
     }
@@ -252,6 +261,7 @@ mod tests {
             range: Range::new("a device", addr, size),
             compatible: compatible.iter().map(|name| name.to_string()).collect(),
             gsis: gsis.to_vec(),
+            is_level: false,
         }
     }
 
@@ -318,6 +328,23 @@ mod tests {
         let interrupts = &tree["/device@123456000/interrupts"];
         assert_eq!(*interrupts, cells(&[0, 2, 1, 0, 3, 1]));
         assert!(!tree.contains_key("/device@d0000000/compatible"));
+    }
+
+    #[test]
+    fn gpio_lines_have_a_controller() {
+        let mut gpio = device(0x903_0000, 0x1000, &["arm,pl061", "arm,primecell"], &[1, 2]);
+        gpio.is_level = true;
+        let tree = tree(1, &[gpio]);
+        let property = |name| &tree[&format!("/device@9030000/{name}")];
+        // The first one is high as long as it is wanted.
+        assert_eq!(*property("interrupts"), cells(&[0, 1, 4, 0, 2, 1]));
+        for controller in ["gpio-controller", "interrupt-controller"] {
+            assert!(property(controller).is_empty());
+        }
+        for count in ["#gpio-cells", "#interrupt-cells"] {
+            assert_eq!(*property(count), cells(&[2]));
+        }
+        assert_eq!(property("clock-names"), b"apb_pclk\0");
     }
 
     #[test]

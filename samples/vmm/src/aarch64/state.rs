@@ -95,7 +95,7 @@ impl VcpuState {
         })
     }
 
-    /// Gives the state to a vCPU that has never run.
+    /// Gives the state to a vCPU that has not run since it was initialised.
     pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), Error> {
         for Register { id, value } in &self.registers {
             if matches!(*id, TIMER_CNT | PTIMER_CNT) {
@@ -172,7 +172,7 @@ impl PlatformState {
         })
     }
 
-    /// Gives the state to an interrupt controller that has just started, with its vCPUs.
+    /// Gives the state to an interrupt controller, when no vCPU is in `KVM_RUN`.
     pub fn restore(&self, gic: &DeviceFd, vcpus: &[VcpuFd]) -> Result<(), Error> {
         let cpus = vcpus.len() as u8;
         let refused = kvm("set the interrupt controller");
@@ -183,8 +183,9 @@ impl PlatformState {
             }
             Ok(())
         };
-        // KVM takes the bits that are set, so first those go that a new controller has.
-        let none = |group, attr| set_attr(gic, group, attr, &u32::MAX).map_err(&refused);
+        // Of what is enabled and active KVM takes the bits that are set, so first all of them go.
+        let clear =
+            |group, attrs: Vec<u64>| write(group, attrs.clone(), &vec![u32::MAX; attrs.len()]);
         for per_cpu in [
             self.redistributors.len(),
             self.interfaces.len(),
@@ -197,10 +198,14 @@ impl PlatformState {
         let attrs = (0..cpus).map(|id| of_cpu(id, 0)).collect();
         write(lines, attrs, &self.private_lines)?;
         let group = KVM_DEV_ARM_VGIC_GRP_DIST_REGS;
+        let shared = |offset| per_irq(offset, 1, 32, NR_IRQS).collect();
+        clear(group, shared(ICENABLER))?;
+        clear(group, shared(ICACTIVER))?;
         write(group, dist_registers().collect(), &self.distributor)?;
         for (id, values) in (0..cpus).zip(&self.redistributors) {
             let group = KVM_DEV_ARM_VGIC_GRP_REDIST_REGS;
-            none(group, of_cpu(id, GICR_ICENABLER0))?;
+            let private = [ICENABLER, ICACTIVER].map(|offset| of_cpu(id, GICR_SGI + offset));
+            clear(group, private.into())?;
             let attrs = redist_registers().map(|offset| of_cpu(id, offset));
             write(group, attrs.collect(), values)?;
         }
@@ -237,7 +242,9 @@ fn same_length(wanted: usize, has: usize) -> Result<(), Error> {
 }
 
 const GICR_SGI: u64 = 0x1_0000;
-const GICR_ICENABLER0: u64 = GICR_SGI + 0x180;
+/// What clears bits, of the distributor and of a redistributor.
+const ICENABLER: u64 = 0x180;
+const ICACTIVER: u64 = 0x380;
 
 /// Offsets of registers that have so many bits per interrupt, for interrupts from `first` on.
 fn per_irq(offset: u64, bits: u64, first: u32, end: u32) -> impl Iterator<Item = u64> {

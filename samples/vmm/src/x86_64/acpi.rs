@@ -153,7 +153,11 @@ fn append_device(aml: &mut Vec<u8>, index: usize, device: &GuestDevice) {
     let interrupts: Vec<Interrupt> = device
         .gsis
         .iter()
-        .map(|&gsi| Interrupt::new(true, true, false, false, gsi))
+        .enumerate()
+        .map(|(index, &gsi)| {
+            let is_edge = !device.is_level || index != 0;
+            Interrupt::new(true, is_edge, false, false, gsi)
+        })
         .collect();
     let mut resources: Vec<&dyn Aml> = vec![place.as_ref()];
     resources.extend(interrupts.iter().map(|interrupt| interrupt as &dyn Aml));
@@ -219,6 +223,7 @@ mod tests {
             range: Range::new("bank", addr, 0x1000),
             compatible: vec!["kvm-bpf,regbank".into(), "second".into()],
             gsis: vec![5],
+            is_level: false,
         }
     }
 
@@ -228,6 +233,7 @@ mod tests {
             range: Range::of_ports("uart", 0x2f8, size),
             compatible: vec![compatible.into()],
             gsis: vec![5],
+            is_level: false,
         };
         let devices = [
             of_ports(8, "ns16550a"),
@@ -249,6 +255,22 @@ mod tests {
         append_device(&mut long, 2, &devices[2]);
         assert!(!has(&long, &[0x47, 1]));
         assert!(tables(BASE, 1, &devices).len() < 0x1000);
+    }
+
+    #[test]
+    fn the_first_interrupt_may_be_a_level() {
+        let mut held = device(0xd000_0000);
+        held.gsis = vec![5, 6];
+        held.is_level = true;
+        let mut aml = Vec::new();
+        append_device(&mut aml, 0, &held);
+        // Descriptors of one interrupt each: bit 1 of the flags is set for an edge.
+        for descriptor in [
+            [0x89, 6, 0, 1, 1, 5, 0, 0, 0],
+            [0x89, 6, 0, 3, 1, 6, 0, 0, 0],
+        ] {
+            assert!(aml.windows(9).any(|part| part == descriptor), "{aml:x?}");
+        }
     }
 
     #[test]

@@ -69,7 +69,7 @@ impl VcpuState {
         read().map_err(kvm("read its registers"))
     }
 
-    /// Gives the state to a vCPU that has never run.
+    /// Gives the state to a vCPU, which may have run with the same CPUID.
     pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), Error> {
         let too_many = |_| Error::Kvm("build the CPUID", errno::Error::new(libc::E2BIG));
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(too_many)?;
@@ -142,7 +142,7 @@ impl PlatformState {
         })
     }
 
-    /// Gives the state to a VM that has never run, after its vCPUs: what is pending goes to them.
+    /// Gives the state to a stopped VM, after its vCPUs: what is pending goes to them.
     pub fn restore(&self, vm: &VmFd) -> Result<(), Error> {
         for irqchip in &self.irqchips {
             vm.set_irqchip(irqchip)
