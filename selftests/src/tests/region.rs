@@ -10,7 +10,7 @@ use std::thread;
 use Reg::{R0, R1, R2, R6};
 use kvm_bpf::uapi::{
     KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
-    KVM_DEV_BPF_MAX_IRQS, KVM_DEV_BPF_MAX_REGIONS, kvm_bpf_user_region,
+    KVM_DEV_BPF_ATTR_GROUP_RUN, KVM_DEV_BPF_MAX_IRQS, KVM_DEV_BPF_MAX_REGIONS, kvm_bpf_user_region,
 };
 use kvm_bpf_selftests::bpf::{Census, Index, LOADERS, Map, ProgType, Reg, load, lookup, store};
 use kvm_bpf_selftests::device::{Device, NO_REGION, region};
@@ -96,7 +96,7 @@ fn get_returns_the_range() {
 
 const BAD_ATTRS: [(u32, u64); 12] = [
     (0, 0),
-    (4, 0),
+    (KVM_DEV_BPF_ATTR_GROUP_RUN + 1, 0),
     (u32::MAX, 0),
     (KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_BPF_MAX_REGIONS),
     (KVM_DEV_BPF_ATTR_GROUP_REGION, u64::MAX),

@@ -290,7 +290,10 @@ fn replaced() {
         .device
         .replace(sample("uart16550"), OnLoss::Refuse, unpaused);
     let changes = changes.unwrap_or_else(|error| panic!("wanted it to do, got {error:#?}"));
-    assert_got!(changes.to_string(), "carried over: locks, lost, output, uart");
+    assert_got!(
+        changes.to_string(),
+        "carried over: locks, lost, output, uart"
+    );
     assert_got!(uart.device.place(), Place::Port(PORT));
     uart.set(THR, b'b');
     assert_got!(uart.get(SCR), 0x5a);
