@@ -96,7 +96,7 @@ struct __attribute__((preserve_static_offset)) bpf_kvm_io_ctx;
 
 #define KVM_BPF_NOTE_ITEMS 2
 
-/* Kinds of items; what follows the kinds 4 and 5 is not settled. */
+/* Kinds of items. */
 #define KVM_BPF_NOTE_MMIO_RANGE 1
 #define KVM_BPF_NOTE_PORT_RANGE 2
 #define KVM_BPF_NOTE_READ_PAGE 3
@@ -184,6 +184,21 @@ struct kvm_bpf_note_read_page {
 	__u32 flags;
 	__u64 offset;
 	char map[16];
+} __attribute__((packed, aligned(4)));
+
+struct kvm_bpf_note_window {
+	__u16 kind;
+	/* Bytes behind it. */
+	__u16 len;
+	__u32 rights;
+} __attribute__((packed, aligned(4)));
+
+struct kvm_bpf_note_doorbell {
+	__u16 kind;
+	/* Bytes behind it. */
+	__u16 len;
+	__u32 irq;
+	__u32 work;
 } __attribute__((packed, aligned(4)));
 
 struct kvm_bpf_note_state_version {
@@ -310,6 +325,36 @@ struct kvm_bpf_note_state_version {
 	KVM_BPF_ITEM(kvm_bpf_state_version, kvm_bpf_note_state_version,	\
 		     KVM_BPF_NOTE_STATE_VERSION,			\
 		     .version = (_version), .oldest = (_oldest))
+
+/*
+ * KVM_BPF_WINDOW - the device accesses guest memory
+ * @_rights:	KVM_BPF_MEMORY_READ, KVM_BPF_MEMORY_WRITE, or both
+ *
+ * The VMM lets it access what memory it chooses with these rights: all, where it does
+ * not know better.  Write it once per file.
+ */
+#define KVM_BPF_MEMORY_READ 1
+#define KVM_BPF_MEMORY_WRITE 2
+#define KVM_BPF_WINDOW(_rights)						\
+	_Static_assert((_rights) >= 1 && (_rights) <= 3, "rights of a window"); \
+	KVM_BPF_ITEM(kvm_bpf_window, kvm_bpf_note_window,		\
+		     KVM_BPF_NOTE_WINDOW | KVM_BPF_NOTE_REQUIRED,	\
+		     .rights = (_rights))
+
+/*
+ * KVM_BPF_DOORBELL - an index of interrupts that is none: it runs a WORK program
+ * @_irq:	what bpf_kvm_irq_signal() takes, not below the number of interrupts
+ * @_work:	index of the WORK program
+ *
+ * The library makes the eventfd.  A program that has more to do than it may do on
+ * the vCPU's thread signals it.  Write it once per file.
+ */
+#define KVM_BPF_DOORBELL(_irq, _work)					\
+	_Static_assert((_irq) >= 0 && (_irq) < 256, "index of a doorbell"); \
+	_Static_assert((_work) >= 0 && (_work) < 16, "index of a WORK program"); \
+	KVM_BPF_ITEM(kvm_bpf_doorbell, kvm_bpf_note_doorbell,		\
+		     KVM_BPF_NOTE_DOORBELL | KVM_BPF_NOTE_REQUIRED,	\
+		     .irq = (_irq), .work = (_work))
 /* clang-format on */
 
 /* libbpf has it from 1.2. */

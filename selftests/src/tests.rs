@@ -80,6 +80,7 @@ mod swap;
 mod uart16550;
 mod vcpufreq;
 mod verifier;
+mod virtio;
 mod work;
 
 /// Where most tests have their region.
@@ -111,6 +112,7 @@ pub fn all() -> Vec<Trial> {
         kfunc::all(),
         work::all(),
         mem::all(),
+        virtio::all(),
         fault::all(),
         verifier::all(),
         regbank::all(),

@@ -3,6 +3,7 @@
 //! The KVM device: regions of programs, and interrupts.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::{fmt, io};
@@ -158,6 +159,9 @@ pub enum Error {
     /// An eventfd cannot be kept for programs to come.
     #[error("cannot duplicate an eventfd")]
     Duplicate(#[source] io::Error),
+    /// There is no eventfd for a doorbell.
+    #[error("cannot make an eventfd for doorbell {0}")]
+    Doorbell(u32, #[source] io::Error),
     /// The state cannot be saved or restored.
     #[error(transparent)]
     State(#[from] state::Error),
@@ -475,18 +479,21 @@ pub struct ImageDevice {
 impl ImageDevice {
     /// Has the programs of `image` handle the guest's accesses at `place`, from now on.
     ///
-    /// So whatever they need is there before: what the VMM puts into maps, and the interrupts.
+    /// So whatever they need is there before: what the VMM puts into maps, the interrupts, and the
+    /// windows that the note asks for ([`Note::window`]).
     pub fn new(device: Device, place: Place, image: Image) -> Result<Self> {
         let read_pages = image.note().read_pages.iter().zip(&image.read_pages);
         let read_pages = read_pages
             .map(|(page, mapping)| ReadPage::new(place.addr() + page.offset, Arc::clone(mapping)))
             .collect();
+        let mut eventfds = BTreeMap::new();
+        set_doorbells(&device, &image, &mut eventfds)?;
         let device = ImageDevice {
             read_pages,
             device,
             place,
             image,
-            eventfds: BTreeMap::new(),
+            eventfds,
         };
         device.set_works(&device.image)?;
         device.set_region(&device.image)?;
@@ -572,6 +579,7 @@ impl ImageDevice {
         swapped?;
         let old = std::mem::replace(&mut self.image, new);
         self.unset_works(&old, &self.image)?;
+        self.unset_doorbells(&old)?;
         let kept = |name: &String| self.image.work(name).is_some();
         self.eventfds.retain(|name, _| kept(name));
         Ok(())
@@ -596,14 +604,10 @@ impl ImageDevice {
                 suspend(page)?;
             }
         }
-        let set = || {
-            self.free_eventfds(new)?;
-            self.set_works(new)?;
-            self.set_region(new)
-        };
-        if let Err(error) = set() {
+        if let Err(error) = self.go_over(new) {
             // They were set before: that the kernel refuses them now is less news than the first.
             let _ = self.unset_works(new, &self.image);
+            let _ = set_doorbells(&self.device, &self.image, &mut self.eventfds);
             let _ = self.set_works(&self.image);
             return Err(error);
         }
@@ -613,6 +617,13 @@ impl ImageDevice {
             }
         }
         Ok(())
+    }
+
+    fn go_over(&mut self, new: &Image) -> Result<()> {
+        set_doorbells(&self.device, new, &mut self.eventfds)?;
+        self.free_eventfds(new)?;
+        self.set_works(new)?;
+        self.set_region(new)
     }
 
     fn set_region(&self, image: &Image) -> Result<()> {
@@ -654,6 +665,15 @@ impl ImageDevice {
         old.works()
             .filter(|work| is_gone(work.index))
             .try_for_each(|work| self.device.unset_work(work.index.into()))
+    }
+
+    /// Takes the eventfds from the doorbells that only `old` has.
+    fn unset_doorbells(&self, old: &Image) -> Result<()> {
+        let new = &self.image.note().doorbells;
+        let is_gone = |irq| !new.iter().any(|bell| bell.irq == irq);
+        let old = old.note().doorbells.iter();
+        old.filter(|bell| is_gone(bell.irq))
+            .try_for_each(|bell| self.device.unset_irq(bell.irq.into()))
     }
 
     /// Has a WORK program also run when `eventfd` is signalled, or no more.
@@ -800,6 +820,28 @@ impl Replacement {
     pub fn needs_pause(&self) -> bool {
         !self.changes.converted.is_empty()
     }
+}
+
+/// Has each doorbell signal the eventfd of its WORK program, and makes those that are not there.
+fn set_doorbells(
+    device: &Device,
+    image: &Image,
+    eventfds: &mut BTreeMap<String, EventFd>,
+) -> Result<()> {
+    for bell in &image.note().doorbells {
+        let Some(work) = image.works().find(|work| work.index == bell.work) else {
+            continue;
+        };
+        let eventfd = match eventfds.entry(work.name.to_string()) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let eventfd = EventFd::new(libc::EFD_NONBLOCK);
+                entry.insert(eventfd.map_err(|error| Error::Doorbell(bell.irq, error))?)
+            }
+        };
+        device.set_irq(bell.irq.into(), eventfd)?;
+    }
+    Ok(())
 }
 
 /// The only region of the device that a note describes, which must be of that kind.

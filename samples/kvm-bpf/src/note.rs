@@ -35,6 +35,13 @@
 //! far) and its name (16, with zeroes behind it: 1 to 15 of `a` to `z`, `0` to `9` and `_`). The
 //! program is in section `kvm_io_work/NAME`. No index and no name is there twice.
 //!
+//! [`kind::WINDOW`], at most once, has 4 bytes: the device accesses guest memory, to read it (1), to
+//! write to it (2), or both (3). Which memory it may access is the VMM's choice.
+//!
+//! [`kind::DOORBELL`] has 8 bytes: an index that programs signal as they do interrupts (4 bytes, not
+//! below their number and below 256), and the index of the WORK program that this runs (4). No index
+//! and no WORK program is there twice.
+//!
 //! [`kind::STATE_VERSION`], at most once, has 8 bytes: the version of the device's state (4 bytes),
 //! and the oldest whose state it can load (4, not above the version).
 //!
@@ -58,8 +65,7 @@ pub const VERSION: u32 = 1;
 /// Type of the notes with a list of items.
 pub const TYPE_ITEMS: u32 = 2;
 
-/// Kinds of items. This crate reads ranges, read pages, names of WORK programs and the version of the
-/// state; the other numbers are settled, what follows them is not.
+/// Kinds of items.
 pub mod kind {
     /// A range of guest-physical addresses.
     pub const MMIO_RANGE: u16 = 1;
@@ -67,9 +73,9 @@ pub mod kind {
     pub const PORT_RANGE: u16 = 2;
     /// A page whose reads have no side effect.
     pub const READ_PAGE: u16 = 3;
-    /// An eventfd that is no interrupt.
+    /// An eventfd that is no interrupt: it runs a WORK program.
     pub const DOORBELL: u16 = 4;
-    /// A window of guest memory.
+    /// The device accesses guest memory.
     pub const WINDOW: u16 = 5;
     /// A program that runs without a guest's access.
     pub const WORK_NAME: u16 = 6;
@@ -87,6 +93,9 @@ const RANGE_LEN: usize = 16;
 /// Bytes that the name of a WORK program has room in, and what an item with it says.
 const NAME_LEN: usize = 16;
 const WORK_LEN: usize = 8 + NAME_LEN;
+/// Bytes of what windows and doorbells say.
+const WINDOW_LEN: usize = 4;
+const DOORBELL_LEN: usize = 8;
 /// Bytes of what a version of the state says.
 const STATE_VERSION_LEN: usize = 8;
 /// Bytes of what a read page says.
@@ -137,6 +146,24 @@ pub struct WorkName {
     pub name: String,
 }
 
+/// How a device accesses guest memory; in one way at least.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Rights {
+    /// It reads it.
+    pub read: bool,
+    /// It writes to it.
+    pub write: bool,
+}
+
+/// What a program signals to have a WORK program run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Doorbell {
+    /// Its index among those of interrupts, which it is none of.
+    pub irq: u32,
+    /// Index of the WORK program.
+    pub work: u32,
+}
+
 /// Which states of a device another of its kind can load.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct StateVersion {
@@ -162,6 +189,10 @@ pub struct Note {
     pub read_pages: Vec<ReadPage>,
     /// The WORK programs of the lists, in their order.
     pub works: Vec<WorkName>,
+    /// How it accesses guest memory, where it does.
+    pub window: Option<Rights>,
+    /// The doorbells of the lists, in their order.
+    pub doorbells: Vec<Doorbell>,
     /// Versions of the state, where the lists have them.
     pub state_version: Option<StateVersion>,
 }
@@ -246,14 +277,16 @@ impl Note {
         note.check_regions()?;
         note.check_read_pages()?;
         note.check_works()?;
+        note.check_doorbells()?;
         Ok(note)
     }
 
-    /// Whether both describe the same device to a guest. What programs there are besides its
-    /// handlers, and which state they can load, may differ.
+    /// Whether both describe the same device to a guest and want the same guest memory. What programs
+    /// there are besides its handlers, what runs them, and which state they can load, may differ.
     pub fn is_same_device(&self, other: &Self) -> bool {
         let seen = |note: &Self| Note {
             works: Vec::new(),
+            doorbells: Vec::new(),
             state_version: None,
             ..note.clone()
         };
@@ -332,6 +365,26 @@ impl Note {
         Ok(())
     }
 
+    fn check_doorbells(&self) -> Result<(), Error> {
+        for (at, bell) in self.doorbells.iter().enumerate() {
+            let before = &self.doorbells[..at];
+            let Doorbell { irq, work } = *bell;
+            let bad = if irq < self.nr_irqs || u64::from(irq) >= KVM_DEV_BPF_MAX_IRQS {
+                format!("doorbell {irq}, an interrupt or not below {KVM_DEV_BPF_MAX_IRQS}")
+            } else if !self.works.iter().any(|other| other.index == work) {
+                format!("doorbell {irq} of WORK program {work}, which is not there")
+            } else if before.iter().any(|other| other.irq == irq) {
+                format!("doorbell {irq} twice")
+            } else if before.iter().any(|other| other.work == work) {
+                format!("two doorbells of WORK program {work}")
+            } else {
+                continue;
+            };
+            return Err(Error::BadNote(bad));
+        }
+        Ok(())
+    }
+
     /// Reads the descriptor, the part of the note after owner and type.
     fn from_desc(desc: &[u8]) -> Result<Self, Error> {
         let bad = |reason: String| Err(Error::BadNote(reason));
@@ -385,6 +438,8 @@ impl Note {
             ranges: Vec::new(),
             read_pages: Vec::new(),
             works: Vec::new(),
+            window: None,
+            doorbells: Vec::new(),
             state_version: None,
         })
     }
@@ -414,6 +469,8 @@ impl Note {
                 kind::PORT_RANGE => self.add_range(Space::Ports, payload),
                 kind::READ_PAGE => self.add_read_page(payload),
                 kind::WORK_NAME => self.add_work(payload),
+                kind::WINDOW => self.add_window(payload),
+                kind::DOORBELL => self.add_doorbell(payload),
                 kind::STATE_VERSION => self.add_state_version(payload),
                 _ if kind & REQUIRED != 0 => return Err(Error::UnknownKind(kind)),
                 0 => Err("kind 0".to_string()),
@@ -444,6 +501,18 @@ impl Note {
 
     fn add_work(&mut self, payload: &[u8]) -> Result<(), String> {
         self.works.push(parse_work(payload)?);
+        Ok(())
+    }
+
+    fn add_window(&mut self, payload: &[u8]) -> Result<(), String> {
+        match self.window.replace(parse_window(payload)?) {
+            None => Ok(()),
+            Some(_) => Err("a second window".to_string()),
+        }
+    }
+
+    fn add_doorbell(&mut self, payload: &[u8]) -> Result<(), String> {
+        self.doorbells.push(parse_doorbell(payload)?);
         Ok(())
     }
 
@@ -554,6 +623,34 @@ fn parse_work(payload: &[u8]) -> Result<WorkName, String> {
         index,
         name: name.iter().map(|&byte| char::from(byte)).collect(),
     })
+}
+
+fn parse_window(payload: &[u8]) -> Result<Rights, String> {
+    let (Some(rights), WINDOW_LEN) = (read_u32(payload, 0), payload.len()) else {
+        return Err(format!(
+            "a window of {} bytes, not {WINDOW_LEN}",
+            payload.len()
+        ));
+    };
+    if !(1..=3).contains(&rights) {
+        return Err(format!("rights {rights:#x} of a window, not 1 to 3"));
+    }
+    Ok(Rights {
+        read: rights & 1 != 0,
+        write: rights & 2 != 0,
+    })
+}
+
+fn parse_doorbell(payload: &[u8]) -> Result<Doorbell, String> {
+    let (Some(irq), Some(work), DOORBELL_LEN) =
+        (read_u32(payload, 0), read_u32(payload, 4), payload.len())
+    else {
+        return Err(format!(
+            "a doorbell of {} bytes, not {DOORBELL_LEN}",
+            payload.len()
+        ));
+    };
+    Ok(Doorbell { irq, work })
 }
 
 fn parse_state_version(payload: &[u8]) -> Result<StateVersion, String> {
@@ -686,6 +783,8 @@ mod tests {
                 ranges: vec![],
                 read_pages: vec![],
                 works: vec![],
+                window: None,
+                doorbells: vec![],
                 state_version: None,
             }
         );
@@ -794,7 +893,7 @@ mod tests {
         let mut notes = note(b"kvm-bpf\0", TYPE, &desc(1, 1, 0x1000, b"a,b\0"));
         let items = [
             range(kind::PORT_RANGE, 1, 0, 8),
-            item(kind::DOORBELL, b"odd"),
+            item(UNKNOWN, b"odd"),
             range(kind::MMIO_RANGE, 2, 0, 8),
         ];
         notes.extend(note(b"kvm-bpf\0", TYPE_ITEMS, &items.concat()));
@@ -809,6 +908,9 @@ mod tests {
             }
         }
     }
+
+    /// A kind that there is not.
+    const UNKNOWN: u16 = 8;
 
     /// An item, padded to 4 bytes.
     fn item(kind: u16, payload: &[u8]) -> Vec<u8> {
@@ -1007,11 +1109,84 @@ mod tests {
         assert_bad_items(&twice, "item at 12: a second version");
     }
 
+    fn window(rights: u32) -> Vec<u8> {
+        item(kind::WINDOW | REQUIRED, &rights.to_le_bytes())
+    }
+
+    fn doorbell(irq: u32, work: u32) -> Vec<u8> {
+        let payload = [irq, work].map(u32::to_le_bytes).concat();
+        item(kind::DOORBELL | REQUIRED, &payload)
+    }
+
+    #[test]
+    fn reads_windows_and_doorbells() {
+        let ports = range(kind::PORT_RANGE, 0, 0, 8);
+        for (rights, read, write) in [(1, true, false), (2, false, true), (3, true, true)] {
+            let items = [
+                doorbell(255, 3),
+                ports.clone(),
+                window(rights),
+                work(3, 0, b"queues"),
+                doorbell(0, 4),
+                work(4, 0, b"more"),
+            ];
+            let parsed = parse_items_of(&items.concat()).unwrap();
+            assert_eq!(parsed.window, Some(Rights { read, write }));
+            let wanted = [(255, 3), (0, 4)].map(|(irq, work)| Doorbell { irq, work });
+            assert_eq!(parsed.doorbells, wanted);
+
+            // The VMM has to know the one, and not the other.
+            let without = [window(rights), ports.clone()].concat();
+            assert!(parse_items_of(&without).unwrap().is_same_device(&parsed));
+            assert!(!parse_items_of(&ports).unwrap().is_same_device(&parsed));
+        }
+    }
+
+    #[test]
+    fn refuses_bad_windows_and_doorbells() {
+        let ports = range(kind::PORT_RANGE, 0, 0, 8);
+        for rights in [0, 4, 1 << 31 | 1] {
+            assert_bad_items(&window(rights), "not 1 to 3");
+        }
+        assert_bad_items(
+            &[window(1), window(1)].concat(),
+            "item at 8: a second window",
+        );
+        for len in [0, 3, 5, 8] {
+            let wanted = format!("window of {len} bytes, not 4");
+            assert_bad_items(&item(kind::WINDOW, &vec![1; len]), &wanted);
+        }
+        for len in [0, 4, 7, 9, 12] {
+            let wanted = format!("doorbell of {len} bytes, not 8");
+            assert_bad_items(&item(kind::DOORBELL, &vec![1; len]), &wanted);
+        }
+        let (one, two) = (work(1, 0, b"one"), work(2, 0, b"two"));
+        let all = |doorbells: &[Vec<u8>]| {
+            [ports.clone(), one.clone(), two.clone(), doorbells.concat()].concat()
+        };
+        assert_bad_items(
+            &all(&[doorbell(256, 1)]),
+            "doorbell 256, an interrupt or not",
+        );
+        assert_bad_items(&all(&[doorbell(0, 3)]), "WORK program 3, which is not");
+        let same_irq = all(&[doorbell(5, 1), doorbell(5, 2)]);
+        assert_bad_items(&same_irq, "doorbell 5 twice");
+        let same_work = all(&[doorbell(5, 1), doorbell(6, 1)]);
+        assert_bad_items(&same_work, "two doorbells of WORK program 1");
+
+        // An index that is an interrupt's.
+        let mut notes = note(b"kvm-bpf\0", TYPE, &desc(1, 2, 8, b"x\0"));
+        let items = [one, doorbell(1, 1)].concat();
+        notes.extend(note(b"kvm-bpf\0", TYPE_ITEMS, &items));
+        let refused = Note::from_elf(&elf(&notes)).unwrap_err().to_string();
+        assert!(refused.contains("doorbell 1, an interrupt"), "{refused}");
+    }
+
     #[test]
     fn skips_unknown_kinds() {
         let good = range(kind::PORT_RANGE, 0, 0, 8);
         let wanted = parse_items_of(&good).unwrap();
-        for kind in [kind::DOORBELL, kind::WINDOW, 8, REQUIRED - 1] {
+        for kind in [UNKNOWN, REQUIRED - 1] {
             for payload in [&b""[..], b"1", b"four", b"padded"] {
                 let unknown = item(kind, payload);
                 for items in [
@@ -1028,7 +1203,7 @@ mod tests {
         let message = Error::UnknownKind(0x8003).to_string();
         assert!(message.contains("kind 0x8003"), "{message}");
         // It is skipped, and what is left is nothing.
-        assert_bad_items(&item(kind::WINDOW, b""), "no other range");
+        assert_bad_items(&item(UNKNOWN, b""), "no other range");
         assert_bad_items(b"", "no other range");
     }
 
@@ -1049,7 +1224,7 @@ mod tests {
         assert_bad_items(&item(0, b""), "kind 0");
         let at_20 = [range(kind::PORT_RANGE, 0, 0, 8), item(0, b"")].concat();
         assert_bad_items(&at_20, "item at 20");
-        let mut padded = item(kind::WINDOW, b"1");
+        let mut padded = item(UNKNOWN, b"1");
         padded[6] = 1;
         assert_bad_items(&padded, "not 0");
     }
@@ -1141,7 +1316,7 @@ mod tests {
     fn refuses_every_truncated_list() {
         let items = [
             range(kind::PORT_RANGE, 0, 0, 8),
-            item(kind::WINDOW, b"12345"),
+            item(UNKNOWN, b"12345"),
             range(kind::MMIO_RANGE, 1, 0, 8),
         ];
         let (list, ends) = (items.concat(), [20, 30, 29, 31, 32, 52]);

@@ -1423,6 +1423,8 @@ mod tests {
             }],
             read_pages: vec![],
             works: vec![],
+            window: None,
+            doorbells: vec![],
             state_version: None,
         }
     }

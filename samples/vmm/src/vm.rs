@@ -20,7 +20,7 @@ use kvm_bindings::{
 use kvm_bpf::device::only_region;
 use kvm_bpf::image::open_regular;
 use kvm_bpf::note::Space;
-use kvm_bpf::{Device, Image, ImageDevice, OnLoss, OpenImage, Place, Replacement, State};
+use kvm_bpf::{Device, Image, ImageDevice, OnLoss, OpenImage, Place, Replacement, State, Window};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
@@ -387,6 +387,16 @@ impl Vm {
             let lines = wire_interrupts(&vm, info, image.note().nr_irqs, &mut free_gsis)?;
             for (index, line) in (0..).zip(&lines) {
                 device.set_irq(index, &line.irq).map_err(device_error)?;
+            }
+            if let Some(rights) = image.note().window {
+                // All of it: nothing here knows which part its driver gives it.
+                let window = Window {
+                    addr: arch::RAM_START,
+                    size: memory_size,
+                    read: rights.read,
+                    write: rights.write,
+                };
+                device.set_window(0, window).map_err(device_error)?;
             }
             let fallback = args.fallback.as_deref();
             let fallback = fallback

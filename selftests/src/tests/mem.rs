@@ -50,8 +50,8 @@ tests!(
 );
 
 /// Beyond the guest's own memory; a page has 4 KiB where this runs.
-const START: u64 = 0x10_0000;
-const PAGE: usize = 0x1000;
+pub(super) const START: u64 = 0x10_0000;
+pub(super) const PAGE: usize = 0x1000;
 
 const READ: u32 = 0;
 const WRITE: u32 = 1;
@@ -65,7 +65,7 @@ const DATA_SIZE: usize = 0x2000;
 const DATA: usize = 32;
 
 /// Memory of this process for a slot of a VM; the VM must go first.
-struct Pages {
+pub(super) struct Pages {
     start: *mut u8,
     len: usize,
 }
@@ -76,7 +76,7 @@ unsafe impl Send for Pages {}
 unsafe impl Sync for Pages {}
 
 impl Pages {
-    fn new(count: usize) -> Self {
+    pub(super) fn new(count: usize) -> Self {
         let len = count * PAGE;
         // SAFETY: a new mapping touches no other memory.
         let start = unsafe {
@@ -96,20 +96,20 @@ impl Pages {
         }
     }
 
-    fn at(&self, offset: usize, len: usize) -> *mut u8 {
+    pub(super) fn at(&self, offset: usize, len: usize) -> *mut u8 {
         assert!(offset + len <= self.len, "{offset:#x} is outside");
         // SAFETY: checked just above.
         unsafe { self.start.add(offset) }
     }
 
-    fn fill(&self, bytes: impl Iterator<Item = u8>) {
+    pub(super) fn fill(&self, bytes: impl Iterator<Item = u8>) {
         for (offset, byte) in (0..self.len).zip(bytes) {
             // SAFETY: it is inside, and nothing else looks at it.
             unsafe { self.at(offset, 1).write_volatile(byte) };
         }
     }
 
-    fn bytes(&self, offset: usize, len: usize) -> Vec<u8> {
+    pub(super) fn bytes(&self, offset: usize, len: usize) -> Vec<u8> {
         let byte = |i| {
             // SAFETY: it is inside.
             unsafe { self.at(offset + i, 1).read_volatile() }
@@ -125,7 +125,15 @@ impl Pages {
     }
 
     /// Makes some of it a slot, of size 0 to delete it.
-    fn slot(&self, guest: &Guest, slot: u32, flags: u32, addr: u64, offset: usize, len: usize) {
+    pub(super) fn slot(
+        &self,
+        guest: &Guest,
+        slot: u32,
+        flags: u32,
+        addr: u64,
+        offset: usize,
+        len: usize,
+    ) {
         let region = kvm_userspace_memory_region {
             slot,
             flags,
