@@ -1000,7 +1000,7 @@ fn bad_rings_need_a_reset() {
 /// device ends every notification, soon, and stays in its window.
 fn random_rings_do_no_harm() {
     let seed = number_from_env("KVM_BPF_SEED", 1);
-    let count = number_from_env("KVM_BPF_ACCESSES", 10_000) / 2;
+    let count = number_from_env("KVM_BPF_ACCESSES", 2000) / 2;
     for name in ["virtio_rng", "virtio_blk"] {
         let mut random = Random::new(seed);
         let mut setup = Setup::new(sample(name));
