@@ -29,7 +29,7 @@ pub struct Args {
     pub kernel: Option<PathBuf>,
 
     /// Guest initramfs.
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["restore", "take_over"])]
     pub initrd: Option<PathBuf>,
 
     // Its help says what it is added to.
@@ -84,7 +84,7 @@ pub struct Args {
     /// Memory, CPUs and interrupt controller are as at first, and kernel and initramfs are read again.
     /// A device of programs runs its WORK program "reset"; one without it goes on with its maps as they
     /// were. The guest ends when it switches itself off.
-    #[arg(long, requires = "kernel")]
+    #[arg(long, conflicts_with_all = ["restore", "take_over"])]
     pub reboot: bool,
 
     /// On SIGUSR2 stop the guest, save it to FILE and end.
@@ -372,6 +372,7 @@ mod tests {
             &["--restore", "f", "--initrd", "i"],
             &["--take-over", "s", "--kernel", "k"],
             &["--restore", "f", "--reboot"],
+            &["--take-over", "s", "--reboot"],
         ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }
