@@ -495,8 +495,8 @@ impl ImageDevice {
             image,
             eventfds,
         };
-        device.set_works(&device.image)?;
-        device.set_region(&device.image)?;
+        device.set_works()?;
+        device.set_region()?;
         Ok(device)
     }
 
@@ -573,16 +573,10 @@ impl ImageDevice {
 
     /// Has the programs of `new` handle accesses and the rest.
     fn set_programs(&mut self, new: Image) -> Result<()> {
-        let swapped = self.swap_programs(&new);
+        let swapped = self.swap_programs(new);
         // With the old maps, where the old programs go on.
         self.read_pages.iter_mut().for_each(ReadPage::set_again);
-        swapped?;
-        let old = std::mem::replace(&mut self.image, new);
-        self.unset_works(&old, &self.image)?;
-        self.unset_doorbells(&old)?;
-        let kept = |name: &String| self.image.work(name).is_some();
-        self.eventfds.retain(|name, _| kept(name));
-        Ok(())
+        swapped
     }
 
     /// The same, with the state by the names of its fields, while no vCPU is in `KVM_RUN`.
@@ -597,83 +591,93 @@ impl ImageDevice {
         self.resume()
     }
 
-    fn swap_programs(&mut self, new: &Image) -> Result<()> {
+    fn swap_programs(&mut self, new: Image) -> Result<()> {
         // No load must see the old map when a store has run a new program.
         for (page, mapping) in self.read_pages.iter_mut().zip(&new.read_pages) {
             if !page.is_same_map(mapping) {
                 suspend(page)?;
             }
         }
-        if let Err(error) = self.go_over(new) {
+        let names: Vec<_> = self.eventfds.keys().cloned().collect();
+        let old = std::mem::replace(&mut self.image, new);
+        if let Err(error) = self.go_over(&old) {
+            let new = std::mem::replace(&mut self.image, old);
+            self.eventfds.retain(|name, _| names.contains(name));
             // They were set before: that the kernel refuses them now is less news than the first.
-            let _ = self.unset_works(new, &self.image);
-            let _ = set_doorbells(&self.device, &self.image, &mut self.eventfds);
-            let _ = self.set_works(&self.image);
+            let _ = self.go_over(&new);
             return Err(error);
         }
-        for (page, mapping) in self.read_pages.iter_mut().zip(&new.read_pages) {
+        for (page, mapping) in self.read_pages.iter_mut().zip(&self.image.read_pages) {
             if !page.is_same_map(mapping) {
                 page.exchange(Arc::clone(mapping));
             }
         }
+        self.eventfds
+            .retain(|name, _| self.image.work(name).is_some());
         Ok(())
     }
 
-    fn go_over(&mut self, new: &Image) -> Result<()> {
-        set_doorbells(&self.device, new, &mut self.eventfds)?;
-        self.free_eventfds(new)?;
-        self.set_works(new)?;
-        self.set_region(new)
+    /// Has the image's programs handle accesses and the rest, instead of those of `from`.
+    fn go_over(&mut self, from: &Image) -> Result<()> {
+        set_doorbells(&self.device, &self.image, &mut self.eventfds)?;
+        self.free_eventfds(from);
+        self.set_works()?;
+        self.set_region()?;
+        self.unset_works(from);
+        self.unset_doorbells(from);
+        Ok(())
     }
 
-    fn set_region(&self, image: &Image) -> Result<()> {
-        let range = only_region(image.note(), self.place.space())?;
+    fn set_region(&self) -> Result<()> {
+        let range = only_region(self.image.note(), self.place.space())?;
         self.device.set_region(
             range.region.into(),
             self.place,
             range.size,
-            image.read_program(),
-            image.write_program(),
+            self.image.read_program(),
+            self.image.write_program(),
         )
     }
 
-    fn set_works(&self, image: &Image) -> Result<()> {
-        image.works().try_for_each(|work| self.set_work(work))
+    fn set_works(&self) -> Result<()> {
+        self.image.works().try_for_each(|work| {
+            let eventfd = self.eventfds.get(work.name);
+            self.device
+                .set_work(work.index.into(), work.program, eventfd)
+        })
     }
 
-    fn set_work(&self, work: Work<'_>) -> Result<()> {
-        let eventfd = self.eventfds.get(work.name);
-        self.device
-            .set_work(work.index.into(), work.program, eventfd)
-    }
-
-    /// An eventfd is one program's: has the old one give up those that go to another index.
-    fn free_eventfds(&self, new: &Image) -> Result<()> {
-        let moves = |old: &Work<'_>| {
-            let new = new.work(old.name);
+    /// An eventfd is one program's: has `from` give up those that go to another index.
+    fn free_eventfds(&self, from: &Image) {
+        self.remove_works(from, |old| {
+            let new = self.image.work(old.name);
             self.eventfds.contains_key(old.name) && new.is_some_and(|new| new.index != old.index)
-        };
-        self.image
-            .works()
-            .filter(moves)
-            .try_for_each(|work| self.device.unset_work(work.index.into()))
+        });
     }
 
-    /// Removes those of `old` that have no successor.
-    fn unset_works(&self, old: &Image, new: &Image) -> Result<()> {
-        let is_gone = |index| !new.works().any(|work| work.index == index);
-        old.works()
-            .filter(|work| is_gone(work.index))
-            .try_for_each(|work| self.device.unset_work(work.index.into()))
+    /// Removes those of `from` that have no successor.
+    fn unset_works(&self, from: &Image) {
+        self.remove_works(from, |old| {
+            !self.image.works().any(|new| new.index == old.index)
+        });
     }
 
-    /// Takes the eventfds from the doorbells that only `old` has.
-    fn unset_doorbells(&self, old: &Image) -> Result<()> {
-        let new = &self.image.note().doorbells;
-        let is_gone = |irq| !new.iter().any(|bell| bell.irq == irq);
-        let old = old.note().doorbells.iter();
-        old.filter(|bell| is_gone(bell.irq))
-            .try_for_each(|bell| self.device.unset_irq(bell.irq.into()))
+    fn remove_works(&self, from: &Image, is_gone: impl Fn(&Work<'_>) -> bool) {
+        for work in from.works().filter(is_gone) {
+            // It fails only where there is none.
+            let _ = self.device.unset_work(work.index.into());
+        }
+    }
+
+    /// Takes the eventfds from the doorbells that only `from` has.
+    fn unset_doorbells(&self, from: &Image) {
+        let own = &self.image.note().doorbells;
+        for bell in &from.note().doorbells {
+            if !own.iter().any(|other| other.irq == bell.irq) {
+                // It fails only where there is none.
+                let _ = self.device.unset_irq(bell.irq.into());
+            }
+        }
     }
 
     /// Has a WORK program also run when `eventfd` is signalled, or no more.
