@@ -687,12 +687,13 @@ impl ImageDevice {
     pub fn set_work_eventfd(&mut self, name: &str, eventfd: Option<&EventFd>) -> Result<()> {
         let no_such = || Error::NoSuchWork(name.to_string());
         let work = self.image.work(name).ok_or_else(no_such)?;
+        let eventfd = eventfd.map(EventFd::try_clone).transpose();
+        let eventfd = eventfd.map_err(Error::Duplicate)?;
         self.device
-            .set_work(work.index.into(), work.program, eventfd)?;
-        match eventfd.map(EventFd::try_clone).transpose() {
-            Ok(Some(eventfd)) => self.eventfds.insert(name.to_string(), eventfd),
-            Ok(None) => self.eventfds.remove(name),
-            Err(error) => return Err(Error::Duplicate(error)),
+            .set_work(work.index.into(), work.program, eventfd.as_ref())?;
+        match eventfd {
+            Some(eventfd) => self.eventfds.insert(name.to_string(), eventfd),
+            None => self.eventfds.remove(name),
         };
         Ok(())
     }
