@@ -584,11 +584,9 @@ impl ImageDevice {
         let state = self.save()?;
         // Maps that go on have what they had.
         let taken = state::restore(new.note(), new.states(), &state).map_err(Error::from);
-        if let Err(error) = taken.and_then(|_| self.set_programs(new)) {
-            self.resume()?;
-            return Err(error);
-        }
-        self.resume()
+        let set = taken.and_then(|_| self.set_programs(new));
+        let resumed = self.resume();
+        set.and(resumed)
     }
 
     fn swap_programs(&mut self, new: Image) -> Result<()> {
@@ -726,15 +724,22 @@ impl ImageDevice {
     /// The state of the device, after a run of its WORK program `save` where it has one.
     ///
     /// No vCPU may be in `KVM_RUN`, from before until [`Self::resume`], where the device goes on
-    /// here. Calls neither bpf(2) nor libbpf.
+    /// here. On an error it goes on without. Calls neither bpf(2) nor libbpf.
     pub fn save(&self) -> Result<State> {
-        if !self.run("save", 0)?
+        if self.image.work("save").is_none()
             && let Some((map, what)) = self.image.runs_later()
         {
             let map = map.to_string();
             return Err(state::Error::TimersWithoutSave { map, what }.into());
         }
-        Ok(state::save(self.image.note(), self.image.states())?)
+        let saved = self
+            .run("save", 0)
+            .and_then(|_| Ok(state::save(self.image.note(), self.image.states())?));
+        if saved.is_err() {
+            // What kept the state from being saved is the news.
+            let _ = self.resume();
+        }
+        saved
     }
 
     /// Has the device go on after [`Self::save`], with its WORK program `restore` where it has one.
