@@ -362,6 +362,10 @@ impl ReadPage {
     }
 
     pub(crate) fn set(&mut self, vm: &VmFd, number: u32) -> Result<(), NoSlot> {
+        self.unset().map_err(|errno| NoSlot::Refused {
+            slot: number,
+            errno,
+        })?;
         let result = self.try_set(vm, number);
         if let Err(why) = &result {
             self.state = State::Failed(why.clone());
@@ -370,11 +374,6 @@ impl ReadPage {
     }
 
     fn try_set(&mut self, vm: &VmFd, number: u32) -> Result<(), NoSlot> {
-        let refused = |errno| NoSlot::Refused {
-            slot: number,
-            errno,
-        };
-        self.unset().map_err(refused)?;
         check_host(&Host::of(vm), self.addr, self.size())?;
         // SAFETY: the VM is open as long as it is borrowed.
         let vm = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) };
