@@ -17,7 +17,7 @@ use libbpf_rs::{
 
 use crate::maps::{Layout, MapChanges, OnLoss, short_name};
 use crate::note::{self, Note};
-use crate::page::{self, Mapping};
+use crate::page::{self, PageMap};
 use crate::state::StateMap;
 use crate::uapi::{
     BPF_PROG_TYPE_KVM_IO_READ, BPF_PROG_TYPE_KVM_IO_WORK, BPF_PROG_TYPE_KVM_IO_WRITE,
@@ -495,7 +495,7 @@ impl OpenImage {
         let mut read_pages = Vec::new();
         for page in &self.note.read_pages {
             let map = find_map(&maps, &page.map).expect("page::check() has found it");
-            let mapping = Mapping::new(map).map_err(|source| Error::MapReadPage {
+            let mapping = PageMap::new(map).map_err(|source| Error::MapReadPage {
                 map: page.map.clone(),
                 source,
             })?;
@@ -598,7 +598,7 @@ pub struct Image {
     /// Those of them that are saved.
     states: Vec<StateMap>,
     /// The read pages of the note, in its order.
-    pub(crate) read_pages: Vec<Arc<Mapping>>,
+    pub(crate) read_pages: Vec<Arc<PageMap>>,
 }
 
 /// A program that runs without a guest's access.

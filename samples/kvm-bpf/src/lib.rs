@@ -50,6 +50,7 @@
 
 pub mod device;
 pub mod image;
+mod mapping;
 mod maps;
 pub mod note;
 pub mod page;

@@ -5,10 +5,8 @@
 //! Loads of the page then are those of memory: no exit, no program. Stores still run the write
 //! program, which changes the page. Where there is no slot, the read program gives the same values.
 
-use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_MEM_READONLY, KVMIO, kvm_userspace_memory_region};
@@ -18,6 +16,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::ioctl::{_IOC_WRITE, ioctl_expr, ioctl_with_ref};
 
 use crate::image::Error;
+use crate::mapping::Mapping;
 use crate::note::{self, MIN_PAGE};
 
 /// `KVM_SET_USER_MEMORY_REGION`, for a file descriptor that is no `VmFd`.
@@ -76,60 +75,31 @@ fn hint(errno: errno::Error) -> &'static str {
     }
 }
 
-/// A map in this process's memory, to read.
-pub(crate) struct Mapping {
-    at: NonNull<libc::c_void>,
-    size: usize,
+/// The memory of a read page's map, which this process never accesses itself.
+#[derive(Debug)]
+pub(crate) struct PageMap {
+    memory: Mapping,
     /// The kernel's number of the map.
-    map: u32,
+    id: u32,
 }
 
-// SAFETY: this process never accesses the memory; only its address is used.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl fmt::Debug for Mapping {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "map {} ({:#x} bytes at {:p})",
-            self.map, self.size, self.at
-        )
-    }
-}
-
-impl Mapping {
+impl PageMap {
     /// Maps all of a map that is loaded.
     pub fn new(map: &impl MapCore) -> io::Result<Self> {
         let map_info = map.info().map_err(io::Error::other)?.info;
         let size = map_info.value_size as usize * map_info.max_entries as usize;
-        // SAFETY: a new mapping, at an address that the kernel chooses.
-        let at = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                size,
-                libc::PROT_READ,
-                libc::MAP_SHARED,
-                map.as_fd().as_raw_fd(),
-                0,
-            )
-        };
-        match NonNull::new(at) {
-            Some(at) if at.as_ptr() != libc::MAP_FAILED => Ok(Mapping {
-                at,
-                size,
-                map: map_info.id,
-            }),
-            _ => Err(io::Error::last_os_error()),
-        }
+        Ok(PageMap {
+            memory: Mapping::new(map.as_fd(), size, libc::PROT_READ)?,
+            id: map_info.id,
+        })
     }
-}
 
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and no slot has it any more.
-        unsafe { libc::munmap(self.at.as_ptr(), self.size) };
+    fn size(&self) -> u64 {
+        self.memory.len() as u64
+    }
+
+    fn host_addr(&self) -> *const u8 {
+        self.memory.start().as_ptr().cast()
     }
 }
 
@@ -190,7 +160,7 @@ struct Slot {
     vm: Arc<OwnedFd>,
     number: u32,
     addr: u64,
-    mapping: Arc<Mapping>,
+    mapping: Arc<PageMap>,
     gone: bool,
 }
 
@@ -199,9 +169,9 @@ impl Slot {
         vm: Arc<OwnedFd>,
         number: u32,
         addr: u64,
-        mapping: Arc<Mapping>,
+        mapping: Arc<PageMap>,
     ) -> Result<Self, errno::Error> {
-        set_memory(vm.as_fd(), number, addr, &mapping, mapping.size as u64)?;
+        set_memory(vm.as_fd(), number, addr, &mapping, mapping.size())?;
         Ok(Slot {
             vm,
             number,
@@ -232,7 +202,7 @@ fn set_memory(
     vm: BorrowedFd<'_>,
     slot: u32,
     guest_phys_addr: u64,
-    mapping: &Mapping,
+    mapping: &PageMap,
     memory_size: u64,
 ) -> Result<(), errno::Error> {
     let region = kvm_userspace_memory_region {
@@ -240,7 +210,7 @@ fn set_memory(
         flags: KVM_MEM_READONLY,
         guest_phys_addr,
         memory_size,
-        userspace_addr: mapping.at.as_ptr() as u64,
+        userspace_addr: mapping.host_addr() as u64,
     };
     // SAFETY: the kernel reads one structure. The guest may only read the mapping, which stays
     // until no slot has it any more.
@@ -314,13 +284,13 @@ enum State {
 #[derive(Debug)]
 pub struct ReadPage {
     addr: u64,
-    mapping: Arc<Mapping>,
+    mapping: Arc<PageMap>,
     wanted: Option<Wanted>,
     state: State,
 }
 
 impl ReadPage {
-    pub(crate) fn new(addr: u64, mapping: Arc<Mapping>) -> Self {
+    pub(crate) fn new(addr: u64, mapping: Arc<PageMap>) -> Self {
         ReadPage {
             addr,
             mapping,
@@ -336,12 +306,12 @@ impl ReadPage {
 
     /// Its bytes.
     pub fn size(&self) -> u64 {
-        self.mapping.size as u64
+        self.mapping.size()
     }
 
     /// Where this process has it, to read: until the device goes or its programs are replaced.
     pub fn host_addr(&self) -> *const u8 {
-        self.mapping.at.as_ptr().cast()
+        self.mapping.host_addr()
     }
 
     /// The number of the memory slot that the guest reads it through; none if loads run the read
@@ -426,12 +396,12 @@ impl ReadPage {
     }
 
     /// Whether both are the same map's.
-    pub(crate) fn is_same_map(&self, mapping: &Mapping) -> bool {
-        self.mapping.map == mapping.map
+    pub(crate) fn is_same_map(&self, mapping: &PageMap) -> bool {
+        self.mapping.id == mapping.id
     }
 
     /// Goes over to another map; the slot is not there.
-    pub(crate) fn exchange(&mut self, mapping: Arc<Mapping>) {
+    pub(crate) fn exchange(&mut self, mapping: Arc<PageMap>) {
         self.mapping = mapping;
     }
 }

@@ -34,9 +34,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::{fmt, slice};
 
@@ -44,6 +43,7 @@ use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use crate::image::open_regular;
+use crate::mapping::Mapping;
 use crate::maps::Layout;
 use crate::note::{Note, Space, StateVersion};
 use crate::schema::{self, Encoding, Field, Kind, Type};
@@ -663,41 +663,19 @@ fn write(maps: &[StateMap], bytes: &[Vec<u8>]) {
 
 /// The memory of an array, which programs may read and write at any time.
 #[derive(Debug)]
-struct Memory {
-    start: NonNull<AtomicU64>,
-    words: usize,
-}
-
-// SAFETY: the memory is this process's until it is dropped, and all access is atomic.
-unsafe impl Send for Memory {}
-// SAFETY: likewise.
-unsafe impl Sync for Memory {}
+struct Memory(Mapping);
 
 impl Memory {
     fn new(map: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
-        // SAFETY: a new mapping takes nothing from anyone; the map's file holds its memory.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                map.as_raw_fd(),
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Memory {
-            start: NonNull::new(start.cast()).expect("no mapping is at address 0"),
-            words: len / size_of::<u64>(),
-        })
+        let mapping = Mapping::new(map, len, libc::PROT_READ | libc::PROT_WRITE)?;
+        Ok(Memory(mapping))
     }
 
     fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping has as many words, lives as long as `self`, and begins at a page.
-        unsafe { slice::from_raw_parts(self.start.as_ptr(), self.words) }
+        let count = self.0.len() / size_of::<u64>();
+        // SAFETY: the mapping has as many words, lives as long as `self`, and begins at a page; all
+        // access to it is atomic.
+        unsafe { slice::from_raw_parts(self.0.start().cast().as_ptr(), count) }
     }
 
     fn copy(&self) -> Vec<u8> {
@@ -712,13 +690,6 @@ impl Memory {
             let bytes = bytes.try_into().expect("chunks of 8 bytes");
             word.store(u64::from_ne_bytes(bytes), Relaxed);
         }
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nobody borrows it any more.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.words * size_of::<u64>()) };
     }
 }
 
