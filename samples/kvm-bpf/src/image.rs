@@ -217,6 +217,13 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Reads so many bytes of a regular file, or all that it has.
+pub(crate) fn read_start(path: &Path, max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    open_regular(path)?.take(max).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// What a file has for each role.
 #[derive(Debug)]
 struct Programs<T> {
@@ -248,11 +255,7 @@ pub struct OpenImage {
 impl OpenImage {
     /// Opens an object file: a regular one of at most [`MAX_FILE_SIZE`] bytes.
     pub fn open_file(path: &Path) -> Result<Self, Error> {
-        let file = open_regular(path).map_err(Error::Read)?;
-        let mut bytes = Vec::new();
-        file.take(MAX_FILE_SIZE + 1)
-            .read_to_end(&mut bytes)
-            .map_err(Error::Read)?;
+        let bytes = read_start(path, MAX_FILE_SIZE + 1).map_err(Error::Read)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         Self::open(name.split('.').next().unwrap_or_default(), &bytes)
     }

@@ -33,7 +33,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -42,7 +42,7 @@ use std::{fmt, slice};
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-use crate::image::open_regular;
+use crate::image::read_start;
 use crate::mapping::Mapping;
 use crate::maps::Layout;
 use crate::note::{Note, Space, StateVersion};
@@ -396,11 +396,7 @@ impl State {
 
     /// Reads a file of JSON: a regular one of at most [`MAX_FILE_SIZE`] bytes.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let file = open_regular(path).map_err(Error::File)?;
-        let mut json = Vec::new();
-        file.take(MAX_FILE_SIZE + 1)
-            .read_to_end(&mut json)
-            .map_err(Error::File)?;
+        let json = read_start(path, MAX_FILE_SIZE + 1).map_err(Error::File)?;
         Self::from_json(&json)
     }
 
