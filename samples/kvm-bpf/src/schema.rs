@@ -103,30 +103,39 @@ impl Type {
         }
     }
 
+    /// What `look` finds first in the type itself and all that it contains.
+    fn find<T>(&self, look: &impl Fn(&Kind) -> Option<T>) -> Option<T> {
+        look(&self.kind).or_else(|| match &self.kind {
+            Kind::Array { element, .. } => element.find(look),
+            Kind::Struct { fields, .. } | Kind::Union { fields, .. } | Kind::Section(fields) => {
+                fields.iter().find_map(|field| field.ty.find(look))
+            }
+            _ => None,
+        })
+    }
+
     /// Whether it contains, anywhere, a structure of one of these names; returns which.
     pub fn contains<'n>(&self, names: &[&'n str]) -> Option<&'n str> {
-        match &self.kind {
-            Kind::Array { element, .. } => element.contains(names),
-            Kind::Struct { name, fields } | Kind::Union { name, fields } => names
-                .iter()
-                .copied()
-                .find(|wanted| wanted == name)
-                .or_else(|| fields.iter().find_map(|field| field.ty.contains(names))),
-            Kind::Section(fields) => fields.iter().find_map(|field| field.ty.contains(names)),
+        self.find(&|kind| match kind {
+            Kind::Struct { name, .. } | Kind::Union { name, .. } => {
+                names.iter().copied().find(|wanted| wanted == name)
+            }
             _ => None,
-        }
+        })
+    }
+
+    /// Whether it contains a pointer, anywhere.
+    pub fn has_pointer(&self) -> bool {
+        self.has(|kind| matches!(kind, Kind::Pointer { .. }))
     }
 
     /// Whether it contains, anywhere, a pointer with a tag: the kernel looks after such.
     pub fn has_tagged_pointer(&self) -> bool {
-        match &self.kind {
-            Kind::Array { element, .. } => element.has_tagged_pointer(),
-            Kind::Struct { fields, .. } | Kind::Union { fields, .. } | Kind::Section(fields) => {
-                fields.iter().any(|field| field.ty.has_tagged_pointer())
-            }
-            Kind::Pointer { is_tagged, .. } => *is_tagged,
-            _ => false,
-        }
+        self.has(|kind| matches!(kind, Kind::Pointer { is_tagged, .. } if *is_tagged))
+    }
+
+    fn has(&self, is_one: impl Fn(&Kind) -> bool) -> bool {
+        self.find(&|kind| is_one(kind).then_some(())).is_some()
     }
 
     /// Adds a line for each part of it, in order, with its place: the same lines say the same type.

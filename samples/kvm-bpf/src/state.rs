@@ -39,6 +39,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::{fmt, slice};
 
+use serde::de::value::SeqAccessDeserializer;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
@@ -348,15 +349,8 @@ impl<'de> Deserialize<'de> for Value {
                 Ok(Value::Text(value.to_string()))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(
-                self,
-                mut list: A,
-            ) -> std::result::Result<Value, A::Error> {
-                let mut values = Vec::new();
-                while let Some(value) = list.next_element()? {
-                    values.push(value);
-                }
-                Ok(Value::List(values))
+            fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> std::result::Result<Value, A::Error> {
+                Vec::deserialize(SeqAccessDeserializer::new(list)).map(Value::List)
             }
 
             fn visit_map<A: MapAccess<'de>>(
@@ -772,22 +766,11 @@ fn form(ty: &Type) -> std::result::Result<Form<'_>, Fault> {
         },
         Kind::Struct { fields, .. } | Kind::Section(fields) => Form::Fields(fields),
         Kind::Pointer { .. } => Form::Nothing,
-        Kind::Union { .. } if has_pointer(ty) => {
+        Kind::Union { .. } if ty.has_pointer() => {
             return Err(Fault::new("a union with a pointer cannot be saved"));
         }
         Kind::Union { .. } | Kind::Int { .. } | Kind::Enum { .. } | Kind::Bytes(_) => Form::Bytes,
     })
-}
-
-fn has_pointer(ty: &Type) -> bool {
-    match &ty.kind {
-        Kind::Pointer { .. } => true,
-        Kind::Array { element, .. } => has_pointer(element),
-        Kind::Struct { fields, .. } | Kind::Union { fields, .. } | Kind::Section(fields) => {
-            fields.iter().any(|field| has_pointer(&field.ty))
-        }
-        _ => false,
-    }
 }
 
 /// A field under the name that it has in a state.
