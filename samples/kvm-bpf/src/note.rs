@@ -319,79 +319,80 @@ impl Note {
         if regions.is_empty() {
             return Err(Error::BadNote("MMIO size 0 and no other range".to_string()));
         }
-        for (at, range) in regions.iter().enumerate() {
-            let same = |other: &&Range| other.region == range.region;
-            if regions[..at].iter().any(|other| same(&other)) {
-                return Err(Error::BadNote(format!("region {} twice", range.region)));
-            }
+        match first_twice(&regions, |a, b| a.region == b.region) {
+            Some(range) => Err(Error::BadNote(format!("region {} twice", range.region))),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn check_read_pages(&self) -> Result<(), Error> {
-        let bad = |reason: String| Err(Error::BadNote(reason));
-        let regions = self.regions();
-        for (at, page) in self.read_pages.iter().enumerate() {
-            let ReadPage { region, offset, .. } = *page;
+        let bad = |page: &ReadPage, why: &str| {
+            let ReadPage { region, offset, .. } = page;
             let what = format!("read page at {offset:#x} of region {region}");
-            match regions.iter().find(|range| range.region == region) {
-                None => return bad(format!("{what}: no such region")),
+            Err(Error::BadNote(format!("{what}{why}")))
+        };
+        let regions = self.regions();
+        for page in &self.read_pages {
+            match regions.iter().find(|range| range.region == page.region) {
+                None => return bad(page, ": no such region"),
                 Some(range) if range.space == Space::Ports => {
-                    return bad(format!("{what}: ports have no pages"));
+                    return bad(page, ": ports have no pages");
                 }
-                Some(range) if offset >= range.size => {
-                    return bad(format!("{what}, which has {:#x} bytes", range.size));
+                Some(range) if page.offset >= range.size => {
+                    return bad(page, &format!(", which has {:#x} bytes", range.size));
                 }
                 Some(_) => {}
             }
-            let same = |other: &ReadPage| (other.region, other.offset) == (region, offset);
-            if self.read_pages[..at].iter().any(same) {
-                return bad(format!("{what} twice"));
-            }
         }
-        Ok(())
+        let same = |a: &ReadPage, b: &ReadPage| (a.region, a.offset) == (b.region, b.offset);
+        match first_twice(&self.read_pages, same) {
+            Some(page) => bad(page, " twice"),
+            None => Ok(()),
+        }
     }
 
     fn check_works(&self) -> Result<(), Error> {
-        for (at, work) in self.works.iter().enumerate() {
-            let before = &self.works[..at];
-            if before.iter().any(|other| other.index == work.index) {
-                return Err(Error::BadNote(format!("WORK index {} twice", work.index)));
-            }
-            if before.iter().any(|other| other.name == work.name) {
-                return Err(Error::BadNote(format!("WORK name {:?} twice", work.name)));
-            }
+        let bad = |reason| Err(Error::BadNote(reason));
+        if let Some(work) = first_twice(&self.works, |a, b| a.index == b.index) {
+            return bad(format!("WORK index {} twice", work.index));
         }
-        Ok(())
+        match first_twice(&self.works, |a, b| a.name == b.name) {
+            Some(work) => bad(format!("WORK name {:?} twice", work.name)),
+            None => Ok(()),
+        }
     }
 
     fn check_doorbells(&self) -> Result<(), Error> {
-        for (at, bell) in self.doorbells.iter().enumerate() {
-            let before = &self.doorbells[..at];
-            let Doorbell { irq, work } = *bell;
-            let bad = if irq < self.nr_irqs || u64::from(irq) >= KVM_DEV_BPF_MAX_IRQS {
-                format!("doorbell {irq}, an interrupt or not below {KVM_DEV_BPF_MAX_IRQS}")
-            } else if !self.works.iter().any(|other| other.index == work) {
-                format!("doorbell {irq} of WORK program {work}, which is not there")
-            } else if before.iter().any(|other| other.irq == irq) {
-                format!("doorbell {irq} twice")
-            } else if before.iter().any(|other| other.work == work) {
-                format!("two doorbells of WORK program {work}")
-            } else {
-                continue;
-            };
-            return Err(Error::BadNote(bad));
+        let bad = |reason| Err(Error::BadNote(reason));
+        for &Doorbell { irq, work } in &self.doorbells {
+            if irq < self.nr_irqs || u64::from(irq) >= KVM_DEV_BPF_MAX_IRQS {
+                return bad(format!(
+                    "doorbell {irq}, an interrupt or not below {KVM_DEV_BPF_MAX_IRQS}"
+                ));
+            }
+            if !self.works.iter().any(|other| other.index == work) {
+                return bad(format!(
+                    "doorbell {irq} of WORK program {work}, which is not there"
+                ));
+            }
         }
-        Ok(())
+        if let Some(bell) = first_twice(&self.doorbells, |a, b| a.irq == b.irq) {
+            return bad(format!("doorbell {} twice", bell.irq));
+        }
+        match first_twice(&self.doorbells, |a, b| a.work == b.work) {
+            Some(bell) => bad(format!("two doorbells of WORK program {}", bell.work)),
+            None => Ok(()),
+        }
     }
 
     /// Reads the descriptor, the part of the note after owner and type.
     fn from_desc(desc: &[u8]) -> Result<Self, Error> {
         let bad = |reason: String| Err(Error::BadNote(reason));
 
-        let Some(version) = read_u32(desc, 0) else {
+        let Some(version) = desc.first_chunk() else {
             return bad(format!("{} bytes have no room for a version", desc.len()));
         };
+        let version = u32::from_le_bytes(*version);
         if version > VERSION {
             return Err(Error::FutureVersion {
                 found: version,
@@ -402,11 +403,10 @@ impl Note {
             return bad("version 0".to_string());
         }
 
-        let (Some(nr_irqs), Some(mmio_size), Some(strings)) =
-            (read_u32(desc, 4), read_u64(desc, 8), desc.get(FIXED_LEN..))
-        else {
+        let Some((fixed, strings)) = desc.split_at_checked(FIXED_LEN) else {
             return bad(format!("{} bytes, at least {FIXED_LEN} needed", desc.len()));
         };
+        let (nr_irqs, mmio_size) = (u32_at(fixed, 4), u64_at(fixed, 8));
         if mmio_size > i32::MAX as u64 {
             return bad(format!(
                 "MMIO size {mmio_size:#x}, more than {:#x}",
@@ -450,13 +450,14 @@ impl Note {
 
         let mut at = 0;
         while at < desc.len() {
-            let (Some(kind), Some(len)) = (read_u16(desc, at), read_u16(desc, at + 2)) else {
+            let start = at + ITEM_LEN;
+            let Some(head) = desc.get(at..start) else {
                 return bad(format!(
                     "item at {at}: {} bytes have no room for one",
                     desc.len() - at
                 ));
             };
-            let start = at + ITEM_LEN;
+            let [kind, len] = [0, 2].map(|at| u16::from_le_bytes(array_at(head, at)));
             let end = start + usize::from(len);
             let Some(payload) = desc.get(start..end) else {
                 return bad(format!(
@@ -465,13 +466,17 @@ impl Note {
                 ));
             };
             let added = match kind & !REQUIRED {
-                kind::MMIO_RANGE => self.add_range(Space::Memory, payload),
-                kind::PORT_RANGE => self.add_range(Space::Ports, payload),
-                kind::READ_PAGE => self.add_read_page(payload),
-                kind::WORK_NAME => self.add_work(payload),
-                kind::WINDOW => self.add_window(payload),
-                kind::DOORBELL => self.add_doorbell(payload),
-                kind::STATE_VERSION => self.add_state_version(payload),
+                kind::MMIO_RANGE => add(&mut self.ranges, parse_range(Space::Memory, payload)),
+                kind::PORT_RANGE => add(&mut self.ranges, parse_range(Space::Ports, payload)),
+                kind::READ_PAGE => add(&mut self.read_pages, parse_read_page(payload)),
+                kind::WORK_NAME => add(&mut self.works, parse_work(payload)),
+                kind::WINDOW => add_once(&mut self.window, parse_window(payload), "window"),
+                kind::DOORBELL => add(&mut self.doorbells, parse_doorbell(payload)),
+                kind::STATE_VERSION => add_once(
+                    &mut self.state_version,
+                    parse_state_version(payload),
+                    "version of the state",
+                ),
                 _ if kind & REQUIRED != 0 => return Err(Error::UnknownKind(kind)),
                 0 => Err("kind 0".to_string()),
                 _ => Ok(()),
@@ -488,54 +493,29 @@ impl Note {
         }
         Ok(())
     }
+}
 
-    fn add_range(&mut self, space: Space, payload: &[u8]) -> Result<(), String> {
-        self.ranges.push(parse_range(space, payload)?);
-        Ok(())
-    }
+fn add<T>(items: &mut Vec<T>, item: Result<T, String>) -> Result<(), String> {
+    items.push(item?);
+    Ok(())
+}
 
-    fn add_read_page(&mut self, payload: &[u8]) -> Result<(), String> {
-        self.read_pages.push(parse_read_page(payload)?);
-        Ok(())
-    }
-
-    fn add_work(&mut self, payload: &[u8]) -> Result<(), String> {
-        self.works.push(parse_work(payload)?);
-        Ok(())
-    }
-
-    fn add_window(&mut self, payload: &[u8]) -> Result<(), String> {
-        match self.window.replace(parse_window(payload)?) {
-            None => Ok(()),
-            Some(_) => Err("a second window".to_string()),
-        }
-    }
-
-    fn add_doorbell(&mut self, payload: &[u8]) -> Result<(), String> {
-        self.doorbells.push(parse_doorbell(payload)?);
-        Ok(())
-    }
-
-    fn add_state_version(&mut self, payload: &[u8]) -> Result<(), String> {
-        match self.state_version.replace(parse_state_version(payload)?) {
-            None => Ok(()),
-            Some(_) => Err("a second version of the state".to_string()),
-        }
+fn add_once<T>(place: &mut Option<T>, item: Result<T, String>, what: &str) -> Result<(), String> {
+    match place.replace(item?) {
+        None => Ok(()),
+        Some(_) => Err(format!("a second {what}")),
     }
 }
 
+/// The first item that is the same as one before it.
+fn first_twice<T>(items: &[T], same: impl Fn(&T, &T) -> bool) -> Option<&T> {
+    let is_again = |&at: &usize| items[..at].iter().any(|other| same(other, &items[at]));
+    (0..items.len()).find(is_again).map(|at| &items[at])
+}
+
 fn parse_range(space: Space, payload: &[u8]) -> Result<Range, String> {
-    let (Some(region), Some(flags), Some(size), RANGE_LEN) = (
-        read_u32(payload, 0),
-        read_u32(payload, 4),
-        read_u64(payload, 8),
-        payload.len(),
-    ) else {
-        return Err(format!(
-            "a range of {} bytes, not {RANGE_LEN}",
-            payload.len()
-        ));
-    };
+    check_len("range", payload, RANGE_LEN)?;
+    let (region, size) = (u32_at(payload, 0), u64_at(payload, 8));
     let max = match space {
         Space::Memory => i32::MAX as u64,
         Space::Ports => MAX_PORTS,
@@ -548,9 +528,7 @@ fn parse_range(space: Space, payload: &[u8]) -> Result<Range, String> {
             "region {region}, not below {KVM_DEV_BPF_MAX_REGIONS}"
         ));
     }
-    if flags != 0 {
-        return Err(format!("unknown flags {flags:#x} of a range"));
-    }
+    check_flags("range", payload)?;
     Ok(Range {
         space,
         region,
@@ -559,66 +537,42 @@ fn parse_range(space: Space, payload: &[u8]) -> Result<Range, String> {
 }
 
 fn parse_read_page(payload: &[u8]) -> Result<ReadPage, String> {
-    let (Some(region), Some(flags), Some(offset), READ_PAGE_LEN) = (
-        read_u32(payload, 0),
-        read_u32(payload, 4),
-        read_u64(payload, 8),
-        payload.len(),
-    ) else {
-        return Err(format!(
-            "a read page of {} bytes, not {READ_PAGE_LEN}",
-            payload.len()
-        ));
-    };
-    if flags != 0 {
-        return Err(format!("unknown flags {flags:#x} of a read page"));
-    }
+    check_len("read page", payload, READ_PAGE_LEN)?;
+    check_flags("read page", payload)?;
+    let offset = u64_at(payload, 8);
     if !offset.is_multiple_of(MIN_PAGE) {
         return Err(format!("read page at {offset:#x}, in the middle of a page"));
     }
-    let name = &payload[READ_PAGE_LEN - NAME_LEN..];
-    let (name, rest) = name.split_at(name.iter().position(|&byte| byte == 0).unwrap_or(0));
-    match str::from_utf8(name) {
-        Ok(map) if !map.is_empty() && rest.iter().all(|&byte| byte == 0) => Ok(ReadPage {
-            region,
-            offset,
-            map: map.to_string(),
-        }),
-        _ => Err("a read page without a map's name, 1 to 15 bytes and zeroes".to_string()),
-    }
+    let name = name_in(&payload[16..]).and_then(|name| str::from_utf8(name).ok());
+    let Some(name) = name else {
+        return Err("a read page without a map's name, 1 to 15 bytes and zeroes".to_string());
+    };
+    Ok(ReadPage {
+        region: u32_at(payload, 0),
+        offset,
+        map: name.to_string(),
+    })
 }
 
 fn parse_work(payload: &[u8]) -> Result<WorkName, String> {
-    let (Some(index), Some(flags), Some(name), WORK_LEN) = (
-        read_u32(payload, 0),
-        read_u32(payload, 4),
-        payload.get(8..),
-        payload.len(),
-    ) else {
-        return Err(format!(
-            "a WORK program of {} bytes, not {WORK_LEN}",
-            payload.len()
-        ));
-    };
+    check_len("WORK program", payload, WORK_LEN)?;
+    let index = u32_at(payload, 0);
     if u64::from(index) >= KVM_DEV_BPF_MAX_WORKS {
         return Err(format!(
             "WORK index {index}, not below {KVM_DEV_BPF_MAX_WORKS}"
         ));
     }
-    if flags != 0 {
-        return Err(format!("unknown flags {flags:#x} of a WORK program"));
-    }
-    let len = name.iter().position(|&byte| byte == 0).unwrap_or(NAME_LEN);
-    let (name, rest) = name.split_at(len);
+    check_flags("WORK program", payload)?;
     let is_good = |byte: &u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_');
-    let is_short = (1..NAME_LEN).contains(&len);
-    if !is_short || !name.iter().all(is_good) || rest.iter().any(|&byte| byte != 0) {
+    let name = name_in(&payload[8..]).filter(|name| name.iter().all(is_good));
+    let Some(name) = name else {
+        let name = String::from_utf8_lossy(&payload[8..]);
         return Err(format!(
-            "WORK name \"{}\", not 1 to {} of a to z, 0 to 9 and _",
-            name.escape_ascii(),
+            "WORK name {:?}, not 1 to {} of a to z, 0 to 9 and _",
+            name.trim_end_matches('\0'),
             NAME_LEN - 1
         ));
-    }
+    };
     Ok(WorkName {
         index,
         name: name.iter().map(|&byte| char::from(byte)).collect(),
@@ -626,12 +580,8 @@ fn parse_work(payload: &[u8]) -> Result<WorkName, String> {
 }
 
 fn parse_window(payload: &[u8]) -> Result<Rights, String> {
-    let (Some(rights), WINDOW_LEN) = (read_u32(payload, 0), payload.len()) else {
-        return Err(format!(
-            "a window of {} bytes, not {WINDOW_LEN}",
-            payload.len()
-        ));
-    };
+    check_len("window", payload, WINDOW_LEN)?;
+    let rights = u32_at(payload, 0);
     if !(1..=3).contains(&rights) {
         return Err(format!("rights {rights:#x} of a window, not 1 to 3"));
     }
@@ -642,26 +592,14 @@ fn parse_window(payload: &[u8]) -> Result<Rights, String> {
 }
 
 fn parse_doorbell(payload: &[u8]) -> Result<Doorbell, String> {
-    let (Some(irq), Some(work), DOORBELL_LEN) =
-        (read_u32(payload, 0), read_u32(payload, 4), payload.len())
-    else {
-        return Err(format!(
-            "a doorbell of {} bytes, not {DOORBELL_LEN}",
-            payload.len()
-        ));
-    };
+    check_len("doorbell", payload, DOORBELL_LEN)?;
+    let (irq, work) = (u32_at(payload, 0), u32_at(payload, 4));
     Ok(Doorbell { irq, work })
 }
 
 fn parse_state_version(payload: &[u8]) -> Result<StateVersion, String> {
-    let (Some(version), Some(oldest), STATE_VERSION_LEN) =
-        (read_u32(payload, 0), read_u32(payload, 4), payload.len())
-    else {
-        return Err(format!(
-            "a version of the state of {} bytes, not {STATE_VERSION_LEN}",
-            payload.len()
-        ));
-    };
+    check_len("version of the state", payload, STATE_VERSION_LEN)?;
+    let (version, oldest) = (u32_at(payload, 0), u32_at(payload, 4));
     if oldest > version {
         return Err(format!(
             "version {version} of the state loads none older than {oldest}"
@@ -670,19 +608,39 @@ fn parse_state_version(payload: &[u8]) -> Result<StateVersion, String> {
     Ok(StateVersion { version, oldest })
 }
 
-fn read_u16(bytes: &[u8], at: usize) -> Option<u16> {
-    let bytes = bytes.get(at..at + 2)?;
-    Some(u16::from_le_bytes(bytes.try_into().ok()?))
+fn check_len(what: &str, payload: &[u8], wanted: usize) -> Result<(), String> {
+    match payload.len() {
+        len if len == wanted => Ok(()),
+        len => Err(format!("a {what} of {len} bytes, not {wanted}")),
+    }
 }
 
-fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
-    let bytes = bytes.get(at..at + 4)?;
-    Some(u32::from_le_bytes(bytes.try_into().ok()?))
+/// Checks the flags of an item that has them, behind an index.
+fn check_flags(what: &str, payload: &[u8]) -> Result<(), String> {
+    match u32_at(payload, 4) {
+        0 => Ok(()),
+        flags => Err(format!("unknown flags {flags:#x} of a {what}")),
+    }
 }
 
-fn read_u64(bytes: &[u8], at: usize) -> Option<u64> {
-    let bytes = bytes.get(at..at + 8)?;
-    Some(u64::from_le_bytes(bytes.try_into().ok()?))
+/// A name with at least one zero behind it, and nothing else.
+fn name_in(bytes: &[u8]) -> Option<&[u8]> {
+    let len = bytes.iter().position(|&byte| byte == 0)?;
+    let (name, rest) = bytes.split_at(len);
+    (len != 0 && rest.iter().all(|&byte| byte == 0)).then_some(name)
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(array_at(bytes, at))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(array_at(bytes, at))
+}
+
+/// Bytes that are there: who calls this has checked the length.
+fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    *bytes[at..].first_chunk().expect("the length is checked")
 }
 
 #[cfg(test)]
@@ -762,13 +720,18 @@ mod tests {
     }
 
     #[track_caller]
-    fn assert_bad(desc: &[u8], wanted: &str) {
-        match parse_desc(desc) {
+    fn assert_refused(parsed: Result<Note, Error>, wanted: &str) {
+        match parsed {
             Err(Error::BadNote(reason)) => {
                 assert!(reason.contains(wanted), "wanted {wanted:?}, got {reason:?}")
             }
             other => panic!("wanted a bad note ({wanted}), got {other:?}"),
         }
+    }
+
+    #[track_caller]
+    fn assert_bad(desc: &[u8], wanted: &str) {
+        assert_refused(parse_desc(desc), wanted);
     }
 
     #[test]
@@ -950,12 +913,7 @@ mod tests {
 
     #[track_caller]
     fn assert_bad_items(items: &[u8], wanted: &str) {
-        match parse_items_of(items) {
-            Err(Error::BadNote(reason)) => {
-                assert!(reason.contains(wanted), "wanted {wanted:?}, got {reason:?}")
-            }
-            other => panic!("wanted a bad note ({wanted}), got {other:?}"),
-        }
+        assert_refused(parse_items_of(items), wanted);
     }
 
     #[test]
@@ -1239,10 +1197,8 @@ mod tests {
 
         let first = note(b"kvm-bpf\0", TYPE, &desc(1, 0, 8, b"x\0"));
         let items = |region| note(b"kvm-bpf\0", TYPE_ITEMS, &ports(region));
-        let refused = |notes: &[Vec<u8>], wanted: &str| match Note::from_elf(&elf(&notes.concat()))
-        {
-            Err(Error::BadNote(reason)) if reason.contains(wanted) => {}
-            other => panic!("wanted {wanted:?}, got {other:?}"),
+        let refused = |notes: &[Vec<u8>], wanted: &str| {
+            assert_refused(Note::from_elf(&elf(&notes.concat())), wanted);
         };
         // The first note's memory is region 0.
         refused(&[first.clone(), items(0)], "region 0 twice");
