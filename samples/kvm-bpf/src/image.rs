@@ -23,14 +23,14 @@ use crate::uapi::{
     BPF_PROG_TYPE_KVM_IO_READ, BPF_PROG_TYPE_KVM_IO_WORK, BPF_PROG_TYPE_KVM_IO_WRITE,
 };
 
-/// Sections of read handlers: as they are, and those that may sleep.
-const READ_SECTIONS: [&str; 2] = ["kvm_io_read", "kvm_io_read.s"];
-/// Sections of write handlers, likewise.
-const WRITE_SECTIONS: [&str; 2] = ["kvm_io_write", "kvm_io_write.s"];
-
-/// What the sections of programs that run without a guest's access begin with, likewise; a name
-/// follows.
-const WORK_SECTIONS: [&str; 2] = ["kvm_io_work/", "kvm_io_work.s/"];
+/// Section of a read handler.
+const READ_SECTION: &str = "kvm_io_read";
+/// Section of a write handler.
+const WRITE_SECTION: &str = "kvm_io_write";
+/// Section of a program that runs without a guest's access; `/` and its name follow.
+const WORK_SECTION: &str = "kvm_io_work";
+/// What follows the section of a program that may sleep.
+const SLEEPABLE: &str = ".s";
 
 /// Room for the verifier's log of one program; the kernel keeps the end.
 const VERIFIER_LOG_LEN: usize = 1 << 20;
@@ -54,16 +54,16 @@ pub enum Error {
     #[error("libbpf cannot open the object")]
     Open(#[source] libbpf_rs::Error),
     /// There is neither a read nor a write handler.
-    #[error("no program in section {} or {}", READ_SECTIONS[0], WRITE_SECTIONS[0])]
+    #[error("no program in section {READ_SECTION} or {WRITE_SECTION}")]
     NoProgram,
     /// Two programs are for the same.
     #[error("programs {0} and {1} handle the same direction, or have the same name")]
     TwoPrograms(String, String),
     /// A WORK program has no index.
-    #[error("the device note has no WORK program {0}, as section {prefix}{0} does", prefix = WORK_SECTIONS[0])]
+    #[error("section {WORK_SECTION}/{0} is there, but the device note has no WORK program {0}")]
     UnnamedWork(String),
     /// An index has no WORK program.
-    #[error("the device note has WORK program {0}, but there is no section {prefix}{0}", prefix = WORK_SECTIONS[0])]
+    #[error("the device note has WORK program {0}, but there is no section {WORK_SECTION}/{0}")]
     MissingWork(String),
     /// A program is in a section that means nothing for a device.
     #[error("program {program} is in section {section}, which is no handler's")]
@@ -174,20 +174,21 @@ enum Role<'a> {
 
 /// What the name of a program's section says: its role, and whether it may sleep.
 fn role(section: &str) -> Option<(Role<'_>, bool)> {
-    let work = |prefix| section.strip_prefix(prefix).map(Role::Work);
-    [false, true]
-        .into_iter()
-        .zip(
-            READ_SECTIONS
-                .into_iter()
-                .zip(WRITE_SECTIONS)
-                .zip(WORK_SECTIONS),
-        )
-        .find_map(|(sleepable, ((read, write), prefix))| match section {
-            _ if section == read => Some((Role::Read, sleepable)),
-            _ if section == write => Some((Role::Write, sleepable)),
-            _ => work(prefix).map(|role| (role, sleepable)),
-        })
+    let (kind, name) = match section.split_once('/') {
+        Some((kind, name)) => (kind, Some(name)),
+        None => (section, None),
+    };
+    let (kind, sleepable) = match kind.strip_suffix(SLEEPABLE) {
+        Some(kind) => (kind, true),
+        None => (kind, false),
+    };
+    let role = match (kind, name) {
+        (READ_SECTION, None) => Role::Read,
+        (WRITE_SECTION, None) => Role::Write,
+        (WORK_SECTION, Some(name)) => Role::Work(name),
+        _ => return None,
+    };
+    Some((role, sleepable))
 }
 
 /// Opens a file to read, if it is a regular one.
@@ -683,7 +684,10 @@ mod tests {
             "kvm_io",
             "kvm_io_read.",
             "kvm_io_reads",
+            "kvm_io_read.s.s",
+            "kvm_io_read/x",
             "kvm_io_work",
+            "kvm_io_work.s",
             "socket",
         ] {
             assert_eq!(role(other), None, "{other}");
