@@ -208,13 +208,6 @@ impl Place {
             Place::Port(port) => port.into(),
         }
     }
-
-    fn group(self) -> u32 {
-        match self {
-            Place::Memory(_) => KVM_DEV_BPF_ATTR_GROUP_REGION,
-            Place::Port(_) => KVM_DEV_BPF_ATTR_GROUP_PIO,
-        }
-    }
 }
 
 impl fmt::Display for Place {
@@ -223,6 +216,13 @@ impl fmt::Display for Place {
             Place::Memory(addr) => write!(f, "{addr:#x}"),
             Place::Port(port) => write!(f, "port {port:#x}"),
         }
+    }
+}
+
+fn region_group(space: Space) -> u32 {
+    match space {
+        Space::Memory => KVM_DEV_BPF_ATTR_GROUP_REGION,
+        Space::Ports => KVM_DEV_BPF_ATTR_GROUP_PIO,
     }
 }
 
@@ -298,19 +298,17 @@ impl Device {
             bpf_readfd: raw_or_none(read),
             bpf_writefd: raw_or_none(write),
         };
-        let group = place.group();
-        self.set_attr(group, index, &region).map_err(|source| {
-            let no_ports = group == KVM_DEV_BPF_ATTR_GROUP_PIO && !self.has_attr(group, 0);
-            match no_ports {
-                true => Error::NoPorts,
-                false => Error::SetRegion {
+        let group = region_group(place.space());
+        self.set_attr(group, index, &region)
+            .map_err(|source| match place {
+                Place::Port(_) if !self.has_group(group) => Error::NoPorts,
+                _ => Error::SetRegion {
                     index,
                     place,
                     size,
                     source,
                 },
-            }
-        })
+            })
     }
 
     /// Removes a region; accesses to its range exit to the VMM from then on.
@@ -321,11 +319,7 @@ impl Device {
             bpf_readfd: -1,
             bpf_writefd: -1,
         };
-        let group = match space {
-            Space::Memory => KVM_DEV_BPF_ATTR_GROUP_REGION,
-            Space::Ports => KVM_DEV_BPF_ATTR_GROUP_PIO,
-        };
-        self.set_attr(group, index, &none)
+        self.set_attr(region_group(space), index, &none)
             .map_err(|source| Error::UnsetRegion { index, source })
     }
 
@@ -365,7 +359,7 @@ impl Device {
         };
         let group = KVM_DEV_BPF_ATTR_GROUP_MEM;
         self.set_attr(group, index, &mem)
-            .map_err(|source| match self.has_attr(group, 0) {
+            .map_err(|source| match self.has_group(group) {
                 true => Error::SetWindow {
                     index,
                     window,
@@ -400,7 +394,7 @@ impl Device {
         };
         let group = KVM_DEV_BPF_ATTR_GROUP_WORK;
         self.set_attr(group, index, &work)
-            .map_err(|source| match self.has_attr(group, 0) {
+            .map_err(|source| match self.has_group(group) {
                 true => Error::SetWork { index, source },
                 false => Error::NoWork,
             })
@@ -427,10 +421,10 @@ impl Device {
         }
     }
 
-    fn has_attr(&self, group: u32, attr: u64) -> bool {
+    /// Whether the kernel knows a group; each has an index 0.
+    fn has_group(&self, group: u32) -> bool {
         let attr = kvm_device_attr {
             group,
-            attr,
             ..Default::default()
         };
         self.fd.has_device_attr(&attr).is_ok()

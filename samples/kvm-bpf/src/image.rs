@@ -367,7 +367,7 @@ impl OpenImage {
         };
         if on_loss == OnLoss::Refuse
             && let Some(layout) = layouts.iter().find(runs_later)
-            && !self.note.works.iter().any(|work| work.name == stops)
+            && self.note.work_index(stops).is_none()
         {
             return Err(Error::RunsOn {
                 map: layout.name.clone(),
@@ -399,7 +399,8 @@ impl OpenImage {
                 Some((Role::Read, _)) => programs.read.replace(name.clone()),
                 Some((Role::Write, _)) => programs.write.replace(name.clone()),
                 Some((Role::Work(work), _)) => {
-                    let index = self.work_index(work)?;
+                    let index = self.note.work_index(work);
+                    let index = index.ok_or_else(|| Error::UnnamedWork(work.to_string()))?;
                     programs.works.insert(index, name.clone())
                 }
                 None => {
@@ -416,15 +417,6 @@ impl OpenImage {
         match unused.first() {
             Some(item) => Err(Error::MissingWork(item.name.clone())),
             None => Ok(programs),
-        }
-    }
-
-    /// The index that the note gives a WORK program.
-    fn work_index(&self, name: &str) -> Result<u32, Error> {
-        let item = self.note.works.iter().find(|item| item.name == name);
-        match item {
-            Some(item) => Ok(item.index),
-            None => Err(Error::UnnamedWork(name.to_string())),
         }
     }
 
@@ -473,8 +465,8 @@ impl OpenImage {
                 Some((Role::Read, _)) => programs.read = Some(fd),
                 Some((Role::Write, _)) => programs.write = Some(fd),
                 Some((Role::Work(work), _)) => {
-                    let item = self.note.works.iter().find(|item| item.name == work);
-                    programs.works.extend(item.map(|item| (item.index, fd)));
+                    let index = self.note.work_index(work);
+                    programs.works.extend(index.map(|index| (index, fd)));
                 }
                 None => {}
             }

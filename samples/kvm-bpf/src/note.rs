@@ -301,6 +301,12 @@ impl Note {
             .is_some_and(|own| (own.oldest..=own.version).contains(&saved))
     }
 
+    /// The index of the WORK program of that name, if there is one.
+    pub fn work_index(&self, name: &str) -> Option<u32> {
+        let work = self.works.iter().find(|work| work.name == name)?;
+        Some(work.index)
+    }
+
     /// All regions.
     pub fn regions(&self) -> Vec<Range> {
         let first = (self.mmio_size != 0).then_some(Range {

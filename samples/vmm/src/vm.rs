@@ -309,7 +309,7 @@ impl Vm {
             if bpf.output.is_some() && !Serial::is_one(note) {
                 return Err(Error::NoOutput(bpf.at.what.clone()));
             }
-            let has = |name| note.works.iter().any(|work| work.name == name);
+            let has = |name| note.work_index(name).is_some();
             if bpf.input.is_some() && !has("input") {
                 return Err(Error::NoInput(bpf.at.what.clone()));
             }
