@@ -649,12 +649,32 @@ impl Vm {
             .map_err(Error::RestorePlatform)
     }
 
-    /// Reads all of the guest but its memory, when its vCPUs have stopped.
-    fn snapshot(&self) -> Result<Snapshot, Error> {
+    /// Gives `take` all of the guest but its memory, when its vCPUs have stopped. Where that fails,
+    /// the devices go on here.
+    fn give(&self, take: impl FnOnce(&Snapshot) -> Result<(), Error>) -> Result<(), Error> {
+        let mut saved = 0;
         // The devices first: one that is to interrupt the guest after this does so when it is
         // restored, and one that already has is no longer asked.
-        let devices = self.bpf_devices.iter().map(BpfDevice::save);
-        let devices = devices.collect::<Result<_, _>>()?;
+        let states = self.bpf_devices.iter().map(|device| {
+            let state = device.save()?;
+            saved += 1;
+            Ok(state)
+        });
+        let states = states.collect::<Result<_, _>>();
+        let given = states.and_then(|states| take(&self.snapshot(states)?));
+        if given.is_err() {
+            // Saving has stopped their timers.
+            for device in &self.bpf_devices[..saved] {
+                if let Err(error) = device.resume() {
+                    crate::print_error("a device does not go on", &error);
+                }
+            }
+        }
+        given
+    }
+
+    /// Reads all of the guest but its memory, whose devices have been saved.
+    fn snapshot(&self, devices: Vec<State>) -> Result<Snapshot, Error> {
         let platform = &self.shared.platform;
         let (console, _) = platform.console_line();
         let (platform, vcpus) = self.hold_interrupts(|_| {
@@ -738,8 +758,7 @@ impl Vm {
                     continue;
                 }
                 Ok(Next::Save(path)) => self
-                    .snapshot()
-                    .and_then(|snapshot| {
+                    .give(|snapshot| {
                         let saved = snapshot.save(&path, &self.memory);
                         saved.map_err(|source| Error::SaveTo(path, source))
                     })
@@ -750,18 +769,14 @@ impl Vm {
                     }
                     continue;
                 }
-                Ok(Next::HandOver(stream)) => self.hand_over(&stream).map(|()| End::HandedOver),
+                Ok(Next::HandOver(stream)) => self
+                    .give(|snapshot| self.hand_over(snapshot, &stream))
+                    .map(|()| End::HandedOver),
                 Err(error) => break Err(error),
             };
             match moved {
                 Ok(end) => break Ok(end),
                 Err(error) => crate::print_error("the guest goes on here", &error),
-            }
-            // Saving has stopped their timers.
-            for device in &self.bpf_devices {
-                if let Err(error) = device.resume() {
-                    crate::print_error("a device does not go on", &error);
-                }
             }
         };
 
@@ -894,8 +909,7 @@ impl Vm {
         (reloads, pausing)
     }
 
-    fn hand_over(&self, stream: &UnixStream) -> Result<(), Error> {
-        let snapshot = self.snapshot()?;
+    fn hand_over(&self, snapshot: &Snapshot, stream: &UnixStream) -> Result<(), Error> {
         let memory = snapshot::memory_file(&self.memory)
             .ok_or(snapshot::Error::Memory("it is no file"))
             .map_err(Error::HandOver)?;
