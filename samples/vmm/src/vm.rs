@@ -725,10 +725,13 @@ impl Vm {
         }
         let failed = |error: errno::Error| Error::HoldInterrupt(error.into());
         let result = holding.map_err(failed).and_then(|()| work(&lines));
+        let mut connected = Ok(());
         for line in &lines[..held] {
-            line.connect(&self.vm).map_err(failed)?;
+            connected = connected.and(line.connect(&self.vm));
         }
-        result
+        let value = result?;
+        connected.map_err(failed)?;
+        Ok(value)
     }
 
     /// Runs the guest to its end, or until it goes on elsewhere.
