@@ -65,9 +65,9 @@ impl Source {
         let mut options = File::options();
         let file = options.read(true).write(self.is_pipe).open(&self.path)?;
         let mut from = BufReader::new(file);
-        let (done, is_done) = mpsc::channel();
         while let Some(input) = next(&mut from)? {
-            let done = done.clone();
+            // One for each event: so it is known when one is dropped.
+            let (done, is_done) = mpsc::channel();
             let event = Event::Input {
                 device,
                 input,
