@@ -68,7 +68,6 @@ impl fmt::Display for Server {
 pub struct Device {
     name: String,
     server: Server,
-    #[serde(serialize_with = "space")]
     space: Space,
     addr: u64,
     size: u64,
@@ -132,13 +131,6 @@ impl Device {
     pub fn set_read_pages(&mut self, pages: Vec<ReadPage>) {
         self.read_pages = pages;
     }
-}
-
-fn space<S: serde::Serializer>(space: &Space, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(match space {
-        Space::Memory => "memory",
-        Space::Ports => "ports",
-    })
 }
 
 /// A vCPU's thread as it was when the guest ended.
