@@ -28,7 +28,7 @@ use kvm_bpf::note::Space;
 use serde::{Deserialize, Serialize};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
-    GuestMemoryRegion, MemoryRegionAddress,
+    GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
 };
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -513,43 +513,45 @@ pub fn memory_file(memory: &GuestMemoryMmap) -> Option<&File> {
 }
 
 /// Writes all of memory but pages of zeroes, which stay holes.
-fn write_memory(file: &File, mut at: u64, memory: &GuestMemoryMmap) -> Result<(), Error> {
-    let mut buffer = vec![0; CHUNK];
-    for region in memory.iter() {
-        let mut offset = 0;
-        while offset < region.len() {
-            let length = (region.len() - offset).min(CHUNK as u64) as usize;
-            let chunk = &mut buffer[..length];
-            region.read_slice(chunk, MemoryRegionAddress(offset))?;
-            for_each_run(chunk, |start, bytes| {
-                file.write_all_at(bytes, at + start as u64)
-                    .map_err(Error::Write)
-            })?;
-            offset += length as u64;
-            at += length as u64;
-        }
-    }
-    file.set_len(at).map_err(Error::Write)
+fn write_memory(file: &File, at: u64, memory: &GuestMemoryMmap) -> Result<(), Error> {
+    let end = for_each_chunk(memory, at, |region, offset, at, chunk| {
+        region.read_slice(chunk, MemoryRegionAddress(offset))?;
+        for_each_run(chunk, |start, bytes| {
+            file.write_all_at(bytes, at + start as u64)
+                .map_err(Error::Write)
+        })
+    })?;
+    file.set_len(end).map_err(Error::Write)
 }
 
 /// Fills memory, which is zero. Pages of zeroes are left alone: so they take no memory.
-fn read_memory(file: &File, mut at: u64, memory: &GuestMemoryMmap) -> Result<(), Error> {
+fn read_memory(file: &File, at: u64, memory: &GuestMemoryMmap) -> Result<(), Error> {
+    for_each_chunk(memory, at, |region, offset, at, chunk| {
+        file.read_exact_at(chunk, at).map_err(Error::Read)?;
+        for_each_run(chunk, |start, bytes| {
+            let start = MemoryRegionAddress(offset + start as u64);
+            Ok(region.write_slice(bytes, start)?)
+        })
+    })?;
+    Ok(())
+}
+
+/// Calls `copy` for each part of memory: with its region and where it begins there, where it is in a
+/// file that has memory from `at` on, and a buffer of its size. Returns where memory ends in the file.
+fn for_each_chunk(
+    memory: &GuestMemoryMmap,
+    mut at: u64,
+    mut copy: impl FnMut(&GuestRegionMmap, u64, u64, &mut [u8]) -> Result<(), Error>,
+) -> Result<u64, Error> {
     let mut buffer = vec![0; CHUNK];
     for region in memory.iter() {
-        let mut offset = 0;
-        while offset < region.len() {
-            let length = (region.len() - offset).min(CHUNK as u64) as usize;
-            let chunk = &mut buffer[..length];
-            file.read_exact_at(chunk, at).map_err(Error::Read)?;
-            for_each_run(chunk, |start, bytes| {
-                let start = MemoryRegionAddress(offset + start as u64);
-                Ok(region.write_slice(bytes, start)?)
-            })?;
-            offset += length as u64;
-            at += length as u64;
+        for offset in (0..region.len()).step_by(CHUNK) {
+            let length = (region.len() - offset).min(CHUNK as u64);
+            copy(region, offset, at, &mut buffer[..length as usize])?;
+            at += length;
         }
     }
-    Ok(())
+    Ok(at)
 }
 
 /// Calls `take` for each longest run of pages that are not all zero.
