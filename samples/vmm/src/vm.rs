@@ -221,7 +221,8 @@ impl Line {
 
 /// A device that the kernel serves, and the file that it came from.
 struct BpfDevice {
-    path: PathBuf,
+    /// The file, as the command line has it.
+    name: String,
     device: ImageDevice,
     /// Who takes what it puts out.
     serial: Option<Serial>,
@@ -298,7 +299,7 @@ impl Vm {
         let images = args
             .bpf
             .iter()
-            .map(|bpf| open_image(Path::new(&bpf.at.what)))
+            .map(|bpf| open_image(&bpf.at.what))
             .collect::<Result<Vec<_>, _>>()?;
         let mut devices = Vec::new();
         for (bpf, image) in args.bpf.iter().zip(&images) {
@@ -435,7 +436,7 @@ impl Vm {
                 })
                 .transpose()?;
             bpf_devices.push(BpfDevice {
-                path: PathBuf::from(&name),
+                name,
                 device,
                 serial,
                 lines,
@@ -950,13 +951,13 @@ impl BpfDevice {
         match self.device.input(line, level) {
             Ok(true) => Ok(()),
             // A file that it was replaced by may have no such program.
-            Ok(false) => Err(Error::NoInput(self.path.display().to_string())),
+            Ok(false) => Err(Error::NoInput(self.name.clone())),
             Err(source) => Err(self.error(source)),
         }
     }
 
     fn error(&self, source: kvm_bpf::device::Error) -> Error {
-        Error::Device(self.path.display().to_string(), source)
+        Error::Device(self.name.clone(), source)
     }
 
     /// Has its programs go on here after all.
@@ -966,10 +967,9 @@ impl BpfDevice {
 
     /// Has its programs go on from a state, with what they cannot know on this host.
     fn restore(&mut self, provided: &Provided, state: &State) -> Result<(), Error> {
-        let name = self.path.display().to_string();
-        provide_to(&name, self.device.image(), provided)?;
+        provide_to(&self.name, self.device.image(), provided)?;
         let restored = self.device.restore(state);
-        restored.map_err(|source| Error::Device(name, source))
+        restored.map_err(|source| self.error(source))
     }
 
     fn read_pages(&self) -> Vec<ReadPage> {
@@ -987,23 +987,21 @@ impl BpfDevice {
     /// Loads what is in its file now.
     fn load(&mut self, provided: &Provided, on_loss: OnLoss) -> Result<Replacement, Error> {
         crate::forget_warnings();
-        let image = open_image(&self.path)?;
-        let name = self.path.display().to_string();
-        let device_error = |source| Error::Device(name.clone(), source);
-        let replacement = self.device.load(image, on_loss).map_err(device_error)?;
-        provide_to(&name, replacement.image(), provided)?;
+        let image = open_image(&self.name)?;
+        let replacement = self.device.load(image, on_loss);
+        let replacement = replacement.map_err(|source| self.error(source))?;
+        provide_to(&self.name, replacement.image(), provided)?;
         if let Some(serial) = &mut self.serial {
-            serial.follow(&name, replacement.image())?;
+            serial.follow(&self.name, replacement.image())?;
         }
         Ok(replacement)
     }
 
     /// Goes over to these programs, with no vCPU in `KVM_RUN` if that has to be; returns how often.
     fn swap(&mut self, replacement: Replacement) -> u64 {
-        let path = self.path.display();
         match self.device.swap(replacement, |swap| swap()) {
             Ok(changes) => {
-                crate::say(&format!("kvm-bpf-vmm: reload: {path}: {changes}"));
+                crate::say(&format!("kvm-bpf-vmm: reload: {}: {changes}", self.name));
                 1
             }
             Err(source) => {
@@ -1029,9 +1027,9 @@ fn open_at_most(path: &Path, memory: u64) -> Result<File, Error> {
     Ok(file)
 }
 
-fn open_image(path: &Path) -> Result<OpenImage, Error> {
-    OpenImage::open_file(path)
-        .map_err(|source| Error::Device(path.display().to_string(), source.into()))
+fn open_image(name: &str) -> Result<OpenImage, Error> {
+    OpenImage::open_file(Path::new(name))
+        .map_err(|source| Error::Device(name.to_string(), source.into()))
 }
 
 fn describe(device: &str) -> Result<userspace::Description, Error> {
