@@ -36,7 +36,7 @@ use crate::arch;
 use crate::console;
 
 const MAGIC: [u8; 8] = *b"KVMBPFVM";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// `e_machine` of this architecture's ELF files.
 #[cfg(target_arch = "aarch64")]
 const ARCHITECTURE: u32 = 183;
@@ -147,15 +147,21 @@ pub struct Device {
     pub compatible: Vec<String>,
     /// Its interrupt lines.
     pub gsis: Vec<u32>,
+    /// Whether the first of them is level-triggered.
+    pub is_level: bool,
 }
 
 impl Device {
     /// Where the guest finds it, and what it takes it for.
-    fn identity(&self) -> (bool, u64, u64, &[String], &[u32]) {
+    fn identity(&self) -> (bool, u64, u64, &[String], &[u32], bool) {
         let Device {
-            ports, addr, size, ..
+            ports,
+            addr,
+            size,
+            is_level,
+            ..
         } = *self;
-        (ports, addr, size, &self.compatible, &self.gsis)
+        (ports, addr, size, &self.compatible, &self.gsis, is_level)
     }
 }
 
@@ -174,9 +180,13 @@ impl fmt::Display for Device {
         } = self;
         let port = if self.ports { "port " } else { "" };
         let compatible = self.compatible.join(", ");
+        let level = match self.is_level {
+            true => ", the first level-triggered",
+            false => "",
+        };
         write!(
             f,
-            "{name} ({compatible}; {size:#x} bytes at {port}{addr:#x}; interrupt lines {:?})",
+            "{name} ({compatible}; {size:#x} bytes at {port}{addr:#x}; interrupt lines {:?}{level})",
             self.gsis
         )
     }
@@ -192,6 +202,7 @@ impl From<&crate::vm::GuestDevice> for Device {
             size: range.size,
             compatible: device.compatible.clone(),
             gsis: device.gsis.clone(),
+            is_level: device.is_level,
         }
     }
 }
@@ -621,6 +632,7 @@ mod tests {
             size: 0x100,
             compatible: vec!["x,y".to_string()],
             gsis: vec![5],
+            is_level: false,
         }
     }
 
@@ -727,7 +739,7 @@ mod tests {
         let all = bytes.len();
         assert!(matches!(open(0, b'k', all), Error::Magic));
         assert!(matches!(open(0, b'K', 23), Error::Magic));
-        assert!(matches!(open(8, 2, all), Error::Version(2)));
+        assert!(matches!(open(8, 1, all), Error::Version(1)));
         assert!(matches!(open(12, 1, all), Error::Architecture(1)));
         assert!(matches!(open(20, 1, all), Error::Large(_)));
         assert!(matches!(open(23, 0xff, all), Error::Large(_)));
@@ -768,6 +780,10 @@ mod tests {
                 ["x,y", "(z"],
             ),
             (&|machine| machine.devices[0].gsis[0] = 6, ["[5]", "[6]"]),
+            (
+                &|machine| machine.devices[0].is_level = true,
+                ["[5])", "[5], the first level-triggered)"],
+            ),
         ] {
             let error = check(change);
             assert!(words.iter().all(|word| error.contains(word)), "{error}");
