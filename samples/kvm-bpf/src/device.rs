@@ -496,11 +496,10 @@ impl ImageDevice {
 
     /// Goes over to the programs of a new file while the guest runs.
     ///
-    /// `paused` is called only where the state has other types than before, and the new file says that
-    /// it loads the version of the old one: it calls what it is given once, while no vCPU is in
-    /// `KVM_RUN`. When this returns, no callback of the old programs runs or is to run, if their
-    /// WORK programs `save` and those new ones `replaced` and `restore` do what
-    /// they are there for.
+    /// `paused` is called only where the state has other types than before and the new file says that
+    /// it loads the version of the old one. It has to call what it is given, once, while no vCPU is
+    /// in `KVM_RUN`. When this returns, no callback of the old programs runs or is to run: the old
+    /// WORK program `save`, and `replaced` or `restore` of the new ones, see to that.
     ///
     /// On an error the device goes on as it was.
     pub fn replace(

@@ -56,7 +56,7 @@ pub enum Error {
     /// There is neither a read nor a write handler.
     #[error("no program in section {READ_SECTION} or {WRITE_SECTION}")]
     NoProgram,
-    /// Two programs are for the same.
+    /// Two programs do the same.
     #[error("programs {0} and {1} handle the same direction, or have the same name")]
     TwoPrograms(String, String),
     /// A WORK program has no index.
@@ -74,7 +74,7 @@ pub enum Error {
         section: String,
     },
     /// A map with state cannot be mapped into memory.
-    #[error("map {map} cannot be mapped, so that its state could be saved")]
+    #[error("cannot map {map}, whose state is to be saved")]
     MapState {
         /// The map.
         map: String,

@@ -14,7 +14,7 @@ use crate::{arch, userspace};
 /// Boots a Linux guest with devices made of eBPF programs.
 ///
 /// The guest's console is standard output; the VMM itself writes to standard
-/// error. What nobody takes from them is dropped. On SIGUSR1 the files of all
+/// error. Output that nobody reads is dropped. On SIGUSR1 the files of all
 /// --bpf devices are read again and their programs replaced while the guest runs.
 ///
 /// A guest goes on elsewhere with --save and --restore, or in another process on
@@ -60,10 +60,10 @@ pub struct Args {
     )]
     pub bpf: Vec<Bpf>,
 
-    /// On SIGUSR1 take a file also if state is lost by that.
+    /// On SIGUSR1 take a new file even where the device loses state.
     ///
-    /// Maps that cannot be carried over then start anew, and accesses of a direction without
-    /// program go where those do that no program handles.
+    /// Maps that cannot be carried over then start anew. If the new file has no program for reads,
+    /// or none for writes, these are as those that no program handles.
     #[arg(long)]
     pub reload_fresh: bool,
 
@@ -99,7 +99,7 @@ pub struct Args {
 
     /// Give the guest to the process that connects to SOCKET with --take-over, and end.
     ///
-    /// The guest's memory is not copied. If it fails the guest goes on here.
+    /// The guest's memory is not copied. If that fails the guest goes on here.
     #[arg(long, value_name = "SOCKET")]
     pub hand_over: Option<PathBuf>,
 

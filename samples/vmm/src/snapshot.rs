@@ -326,8 +326,8 @@ impl Snapshot {
         file.sync_all().map_err(Error::Write)
     }
 
-    /// Sends it with its memory to a process that waits for it with [`Receiver::take`], and waits
-    /// until that one has it: from then on the guest is the other's.
+    /// Sends it with its memory to a process that takes it with [`Source::receive`] and [`take`].
+    /// When this returns, the guest is the other's.
     pub fn send(&self, stream: &UnixStream, memory: &File) -> Result<(), Error> {
         let (header, description) = self.encode()?;
         let wait = Some(PATIENCE);

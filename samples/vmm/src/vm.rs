@@ -60,11 +60,11 @@ pub enum Error {
     Device(String, #[source] kvm_bpf::device::Error),
     #[error("{0}: user-space devices, fallbacks too, are for memory, not for ports")]
     NoUserspacePorts(String),
-    #[error("{0}: it has no ring buffer \"output\" and is no ns16550a: no output")]
+    #[error("{0}: no output, as it is no ns16550a with a ring buffer \"output\"")]
     NoOutput(String),
     #[error("{}: cannot write its output there", .0.display())]
     Output(PathBuf, #[source] io::Error),
-    #[error("{0}: it has no WORK program \"input\": no input")]
+    #[error("{0}: no input, as it has no WORK program \"input\"")]
     NoInput(String),
     #[error("{}: no inputs come from there any more", .0.display())]
     Input(PathBuf, #[source] io::Error),
@@ -899,8 +899,8 @@ impl Vm {
         next
     }
 
-    /// Replaces the programs of all devices whose files can; returns of how many, and the devices that
-    /// have to wait until the vCPUs have stopped, by number.
+    /// Replaces the programs of all devices whose files allow it. Returns how many it replaced, and
+    /// by number the devices that have to wait until the vCPUs have stopped.
     fn reload(&mut self) -> (u64, Vec<(usize, Replacement)>) {
         let (mut reloads, mut pausing) = (0, Vec::new());
         for (index, device) in self.bpf_devices.iter_mut().enumerate() {
@@ -997,7 +997,8 @@ impl BpfDevice {
         Ok(replacement)
     }
 
-    /// Goes over to these programs, with no vCPU in `KVM_RUN` if that has to be; returns how often.
+    /// Goes over to these programs; no vCPU is in `KVM_RUN` if they need that. Returns how many
+    /// reloads that makes: one, or none where it fails.
     fn swap(&mut self, replacement: Replacement) -> u64 {
         match self.device.swap(replacement, |swap| swap()) {
             Ok(changes) => {
