@@ -35,7 +35,7 @@ use core::{
     },
 };
 
-/// A reference to an eventfd.
+/// A reference to an eventfd. Two are equal if they refer to the same counter.
 ///
 /// # Examples
 ///
@@ -46,8 +46,6 @@ use core::{
 /// assert_eq!(EventFd::from_fd(-1).err(), Some(EBADF));
 /// # Ok::<(), Error>(())
 /// ```
-///
-/// Two are equal if they refer to the same counter.
 ///
 /// # Invariants
 ///

@@ -33,6 +33,7 @@ pub mod io;
 pub mod irq;
 pub mod mem;
 pub mod prog;
+mod published;
 
 /// A virtual machine.
 ///

@@ -13,15 +13,15 @@ use crate::{
     error::from_err_ptr,
     prelude::*,
     str::CStr,
-    sync::{
-        atomic::{
-            Atomic,
-            Full, //
-        },
-        Arc, //
+    sync::atomic::{
+        Atomic,
+        Full, //
     },
 };
-use core::ptr::NonNull;
+use core::ptr::{
+    self,
+    NonNull, //
+};
 
 /// What a thread does when it is woken up.
 pub trait Work: Send + Sync + 'static {
@@ -48,7 +48,7 @@ struct Shared<T: Work> {
 /// `task` is valid, and its data is a [`Shared<T>`] that `shared` keeps.
 pub struct VhostTask<T: Work> {
     task: NonNull<bindings::vhost_task>,
-    shared: Arc<Shared<T>>,
+    shared: KBox<Shared<T>>,
 }
 
 // SAFETY: Any thread may wake up and stop a task, and `T` is `Send` and `Sync`.
@@ -63,7 +63,7 @@ impl<T: Work> VhostTask<T> {
     ///
     /// Those of clone(2): `EAGAIN` if the process or its user may have no more threads, `ENOMEM`.
     pub fn new(name: &CStr, work: T) -> Result<Self> {
-        let shared = Arc::new(
+        let shared = KBox::new(
             Shared {
                 woken: Atomic::new(false),
                 work,
@@ -77,18 +77,17 @@ impl<T: Work> VhostTask<T> {
             bindings::vhost_task_create(
                 Some(Self::run),
                 Some(Self::killed),
-                Arc::as_ptr(&shared).cast_mut().cast(),
+                ptr::from_ref(&*shared).cast_mut().cast(),
                 name.as_char_ptr(),
             )
         })?;
+        let task = NonNull::new(task).ok_or(ENOMEM)?;
+
         // SAFETY: It has been created and not been started.
-        unsafe { bindings::vhost_task_start(task) };
+        unsafe { bindings::vhost_task_start(task.as_ptr()) };
 
         // INVARIANT: Created just now, for `shared`.
-        Ok(Self {
-            task: NonNull::new(task).ok_or(ENOMEM)?,
-            shared,
-        })
+        Ok(Self { task, shared })
     }
 
     /// Has the thread call [`Work::work()`], at least once from now on.

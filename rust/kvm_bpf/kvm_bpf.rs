@@ -307,7 +307,7 @@ impl BpfDevice {
         }
     }
 
-    fn set_mem(&self, vm: &Vm, index: usize, mem: &uapi::kvm_bpf_user_mem) -> Result {
+    fn set_mem(&self, index: usize, mem: &uapi::kvm_bpf_user_mem) -> Result {
         if mem.pad != 0 {
             return Err(EINVAL);
         }
@@ -315,13 +315,11 @@ impl BpfDevice {
             if mem.flags != 0 {
                 return Err(EINVAL);
             }
-            let old = self.mem.set(vm, index, None)?;
-
-            return old.map(|_| ()).ok_or(ENOENT);
+            return self.mem.set(index, None);
         }
         let window = Window::new(mem.addr, mem.size, mem.flags)?;
 
-        self.mem.set(vm, index, Some(window)).map(drop)
+        self.mem.set(index, Some(window))
     }
 
     fn get_mem(&self, index: usize) -> Result<uapi::kvm_bpf_user_mem> {
@@ -399,7 +397,7 @@ impl Device for BpfDevice {
             regions <- new_mutex!(KVec::new()),
             irqs: Irqs::new()?,
             mem: Arc::pin_init(Windows::new(vm), GFP_KERNEL_ACCOUNT)?,
-            works <- Works::new(vm, irqs.clone(), mem.clone()),
+            works <- Works::new(irqs.clone(), mem.clone()),
         })
     }
 
@@ -407,7 +405,7 @@ impl Device for BpfDevice {
         match Id::try_from(attr)? {
             Id::Region(bus, index) => self.set_region(vm, bus, index, &attr.read()?),
             Id::Irq(index) => self.set_irq(index, &attr.read()?),
-            Id::Mem(index) => self.set_mem(vm, index, &attr.read()?),
+            Id::Mem(index) => self.set_mem(index, &attr.read()?),
             Id::Work(index) => self.works.set(index, &attr.read()?),
             Id::Run(index) => self.works.run(index, &attr.read()?),
         }

@@ -25,10 +25,8 @@ use kernel::{
         mem::Windows,
         prog::{
             self,
-            IoWork,
-            WorkContext, //
-        },
-        Vm, //
+            IoWork, //
+        }, //
     },
     new_mutex, nospec,
     prelude::*,
@@ -37,7 +35,8 @@ use kernel::{
         atomic::{
             Atomic,
             Full,
-            Relaxed, //
+            Relaxed,
+            Release, //
         },
         lock::{
             mutex::MutexBackend,
@@ -79,7 +78,8 @@ struct Signal {
 
 impl Consume for Signal {
     fn signalled(&self, count: u64) {
-        self.pending.count.add(count, Relaxed);
+        // The thread may find it before it is woken up: it must find what came before, too.
+        self.pending.count.fetch_add(count, Release);
         self.thread.wake();
     }
 }
@@ -122,7 +122,6 @@ impl Slots {
 /// What the device and its thread share.
 #[pin_data]
 struct Shared {
-    vm: ARef<Vm>,
     irqs: ARef<Irqs>,
     mem: Arc<Windows>,
     #[pin]
@@ -156,9 +155,7 @@ impl Shared {
 
     fn run_prog(&self, index: usize, prog: &Prog<IoWork>, arg: u64) -> bool {
         // CAST: There are few.
-        let mut ctx = WorkContext::new(arg, index as u32, &self.irqs, &self.mem);
-
-        prog.run_work(&self.vm, &mut ctx)
+        prog.run_work(arg, index as u32, &self.irqs, &self.mem)
     }
 }
 
@@ -214,17 +211,12 @@ pub(crate) struct Works {
 }
 
 impl Works {
-    /// No programs, for a device of `vm` with these interrupts and this guest memory.
-    pub(crate) fn new(
-        vm: &Vm,
-        irqs: ARef<Irqs>,
-        mem: Arc<Windows>,
-    ) -> impl PinInit<Self, Error> + '_ {
+    /// No programs, for a device with these interrupts and this guest memory.
+    pub(crate) fn new(irqs: ARef<Irqs>, mem: Arc<Windows>) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             thread <- new_mutex!(None),
             shared: Arc::pin_init(
                 try_pin_init!(Shared {
-                    vm: vm.into(),
                     irqs,
                     mem,
                     slots <- new_mutex!(Slots {
@@ -277,6 +269,10 @@ impl Works {
             old
         });
 
+        // What was signalled before the thread could find the slot has not run the program yet.
+        if let Some(task) = thread.as_ref() {
+            task.wake();
+        }
         drop(thread);
         // Whose signals, and then whose program, nobody gets any more.
         drop(old);

@@ -8,7 +8,9 @@
 //! [`Registration`] lives. Another handler of the same type can take its place at any time, while
 //! vCPUs run: see [`Registration::replace()`].
 
+pub use super::published::Replaced;
 use super::{
+    published::Published,
     Vcpu,
     Vm, //
 };
@@ -19,9 +21,7 @@ use crate::{
     sync::{
         aref::ARef,
         atomic::{
-            Acquire,
             Atomic,
-            Full,
             Relaxed, //
         },
         Arc, //
@@ -155,8 +155,6 @@ pub trait Handler: Send + Sync + 'static {
 ///
 /// # Invariants
 ///
-/// - `handler` came from a [`KBox`] and is valid; whoever takes it out waits for the VM's SRCU
-///   readers before it frees it.
 /// - The bus has a reference to `self` until `destroyed` is set, or [`Registration::drop()`] takes
 ///   it over.
 /// - If `quiet` is set, no vCPU is or will be inside.
@@ -164,7 +162,7 @@ pub trait Handler: Send + Sync + 'static {
 struct Io<T: Handler> {
     dev: Opaque<bindings::kvm_io_device>,
     range: Range,
-    handler: Atomic<*mut T>,
+    handler: Published<T>,
     destroyed: Atomic<bool>,
     quiet: Atomic<bool>,
 }
@@ -173,14 +171,6 @@ struct Io<T: Handler> {
 unsafe impl<T: Handler> Send for Io<T> {}
 // SAFETY: As above.
 unsafe impl<T: Handler> Sync for Io<T> {}
-
-impl<T: Handler> Drop for Io<T> {
-    fn drop(&mut self) {
-        // SAFETY: By the type invariants, and the last reference to `self` has gone, so no reader
-        // is left.
-        drop(unsafe { KBox::from_raw(self.handler.load(Acquire)) });
-    }
-}
 
 /// A handler on a bus of a VM.
 ///
@@ -216,8 +206,7 @@ impl<T: Handler> Registration<T> {
                     ops: IoVTable::<T>::build(),
                 }),
                 range,
-                // INVARIANT: From a `KBox`.
-                handler: Atomic::new(KBox::into_raw(handler)),
+                handler: Published::new(handler),
                 destroyed: Atomic::new(false),
                 quiet: Atomic::new(false),
             },
@@ -272,11 +261,8 @@ impl<T: Handler> Registration<T> {
         }
         let new = KBox::new(handler, GFP_KERNEL_ACCOUNT)?;
 
-        // INVARIANT: From a `KBox`, here and there.
-        Ok(Replaced {
-            handler: self.io.handler.xchg(KBox::into_raw(new), Full),
-            vm: self.vm.clone(),
-        })
+        // SAFETY: The handler is called in read-side sections of this VM's SRCU.
+        Ok(unsafe { self.io.handler.replace(&self.vm, new) })
     }
 
     /// Takes the handler off the bus, and does not wait for vCPUs that are inside.
@@ -330,29 +316,6 @@ impl<T: Handler> Drop for Registration<T> {
             // in `new()`; the bus has no reader any more.
             drop(unsafe { Arc::from_raw(Arc::as_ptr(&self.io)) });
         }
-    }
-}
-
-/// A handler that another one has replaced.
-///
-/// Dropping it waits until no vCPU is inside, and drops it. It must not be dropped by a
-/// [`Handler`] of the same VM, as it waits for all of them.
-///
-/// # Invariants
-///
-/// `handler` came from a [`KBox`], and out of an [`Io`] on a bus of `vm`.
-#[must_use]
-pub struct Replaced<T: Handler> {
-    handler: *mut T,
-    vm: ARef<Vm>,
-}
-
-impl<T: Handler> Drop for Replaced<T> {
-    fn drop(&mut self) {
-        self.vm.srcu().synchronize_expedited();
-        // SAFETY: By the type invariants. Nobody else has taken this pointer out, and the readers
-        // that might have loaded it are gone.
-        drop(unsafe { KBox::from_raw(self.handler) });
     }
 }
 
@@ -505,11 +468,8 @@ impl<T: Handler> IoVTable<T> {
         let io = unsafe { &*this.cast::<Io<T>>() };
 
         Some((
-            // As `rcu_dereference()` does it, by a volatile load: what is read through the pointer
-            // depends on it, and needs no more order than that. `Atomic` would call a function.
-            //
-            // SAFETY: By the type invariants of `Io`, and we are such a reader.
-            unsafe { &*io.handler.as_ptr().read_volatile() },
+            // SAFETY: We are in a read-side section of the VM's SRCU, and `io` lives as long.
+            unsafe { io.handler.get() },
             Access {
                 // SAFETY: By the safety requirements.
                 vcpu: unsafe { Vcpu::from_raw(vcpu) },
@@ -574,13 +534,12 @@ mod tests {
         let io = Io {
             dev: Opaque::uninit(),
             range: Range::new(Bus::Mmio, 0x1000, 0x1000)?,
-            // INVARIANT: From a `KBox`.
-            handler: Atomic::new(KBox::into_raw(latch)),
+            handler: Published::new(latch),
             destroyed: Atomic::new(false),
             quiet: Atomic::new(false),
         };
-        // SAFETY: `io` is valid and no one takes its handler out.
-        let latch = unsafe { &*io.handler.load(Acquire) };
+        // SAFETY: `io` lives, and nobody replaces its handler.
+        let latch = unsafe { io.handler.get() };
         let this: *mut bindings::kvm_io_device = ptr::from_ref(&io).cast_mut().cast();
 
         for len in 0..=9 {

@@ -9,7 +9,10 @@
 //! may read, write or both with the kfuncs `bpf_kvm_mem_*()`, as an IOMMU lets hardware. Without a
 //! window they access nothing.
 
-use super::Vm;
+use super::{
+    published::Published,
+    Vm, //
+};
 use crate::{
     bindings,
     error::{
@@ -19,15 +22,12 @@ use crate::{
     new_mutex,
     prelude::*,
     sync::{
-        atomic::{
-            Acquire,
-            Atomic,
-            Full, //
-        },
+        aref::ARef,
         Mutex, //
     },
     uapi,
 };
+
 /// How many windows a device has.
 pub const MAX_WINDOWS: usize = uapi::KVM_DEV_BPF_MAX_MEMS as usize;
 
@@ -95,56 +95,33 @@ impl Window {
     }
 }
 
-type List = KVec<Window>;
+type List = [Option<Window>; MAX_WINDOWS];
 
 /// The windows of a device.
-///
-/// # Invariants
-///
-/// - `vm` is the VM that the device is of, and valid as long as one of its SRCU's readers is.
-/// - `list` came from a [`KBox`]; whoever takes it out waits for that SRCU's readers before he
-///   frees it.
 #[repr(C)]
-#[pin_data(PinnedDrop)]
+#[pin_data]
 pub struct Windows {
     kern: bindings::kvm_bpf_mem,
-    vm: *mut bindings::kvm,
-    /// Those that there are, for programs.
-    list: Atomic<*mut List>,
     /// By index.
+    list: Published<List>,
+    vm: ARef<Vm>,
+    /// Held by who changes the list.
     #[pin]
-    windows: Mutex<[Option<Window>; MAX_WINDOWS]>,
-}
-
-// SAFETY: `vm` may be used on any thread, under its SRCU, as may the list.
-unsafe impl Send for Windows {}
-// SAFETY: As above.
-unsafe impl Sync for Windows {}
-
-#[pinned_drop]
-impl PinnedDrop for Windows {
-    fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariants, and the last reference to `self` has gone, so no reader
-        // is left.
-        drop(unsafe { KBox::from_raw(self.list.load(Acquire)) });
-    }
+    changing: Mutex<()>,
 }
 
 impl Windows {
     /// No windows, for a device of `vm`.
     // Inlined, as what it points to calls KVM, which may be a module.
     #[inline]
-    pub fn new(vm: &Vm) -> impl PinInit<Self, Error> {
-        let vm = vm.as_raw();
-
+    pub fn new(vm: &Vm) -> impl PinInit<Self, Error> + '_ {
         try_pin_init!(Self {
             kern: bindings::kvm_bpf_mem {
                 copy: Some(Self::copy),
             },
-            vm,
-            // INVARIANT: From a `KBox`.
-            list: Atomic::new(KBox::into_raw(KBox::new(List::new(), GFP_KERNEL_ACCOUNT)?)),
-            windows <- new_mutex!([None; MAX_WINDOWS]),
+            list: Published::new(KBox::new([None; MAX_WINDOWS], GFP_KERNEL_ACCOUNT)?),
+            vm: vm.into(),
+            changing <- new_mutex!(()),
         })
     }
 
@@ -153,66 +130,66 @@ impl Windows {
         &raw const self.kern
     }
 
-    /// Returns a window.
-    pub fn get(&self, index: usize) -> Option<Window> {
-        self.windows.lock().get(index).copied().flatten()
+    #[inline]
+    pub(super) fn vm(&self) -> &Vm {
+        &self.vm
     }
 
-    /// Sets or removes a window of `vm`, the VM that they are of, and returns the one that there
-    /// was.
+    /// Returns a window.
+    pub fn get(&self, index: usize) -> Option<Window> {
+        let _guard = self.changing.lock();
+
+        // SAFETY: Only who has the lock replaces the list.
+        unsafe { self.list.get() }.get(index).copied().flatten()
+    }
+
+    /// Sets or removes a window.
     ///
-    /// When this returns, no program uses that one any more. It waits for those that run.
+    /// When this returns, no program uses the one that was there before any more. It waits for those
+    /// that run.
     ///
     /// # Errors
     ///
+    /// - `ENOENT`: there is no window to remove.
     /// - `ENOMEM`: out of memory.
     /// - `ENXIO`: there is no such index.
+    // Inlined, as references to a VM are KVM's.
     #[inline]
-    pub fn set(&self, vm: &Vm, index: usize, window: Option<Window>) -> Result<Option<Window>> {
-        let (old, list) = self.publish(index, window)?;
+    pub fn set(&self, index: usize, window: Option<Window>) -> Result {
+        let guard = self.changing.lock();
+        // SAFETY: Only who has the lock replaces the list.
+        let mut new = KBox::new(*unsafe { self.list.get() }, GFP_KERNEL_ACCOUNT)?;
+        let slot = new.get_mut(index).ok_or(ENXIO)?;
 
-        vm.srcu().synchronize_expedited();
-        drop(list);
-        Ok(old)
-    }
-
-    /// Has programs see a window, or see it no more. Returns what they saw before, which some may
-    /// be using.
-    fn publish(&self, index: usize, window: Option<Window>) -> Result<(Option<Window>, Old)> {
-        let mut windows = self.windows.lock();
-        let mut new = List::with_capacity(MAX_WINDOWS, GFP_KERNEL_ACCOUNT)?;
-        let mut changed = *windows;
-        let slot = changed.get_mut(index).ok_or(ENXIO)?;
-        let old = core::mem::replace(slot, window);
-
-        for window in changed.iter().flatten() {
-            new.push_within_capacity(*window)?;
+        if core::mem::replace(slot, window).is_none() && window.is_none() {
+            return Err(ENOENT);
         }
-        let new = KBox::new(new, GFP_KERNEL_ACCOUNT)?;
-        *windows = changed;
+        // SAFETY: Programs look at the list in read-side sections of this VM's SRCU.
+        let old = unsafe { self.list.replace(&self.vm, new) };
 
-        // INVARIANT: From a `KBox`, here and there.
-        Ok((old, Old(self.list.xchg(KBox::into_raw(new), Full))))
+        drop(guard);
+        drop(old);
+        Ok(())
     }
 
     /// What `copy` of `kern` does.
     ///
     /// # Safety
     ///
-    /// `mem` must be that of a [`Windows`], in a read-side section of its VM's SRCU, on a thread
-    /// with the VM's memory. `buf` must be valid for reads and writes of `len` bytes.
+    /// `ctx` must be that of a [`Context`](super::prog::Context) or
+    /// [`WorkContext`](super::prog::WorkContext) that a program is run on, on a thread with the
+    /// memory of the windows' VM. `buf` must be valid for reads and writes of `len` bytes.
     #[inline]
     unsafe extern "C" fn copy(
-        mem: *const bindings::kvm_bpf_mem,
+        ctx: *const bindings::bpf_kvm_io_ctx_kern,
         gpa: u64,
         buf: *mut c_void,
         len: u32,
         flags: u32,
     ) -> c_int {
         // SAFETY: By the safety requirements; `kern` is the first field.
-        let windows = unsafe { &*mem.cast::<Self>() };
-        // SAFETY: By the type invariants, whoever takes the list out waits for us.
-        let list = unsafe { &*windows.list.load(Acquire) };
+        let (windows, vcpu) = unsafe { (&*(*ctx).mem.cast::<Self>(), (*ctx).vcpu) };
+        let vm = windows.vm.as_raw();
         let right = if flags & bindings::KVM_COPY_TO_GUEST != 0 {
             uapi::KVM_BPF_MEM_WRITE
         } else {
@@ -220,28 +197,23 @@ impl Windows {
         };
 
         from_result(|| {
-            if !list
-                .iter()
-                .any(|window| window.allows(gpa, len.into(), right))
-            {
+            // An access is in a read-side section of the SRCU of its vCPU's VM.
+            //
+            // SAFETY: By the safety requirements; which VM a vCPU is of does not change.
+            if !vcpu.is_null() && unsafe { (*vcpu).kvm } != vm {
                 return Err(EACCES);
             }
-            // SAFETY: By the safety requirements, and `vm` is valid by the type invariants.
-            to_result(unsafe {
-                bindings::kvm_copy_guest(windows.vm, gpa, buf, len as usize, flags)
-            })
-            .map(|()| 0)
+            // SAFETY: `windows` lives and this is in a read-side section of its VM's SRCU, as just
+            // seen and by the safety requirements.
+            let mut list = unsafe { windows.list.get() }.iter().flatten();
+
+            if !list.any(|window| window.allows(gpa, len.into(), right)) {
+                return Err(EACCES);
+            }
+            // SAFETY: By the safety requirements, and `vm` is valid.
+            to_result(unsafe { bindings::kvm_copy_guest(vm, gpa, buf, len as usize, flags) })
+                .map(|()| 0)
         })
-    }
-}
-
-/// A list that programs do not see any more, and may still be using.
-struct Old(*mut List);
-
-impl Drop for Old {
-    fn drop(&mut self) {
-        // SAFETY: `Windows::set()` has waited for the readers that might have loaded it.
-        drop(unsafe { KBox::from_raw(self.0) });
     }
 }
 

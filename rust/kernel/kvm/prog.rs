@@ -12,8 +12,7 @@ use super::{
     io::Access,
     irq::Irqs,
     mem::Windows,
-    Vcpu,
-    Vm, //
+    Vcpu, //
 };
 use crate::{
     bindings,
@@ -39,8 +38,8 @@ use core::{
 ///
 /// # Invariants
 ///
-/// `vcpu` is valid for `'a`, and so are `irqs`, an [`Irqs`], and `mem`, which is that of a
-/// [`Windows`] of the vCPU's VM, in whose SRCU's read-side section this is.
+/// `vcpu` is valid for `'a`, which is in a read-side section of its VM's SRCU, and so are `irqs`, an
+/// [`Irqs`], and `mem`, which is that of a [`Windows`].
 #[repr(transparent)]
 pub struct Context<'a> {
     inner: bindings::bpf_kvm_io_ctx_kern,
@@ -49,7 +48,7 @@ pub struct Context<'a> {
 
 impl<'a> Context<'a> {
     /// The context for `access` of the region with that index, of a device with these interrupts
-    /// and this guest memory.
+    /// and this guest memory. Of another VM's memory, programs access nothing.
     ///
     /// `data` is in the guest's memory order.
     #[inline]
@@ -91,11 +90,12 @@ unsafe impl ctx::Context for Context<'_> {
     type Inner = bindings::bpf_kvm_io_ctx_kern;
 }
 
-/// What a program is run on that runs without an access.
+/// What a program that runs without an access is run on.
 ///
 /// # Invariants
 ///
-/// `irqs`, an [`Irqs`], and `mem`, which is that of a [`Windows`], are valid for `'a`.
+/// `irqs`, an [`Irqs`], and `mem`, which is that of a [`Windows`], are valid for `'a`. Where a program
+/// is run on it, this is in a read-side section of the SRCU of the windows' VM.
 #[repr(transparent)]
 pub struct WorkContext<'a> {
     inner: bindings::bpf_kvm_io_ctx_kern,
@@ -103,12 +103,8 @@ pub struct WorkContext<'a> {
 }
 
 impl<'a> WorkContext<'a> {
-    /// The context for the work with that index, of a device with these interrupts and this guest
-    /// memory.
-    ///
-    /// `arg` is what the program finds in `buf`.
     #[inline]
-    pub fn new(arg: u64, index: u32, irqs: &'a Irqs, mem: &'a Windows) -> Self {
+    fn new(arg: u64, index: u32, irqs: &'a Irqs, mem: &'a Windows) -> Self {
         // INVARIANT: Both references are borrowed for `'a`.
         Self {
             inner: bindings::bpf_kvm_io_ctx_kern {
@@ -157,7 +153,7 @@ pub fn unclamp_current() {
 type Kern = bindings::bpf_kvm_io_ctx_kern;
 type KvmVcpu = bindings::kvm_vcpu;
 
-/// The fields of both types, but for `buf`: what happens, where, and who does it.
+/// The fields of [`IoRead`] and [`IoWrite`], but for `buf`: what happens, where, and who does it.
 const OFFSET: Field = bpf_ctx_field!(Context<'static>, offset: Rights::Read, Kern.offset);
 const LEN: Field = bpf_ctx_field!(Context<'static>, len: Rights::Read, Kern.len);
 const VCPU_ID: Field =
@@ -222,15 +218,18 @@ unsafe impl ProgType for IoWork {
 }
 
 impl Prog<IoWork> {
-    /// Runs the program for a device of `vm`. Returns whether it asks to be run again.
+    /// Runs the program for the work with that index, of a device with these interrupts and this
+    /// guest memory. Returns whether it asks to be run again.
+    ///
+    /// `arg` is what the program finds in `buf`.
     ///
     /// Context: process context, may sleep, on a thread with the VM's memory. It is in a read-side
     /// section of the VM's SRCU, as a [`Handler`](super::io::Handler) is.
     #[inline]
-    pub fn run_work(&self, vm: &Vm, ctx: &mut WorkContext<'_>) -> bool {
-        let _guard = vm.srcu().read_lock();
+    pub fn run_work(&self, arg: u64, index: u32, irqs: &Irqs, mem: &Windows) -> bool {
+        let _guard = mem.vm().srcu().read_lock();
 
-        self.run(ctx) != 0
+        self.run(&mut WorkContext::new(arg, index, irqs, mem)) != 0
     }
 }
 
@@ -239,6 +238,7 @@ impl Prog<IoWork> {
 #[inline(never)]
 fn layout() -> [usize; bindings::KVM_BPF_LAYOUT_LEN as usize] {
     [
+        offset_of!(KvmVcpu, kvm),
         offset_of!(KvmVcpu, vcpu_id),
         offset_of!(bindings::kvm, slots_lock),
         offset_of!(bindings::kvm, srcu),
