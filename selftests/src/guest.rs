@@ -9,7 +9,7 @@
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 use std::{mem, ptr, slice};
@@ -392,6 +392,8 @@ pub struct Guest {
     ram: Arc<Ram>,
     irqchip: Option<arch::Irqchip>,
     shared: Option<Arc<SharedPage>>,
+    /// One of its vCPUs has run.
+    has_run: Arc<AtomicBool>,
     paging: bool,
 }
 
@@ -420,6 +422,7 @@ impl Guest {
             ram,
             irqchip: None,
             shared: None,
+            has_run: Arc::default(),
             paging: true,
         }
     }
@@ -535,14 +538,18 @@ impl Guest {
         &self.vm
     }
 
-    /// Adds a vCPU.
+    /// Adds a vCPU, before one runs: pKVM takes none later.
+    #[track_caller]
     pub fn vcpu(&self, id: u32) -> Vcpu {
         self.try_vcpu(id)
             .unwrap_or_else(|errno| panic!("wanted KVM_CREATE_VCPU to work, got {errno:?}"))
     }
 
     /// The same, or the kernel's errno.
+    #[track_caller]
     pub fn try_vcpu(&self, id: u32) -> Result<Vcpu, Errno> {
+        let has_run = self.has_run.load(Ordering::Relaxed);
+        assert!(!has_run, "vCPU {id} comes after another one has run");
         let fd = self.vm.create_vcpu(id.into());
         let fd = fd.map_err(|error| Errno(error.errno()))?;
         arch::prepare_vcpu(&self.kvm, &self.vm, &fd, self.paging);
@@ -550,6 +557,7 @@ impl Guest {
             fd,
             _ram: Arc::clone(&self.ram),
             _shared: self.shared.clone(),
+            has_run: Arc::clone(&self.has_run),
         })
     }
 
@@ -578,6 +586,7 @@ pub struct Vcpu {
     fd: VcpuFd,
     _ram: Arc<Ram>,
     _shared: Option<Arc<SharedPage>>,
+    has_run: Arc<AtomicBool>,
 }
 
 impl Vcpu {
@@ -738,6 +747,7 @@ impl Vcpu {
     ) -> Results {
         let pc = CODE + routine.offset() + 64 * variant;
         arch::set_registers(&self.fd, pc, &args);
+        self.has_run.store(true, Ordering::Relaxed);
 
         let alarm = Alarm::new();
         loop {

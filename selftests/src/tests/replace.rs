@@ -269,6 +269,7 @@ fn converted_under_load() {
     let census = Census::now();
     let guest = Guest::new();
     let mut device = plug(guest.vm(), ADDR, test_image("convert"));
+    let mut reader = guest.vcpu(VCPUS);
     let written = AtomicU64::new(0);
     // vCPUs are in KVM_RUN with a share of it.
     let running = RwLock::new(());
@@ -315,9 +316,9 @@ fn converted_under_load() {
         assert_got!(changes.expect("the same").carried, ["counts"], "carried");
         writes_go_on();
     });
-    let got = counts(&mut guest.vcpu(VCPUS));
+    let got = counts(&mut reader);
     assert_got!(got, [2, written.into_inner(), 1, 1, 1], "counts");
-    drop((device, guest));
+    drop((device, reader, guest));
     census.wait_for_newer(0, 0);
 }
 

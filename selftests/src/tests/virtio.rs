@@ -1139,8 +1139,8 @@ fn two_vcpus_lose_no_request() {
         guest,
         pages,
     } = setup;
-    let queue = registers.start(&pages, 16, VERSION_1 | INDIRECT_DESC);
     let second = Registers(guest.vcpu(1));
+    let queue = registers.start(&pages, 16, VERSION_1 | INDIRECT_DESC);
     for at in 0..16 {
         queue.chain(&pages, at, &[(gpa(DATA) + 64 * u64::from(at), 64, true)]);
     }
