@@ -41,6 +41,7 @@ tests!(
     run_needs_no_vcpu,
     signals_are_counted,
     signals_from_before,
+    signals_from_before_the_next_eventfd,
     signals_of_a_semaphore,
     no_signal_is_lost,
     no_signal_is_lost_in_a_swap,
@@ -453,6 +454,29 @@ fn signals_from_before() {
     wait_for("the sum of signals", 9, || recorder.record().sum);
     assert_got!(recorder.record().runs, 1);
     assert_got!(taken(&eventfd), 0);
+}
+
+/// The thread that is there already may look before the eventfd is set, and must look again.
+fn signals_from_before_the_next_eventfd() {
+    const ROUNDS: u64 = 500;
+
+    let guest = Guest::new();
+    let device = Device::new(guest.vm());
+    let recorder = Recorder::new();
+    let prog = recorder.prog(Prog::load);
+    let keeps_the_thread = eventfd();
+    device.set_work(1, &work(Some(&prog), Some(&keeps_the_thread)));
+    for round in 1..=ROUNDS {
+        let eventfd = eventfd();
+        signal(&eventfd, 1);
+        device.set_work(0, &work(Some(&prog), Some(&eventfd)));
+        // The thread is busy in some rounds, and at rest in others.
+        if round % 2 == 0 {
+            signal(&keeps_the_thread, 0);
+        }
+        wait_for("the sum of signals", round, || recorder.record().sum);
+        device.set_work(0, &work(None, None));
+    }
 }
 
 /// Its counter gives one at a time.
