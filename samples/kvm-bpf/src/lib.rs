@@ -60,6 +60,7 @@ pub mod uapi;
 
 pub use device::{Device, ImageDevice, Place, Replacement, Window};
 pub use image::{Image, OpenImage, Work};
+pub use mapping::Words;
 pub use maps::{MapChanges, OnLoss};
 pub use note::Note;
 pub use page::{NoSlot, ReadPage};

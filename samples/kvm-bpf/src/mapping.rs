@@ -5,6 +5,9 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
+use std::sync::atomic::AtomicU32;
+
+use libbpf_rs::{MapCore, MapType};
 
 /// The memory of an array that user space can map, until this is dropped.
 #[derive(Debug)]
@@ -53,5 +56,41 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and who uses its memory keeps it.
         unsafe { libc::munmap(self.start.as_ptr(), self.len) };
+    }
+}
+
+/// The words of an array that programs and this process change at the same time.
+///
+/// The array has the flag `BPF_F_MMAPABLE`. Changes of a word are atomic on both sides, or one of
+/// them undoes the other's.
+#[derive(Debug)]
+pub struct Words {
+    memory: Mapping,
+}
+
+impl Words {
+    /// Maps all of an array that is loaded.
+    pub fn new(map: &impl MapCore) -> io::Result<Self> {
+        if map.map_type() != MapType::Array {
+            let message = format!("no array, but of type {:?}", map.map_type());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        let info = map.info().map_err(io::Error::other)?.info;
+        // The kernel pads elements.
+        let size = (info.value_size as usize).next_multiple_of(8) * info.max_entries as usize;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        Ok(Words {
+            memory: Mapping::new(map.as_fd(), size, protection)?,
+        })
+    }
+
+    /// The word that begins at that byte, a multiple of 4. Elements begin at multiples of 8.
+    pub fn get(&self, offset: usize) -> Option<&AtomicU32> {
+        if !offset.is_multiple_of(4) || offset >= self.memory.len() {
+            return None;
+        }
+        // SAFETY: the word lies inside the mapping, which begins with a page and has a multiple of 8
+        // bytes, and lives as long as the reference. Who else accesses it may: it is atomic.
+        Some(unsafe { AtomicU32::from_ptr(self.memory.start().as_ptr().byte_add(offset).cast()) })
     }
 }
