@@ -73,6 +73,14 @@ pub struct Args {
                          userspace::NAMES.join(", ")))]
     pub userspace: Vec<At>,
 
+    /// A virtio disk on FILE, whose requests a thread of this program serves (repeatable).
+    ///
+    /// A request makes three exits to user space: one for its notification, two for its interrupt. With
+    /// notify=ioeventfd the kernel takes the notification; with registers= the programs of that file,
+    /// virtio_regs.bpf.o, serve all three registers.
+    #[arg(long, value_name = "FILE@ADDR[,notify=ioeventfd|,registers=DEVICE.o]")]
+    pub disk: Vec<Disk>,
+
     /// Frequencies in kHz that a virtual cpufreq device offers, ascending, up to 64.
     ///
     /// Default: the highest one of the host's CPUs, or 1000000 where the host does not tell.
@@ -164,6 +172,20 @@ impl FromStr for At {
     }
 }
 
+/// Splits `WHAT@ADDR[,OPTION...]`.
+fn split_options(text: &str) -> (&str, impl Iterator<Item = &str>) {
+    // The options are behind the address; a file's name may have commas.
+    let options = text
+        .rfind('@')
+        .and_then(|at| text[at..].find(',')?.checked_add(at));
+    let (at, options) = match options {
+        Some(comma) => (&text[..comma], Some(&text[comma + 1..])),
+        None => (text, None),
+    };
+    let options = options.into_iter().flat_map(|options| options.split(','));
+    (at, options)
+}
+
 /// A device of eBPF programs: `FILE@ADDR[,fallback=NAME][,output=FILE][,input=FILE]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bpf {
@@ -181,21 +203,14 @@ impl FromStr for Bpf {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        // The options are behind the address; a file's name may have commas.
-        let options = text
-            .rfind('@')
-            .and_then(|at| text[at..].find(',')?.checked_add(at));
-        let (at, options) = match options {
-            Some(comma) => (&text[..comma], Some(&text[comma + 1..])),
-            None => (text, None),
-        };
+        let (at, options) = split_options(text);
         let mut bpf = Bpf {
             at: at.parse()?,
             fallback: None,
             output: None,
             input: None,
         };
-        for option in options.into_iter().flat_map(|options| options.split(',')) {
+        for option in options {
             let twice = match option.split_once('=') {
                 Some(("fallback", name)) if !name.is_empty() => {
                     bpf.fallback.replace(name.to_string()).is_some()
@@ -217,6 +232,53 @@ impl FromStr for Bpf {
             }
         }
         Ok(bpf)
+    }
+}
+
+/// Who serves the three registers of a virtio device that are accessed for each request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Registers {
+    /// This process.
+    Userspace,
+    /// This process, but for notifications.
+    Ioeventfd,
+    /// The programs of that file.
+    Programs(String),
+}
+
+/// A disk of this process: `FILE@ADDR[,notify=ioeventfd|,registers=DEVICE.o]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// File and address.
+    pub at: At,
+    /// Who serves registers.
+    pub registers: Registers,
+}
+
+impl FromStr for Disk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (at, mut options) = split_options(text);
+        let at = at.parse()?;
+        let option = options.next();
+        let registers = match option.map(|option| option.split_once('=')) {
+            None => Registers::Userspace,
+            Some(Some(("notify", "ioeventfd"))) => Registers::Ioeventfd,
+            Some(Some(("registers", file))) if !file.is_empty() => {
+                Registers::Programs(file.to_string())
+            }
+            Some(_) => {
+                let option = option.unwrap_or_default();
+                return Err(format!(
+                    "{option:?} is not notify=ioeventfd or registers=DEVICE.o"
+                ));
+            }
+        };
+        match options.next() {
+            Some(option) => Err(format!("{option:?}: one option is the most")),
+            None => Ok(Disk { at, registers }),
+        }
     }
 }
 
@@ -306,6 +368,26 @@ mod tests {
             "a.o,x@",
         ] {
             assert!(bad.parse::<Bpf>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn disks_have_one_option() {
+        let registers = |text: &str| text.parse::<Disk>().map(|disk| disk.registers);
+        assert_eq!(registers("a,notify=ioeventfd@1"), Ok(Registers::Userspace));
+        assert_eq!(registers("a@1,notify=ioeventfd"), Ok(Registers::Ioeventfd));
+        let programs = Registers::Programs("b.o".to_string());
+        assert_eq!(registers("a@1,registers=b.o"), Ok(programs));
+        for bad in [
+            "a",
+            "a@1,",
+            "a@1,notify",
+            "a@1,notify=x",
+            "a@1,registers=",
+            "a@1,registers=b.o,notify=ioeventfd",
+            "a@1,notify=ioeventfd,notify=ioeventfd",
+        ] {
+            assert!(registers(bad).is_err(), "{bad}");
         }
     }
 

@@ -8,6 +8,7 @@ mod boot;
 mod bus;
 mod cli;
 mod console;
+mod disk;
 #[cfg(all(test, not(target_arch = "aarch64")))]
 #[path = "aarch64/fdt.rs"]
 mod fdt;
@@ -17,6 +18,7 @@ mod provide;
 mod report;
 mod serial;
 mod snapshot;
+mod virtio;
 mod vm;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;

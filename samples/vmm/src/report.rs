@@ -74,6 +74,9 @@ pub struct Device {
     exits: u64,
     registers: Vec<Register>,
     read_pages: Vec<ReadPage>,
+    /// Of a disk, how many this process has served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    requests: Option<u64>,
 }
 
 /// A page of a device's registers whose loads have no side effect.
@@ -119,12 +122,18 @@ impl Device {
             exits: exits.total,
             registers,
             read_pages: Vec::new(),
+            requests: None,
         }
     }
 
     /// Whether it is the one there.
     pub fn is_at(&self, space: Space, addr: u64) -> bool {
         (self.space, self.addr) == (space, addr)
+    }
+
+    /// Says how many requests a thread of this process has served.
+    pub fn set_requests(&mut self, requests: u64) {
+        self.requests = Some(requests);
     }
 
     /// Says what became of its read pages.
@@ -189,6 +198,9 @@ impl fmt::Display for Report {
                 "\n{} at {port}{:#x}, served by {}: {} exits to user space",
                 device.name, device.addr, device.server, device.exits
             )?;
+            if let Some(requests) = device.requests {
+                write!(f, ", {requests} requests")?;
+            }
             for page in &device.read_pages {
                 match &page.why_not {
                     None => write!(
@@ -289,6 +301,17 @@ mod tests {
              uart at port 0x2f8, served by eBPF: 0 exits to user space\n\
              vCPU 1: utilization clamped to 512 to 512"
         );
+    }
+
+    #[test]
+    fn requests_are_told() {
+        let mut report = report();
+        report.devices[0].set_requests(2);
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["devices"][0]["requests"], 2);
+        assert!(json["devices"][1].get("requests").is_none());
+        let line = "user space: 4 exits to user space, 2 requests\n";
+        assert!(report.to_string().contains(line));
     }
 
     #[test]

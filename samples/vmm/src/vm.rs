@@ -20,8 +20,11 @@ use kvm_bindings::{
 use kvm_bpf::device::only_region;
 use kvm_bpf::image::open_regular;
 use kvm_bpf::note::Space;
-use kvm_bpf::{Device, Image, ImageDevice, OnLoss, OpenImage, Place, Replacement, State, Window};
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_bpf::{
+    Device, Image, ImageDevice, OnLoss, OpenImage, Place, Replacement, State, Window, Words,
+};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuExit, VcpuFd, VmFd};
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
@@ -32,14 +35,16 @@ use crate::arch;
 use crate::arch::PortWrite;
 use crate::boot;
 use crate::bus::{Bus, Conflict, Range, check_ranges, check_reach};
-use crate::cli::{Args, At, Bpf};
+use crate::cli::{self, Args, At, Bpf, Registers};
 use crate::console;
+use crate::disk::Disk;
 use crate::input::{self, Input};
 use crate::provide::{self, Provided};
 use crate::report::{ReadPage, Report, Server, Vcpu};
 use crate::serial::Serial;
 use crate::snapshot::{self, Machine, Snapshot, Source};
 use crate::userspace::{self, uclamp};
+use crate::virtio::{self, InterruptStatus, Request};
 
 /// Why the VM could not be made, or stopped before the guest ended it.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +79,14 @@ pub enum Error {
     NoLevel(String),
     #[error("{0}: cannot take its output")]
     TakeOutput(String, #[source] io::Error),
+    #[error("{0}: cannot use it as a disk")]
+    Disk(String, #[source] io::Error),
+    #[error("{0}: its programs do not serve a virtio device's registers")]
+    NoRegisters(String),
+    #[error("{0}: cannot map its words")]
+    Words(String, #[source] io::Error),
+    #[error("{0}: cannot have the kernel take its notifications")]
+    Ioeventfd(String, #[source] io::Error),
     #[error("{0}: no such user-space device, only {names}", names = userspace::NAMES.join(", "))]
     NoSuchDevice(String),
     #[error("{device}: has {has} interrupts, and its fallback {fallback} {needed}")]
@@ -232,6 +245,17 @@ struct BpfDevice {
     inputs: Option<input::Source>,
 }
 
+/// A disk that this process serves.
+struct DiskDevice {
+    addr: u64,
+    registers: Arc<virtio::Device>,
+    /// What serves its requests, until that begins.
+    disk: Option<Disk>,
+    server: Option<virtio::Server>,
+    /// What serves some of the registers.
+    _programs: Option<ImageDevice>,
+}
+
 /// The first memory slot that a device may have; those of the guest's RAM are below.
 const FIRST_DEVICE_SLOT: u32 = 16;
 
@@ -275,6 +299,7 @@ struct Start {
 pub struct Vm {
     vcpus: Vec<VcpuFd>,
     bpf_devices: Vec<BpfDevice>,
+    disks: Vec<DiskDevice>,
     provided: Provided,
     on_loss: OnLoss,
     /// What the command line makes of it.
@@ -331,6 +356,22 @@ impl Vm {
             devices.push(guest_device(at, info.size, compatible.collect()));
             userspace_irqs.push(info.nr_irqs);
         }
+        let mut disks = Vec::new();
+        for args in &args.disk {
+            let name = &args.at.what;
+            if args.at.place.space() == Space::Ports {
+                return Err(Error::NoUserspacePorts(name.clone()));
+            }
+            let unusable = |error| Error::Disk(name.clone(), error);
+            let disk = Disk::open(Path::new(name)).map_err(unusable)?;
+            let image = match &args.registers {
+                Registers::Programs(file) => Some(open_registers(file)?),
+                Registers::Userspace | Registers::Ioeventfd => None,
+            };
+            let compatible = vec![virtio::COMPATIBLE.to_string()];
+            devices.push(guest_device(&args.at, virtio::SIZE, compatible));
+            disks.push((disk, image));
+        }
         let mut taken = arch::reserved_ranges();
         taken.push(Range::new("guest RAM", arch::RAM_START, memory_size));
         let ranges: Vec<_> = devices.iter().map(|device| device.range.clone()).collect();
@@ -345,8 +386,9 @@ impl Vm {
         let kernel = args.kernel.as_deref().map(open).transpose()?;
         let initrd = args.initrd.as_deref().map(open).transpose()?;
         let fallbacks = args.bpf.iter().filter_map(|bpf| bpf.fallback.as_ref());
-        let mut models = args.userspace.iter().map(|at| &at.what).chain(fallbacks);
-        match models.next() {
+        let disk_names = args.disk.iter().map(|disk| &disk.at.what);
+        let models = args.userspace.iter().map(|at| &at.what);
+        match models.chain(fallbacks).chain(disk_names).next() {
             Some(name) if args.moves() => return Err(Error::NotSaved(name.clone())),
             Some(name) if args.reboot => return Err(Error::NotReset(name.clone())),
             _ => (),
@@ -378,7 +420,8 @@ impl Vm {
         let mut bpf_devices = Vec::new();
         let mut free_gsis = arch::DEVICE_GSIS;
         let mut free_slots = FIRST_DEVICE_SLOT..;
-        let (bpf, userspace) = devices.split_at_mut(images.len());
+        let (bpf, others) = devices.split_at_mut(images.len());
+        let (userspace, with_disks) = others.split_at_mut(args.userspace.len());
         for ((info, image), args) in bpf.iter_mut().zip(images).zip(&args.bpf) {
             let name = info.range.name.clone();
             let device_error = |source| Error::Device(name.clone(), source);
@@ -449,6 +492,19 @@ impl Vm {
             let model = create_model(&info.range.name, irqs, &provided)?;
             bus.add(info.range.clone(), Server::Userspace, Some(model));
         }
+        let mut disk_devices = Vec::new();
+        for ((info, (disk, image)), args) in with_disks.iter_mut().zip(disks).zip(&args.disk) {
+            let line = wire_interrupt(&vm, &info.range.name, false, &mut free_gsis)?;
+            info.gsis.push(line.gsi);
+            let server = match image {
+                Some(_) => Server::Bpf,
+                None => Server::Userspace,
+            };
+            let device = DiskDevice::new(&vm, args, disk, image, line.irq)?;
+            let registers = virtio::Registers(Arc::clone(&device.registers));
+            bus.add(info.range.clone(), server, Some(Box::new(registers)));
+            disk_devices.push(device);
+        }
 
         let machine = Machine {
             cpus: args.cpus,
@@ -469,6 +525,7 @@ impl Vm {
             clamps: vec![None; vcpus.len()],
             vcpus,
             bpf_devices,
+            disks: disk_devices,
             provided,
             on_loss: match args.reload_fresh {
                 true => OnLoss::Accept,
@@ -745,6 +802,9 @@ impl Vm {
                 inputs.start(index, sender.clone())?;
             }
         }
+        for disk in &mut self.disks {
+            disk.start(&self.memory)?;
+        }
         let (mut reloads, mut reboots) = (0, 0);
         let mut waiting = VecDeque::new();
         let end = loop {
@@ -796,6 +856,13 @@ impl Vm {
             let mut here = devices.iter_mut();
             if let Some(entry) = here.find(|entry| entry.is_at(place.space(), place.addr())) {
                 entry.set_read_pages(device.read_pages());
+            }
+        }
+        for disk in &self.disks {
+            let mut here = devices.iter_mut();
+            let entry = here.find(|entry| entry.is_at(Space::Memory, disk.addr));
+            if let (Some(entry), Some(server)) = (entry, &disk.server) {
+                entry.set_requests(server.requests());
             }
         }
         let vcpus = self.clamps.iter().enumerate().filter_map(|(id, clamp)| {
@@ -933,6 +1000,58 @@ enum Next {
     Swap(Vec<(usize, Replacement)>),
 }
 
+impl DiskDevice {
+    /// Plugs a disk into the VM. `image` is there if the command line says so.
+    fn new(
+        vm: &VmFd,
+        args: &cli::Disk,
+        disk: Disk,
+        image: Option<OpenImage>,
+        interrupt: EventFd,
+    ) -> Result<Self, Error> {
+        let name = &args.at.what;
+        let addr = args.at.place.addr();
+        let no_ioeventfd = |error: errno::Error| Error::Ioeventfd(name.clone(), error.into());
+        let notified = EventFd::new(0).map_err(|error| Error::Ioeventfd(name.clone(), error))?;
+        if args.registers == Registers::Ioeventfd {
+            let notify = IoEventAddress::Mmio(addr + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
+            vm.register_ioevent(&notified, &notify, 0_u32)
+                .map_err(no_ioeventfd)?;
+        }
+        let (mut status, mut programs) = (InterruptStatus::own(), None);
+        if let (Some(image), Registers::Programs(file)) = (image, &args.registers) {
+            let failed = |source| Error::Device(file.clone(), source);
+            let device = Device::new(vm).map_err(failed)?;
+            let image = image.load().map_err(|error| failed(error.into()))?;
+            let map = image.map(virtio::STATUS_MAP);
+            let map = map.ok_or_else(|| Error::NoRegisters(file.clone()))?;
+            let words = Words::new(map).map_err(|error| Error::Words(file.clone(), error))?;
+            status = InterruptStatus::Map(words);
+            device.set_irq(0, &notified).map_err(failed)?;
+            let device = ImageDevice::new(device, args.at.place, image).map_err(failed)?;
+            programs = Some(device);
+        }
+        let registers = virtio::Device::new(disk.kind(), status, interrupt, notified);
+        Ok(DiskDevice {
+            addr,
+            registers: Arc::new(registers),
+            disk: Some(disk),
+            server: None,
+            _programs: programs,
+        })
+    }
+
+    /// Begins to serve its requests.
+    fn start(&mut self, memory: &GuestMemoryMmap) -> Result<(), Error> {
+        if let Some(mut disk) = self.disk.take() {
+            let serve = move |memory: &_, request: Request<'_>| disk.serve(memory, request);
+            let server = virtio::Server::start("disk", &self.registers, memory, serve);
+            self.server = Some(server.map_err(Error::Thread)?);
+        }
+        Ok(())
+    }
+}
+
 impl BpfDevice {
     /// Reads its programs' state.
     fn save(&self) -> Result<State, Error> {
@@ -1031,6 +1150,16 @@ fn open_at_most(path: &Path, memory: u64) -> Result<File, Error> {
 fn open_image(name: &str) -> Result<OpenImage, Error> {
     OpenImage::open_file(Path::new(name))
         .map_err(|source| Error::Device(name.to_string(), source.into()))
+}
+
+/// Opens a file that serves registers of a virtio device.
+fn open_registers(name: &str) -> Result<OpenImage, Error> {
+    let image = open_image(name)?;
+    let note = image.note();
+    if !note.compatible.iter().any(|own| own == virtio::PROGRAMS) {
+        return Err(Error::NoRegisters(name.to_string()));
+    }
+    Ok(image)
 }
 
 fn describe(device: &str) -> Result<userspace::Description, Error> {
