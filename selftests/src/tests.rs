@@ -81,6 +81,7 @@ mod uart16550;
 mod vcpufreq;
 mod verifier;
 mod virtio;
+mod virtio_regs;
 mod work;
 
 /// Where most tests have their region.
@@ -113,6 +114,7 @@ pub fn all() -> Vec<Trial> {
         work::all(),
         mem::all(),
         virtio::all(),
+        virtio_regs::all(),
         fault::all(),
         verifier::all(),
         regbank::all(),
