@@ -104,6 +104,11 @@ pub enum Routine {
     CommandsMemory = 36,
     /// Both.
     CommandsMemoryInterrupt = 38,
+    /// `count` times: writes a 0 of 4 bytes to `addr`, waits for an interrupt, reads 4 bytes at
+    /// `pair.1` and writes them behind. `pair.0` is 0.
+    Requests = 40,
+    /// The same, and idles until the interrupt comes.
+    RequestsIdle = 42,
 }
 
 impl Routine {

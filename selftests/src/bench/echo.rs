@@ -41,7 +41,7 @@ const RESULT_WORD: usize = 0;
 const COMMAND_WORD: usize = 1;
 
 /// A line that is for devices, on every architecture.
-const GSI: u32 = 20;
+pub const GSI: u32 = 20;
 
 /// Who serves the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,10 +128,10 @@ struct Doorbell {
 
 impl Doorbell {
     /// Serves the device until the doorbell rings after all is over.
-    fn serve(&self, over: &AtomicBool) {
+    fn serve(&self, is_over: impl Fn() -> bool) {
         loop {
             self.rung.read().expect("read of an eventfd");
-            if over.load(Ordering::Relaxed) {
+            if is_over() {
                 return;
             }
             let command = self.page.word(COMMAND_WORD).load(Ordering::Acquire);
@@ -142,11 +142,11 @@ impl Doorbell {
     }
 }
 
-fn signal(irq: &EventFd) {
+pub fn signal(irq: &EventFd) {
     irq.write(1).expect("write to an eventfd");
 }
 
-fn clone(eventfd: &EventFd) -> EventFd {
+pub fn clone(eventfd: &EventFd) -> EventFd {
     eventfd.try_clone().expect("another fd of an eventfd")
 }
 
@@ -202,7 +202,11 @@ pub fn set_up(server: Server, irq: bool) -> Case {
             let rung = rung();
             let end = clone(&rung);
             let irq = line.as_ref().map(clone);
-            Box::new(ServerThread::new(Doorbell { rung, page, irq }, end))
+            let doorbell = Doorbell { rung, page, irq };
+            Box::new(ServerThread::new(end, move |is_over| {
+                run_at_once();
+                doorbell.serve(is_over)
+            }))
         }
         Server::Process => {
             let rung = rung();
@@ -247,25 +251,25 @@ pub fn set_up(server: Server, irq: bool) -> Case {
     Case::new(target, Box::new((handler, line)), guest, peer)
 }
 
-fn word(data: &[u8]) -> u32 {
+pub fn word(data: &[u8]) -> u32 {
     u32::from_ne_bytes(data.try_into().expect("an access of 4 bytes"))
 }
 
-/// The thread; dropping it ends it.
-struct ServerThread {
+/// A thread that waits for an eventfd; dropping it ends it.
+pub struct ServerThread {
     rung: EventFd,
     over: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl ServerThread {
-    fn new(doorbell: Doorbell, rung: EventFd) -> Self {
+    /// Has a thread serve until it is told, after a last signal of `rung`, that all is over.
+    pub fn new(rung: EventFd, serve: impl FnOnce(&dyn Fn() -> bool) + Send + 'static) -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let thread = thread::spawn({
             let over = Arc::clone(&over);
             move || {
-                run_at_once();
-                doorbell.serve(&over);
+                serve(&|| over.load(Ordering::Relaxed));
             }
         });
         ServerThread {
@@ -347,7 +351,7 @@ pub fn serve_as(role: &str) -> io::Result<()> {
             let rung = eventfd(next()?);
             let irq = next().ok().map(eventfd);
             socket.send(&[0])?;
-            Doorbell { rung, page, irq }.serve(&AtomicBool::new(false));
+            Doorbell { rung, page, irq }.serve(|| false);
             Ok(())
         }
         MESSAGES => {

@@ -79,9 +79,18 @@ pub fn settle() {
 
 /// Gives the calling thread precedence over all that have no such need.
 pub fn run_at_once() {
-    let param = libc::sched_param { sched_priority: 1 };
+    set_scheduler(libc::SCHED_FIFO, 1);
+}
+
+/// Has the calling thread not take the processor from another one when it wakes.
+pub fn run_when_idle() {
+    set_scheduler(libc::SCHED_BATCH, 0);
+}
+
+fn set_scheduler(policy: libc::c_int, sched_priority: libc::c_int) {
+    let param = libc::sched_param { sched_priority };
     // SAFETY: the parameter is a local.
-    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &param) };
+    let result = unsafe { libc::sched_setscheduler(0, policy, &param) };
     assert_eq!(result, 0, "sched_setscheduler");
 }
 

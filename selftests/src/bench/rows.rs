@@ -24,6 +24,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::echo::{self, Server};
 use crate::host::{self, run_at_once};
+use crate::request::{self, Way};
 
 /// Where the guest's loop accesses what is measured.
 pub const ADDR: u64 = 0xd000_0000;
@@ -94,6 +95,11 @@ pub enum Handler {
     Echo {
         server: Server,
         irq: bool,
+    },
+    /// The registers of a virtio device in user space, once per request.
+    Request {
+        way: Way,
+        at_once: bool,
     },
     /// The sample device with a page that the guest reads itself; or does not, all the same.
     Page {
@@ -294,7 +300,7 @@ pub fn all() -> Vec<Row> {
     }
     let what = "user space, which has a program run on the device's thread and waits for it";
     add("work-round-trip", what, Handler::Work, Read, Machine::Plain);
-    for (name, what, handler) in echo::rows() {
+    for (name, what, handler) in echo::rows().chain(request::rows()) {
         add(name, what, handler, Write, Machine::Plain);
     }
     for (name, what, slot) in [
@@ -402,7 +408,9 @@ impl Row {
     pub fn default_accesses(&self) -> u64 {
         match self.handler {
             // More than half of the rounds have no tick of the host's clock within.
-            Handler::Work | Handler::Echo { .. } if host::counts_instructions() => {
+            Handler::Work | Handler::Echo { .. } | Handler::Request { .. }
+                if host::counts_instructions() =>
+            {
                 host::default_accesses() / 10
             }
             _ => host::default_accesses(),
@@ -411,17 +419,18 @@ impl Row {
 
     /// Sets the row up, with so many vCPUs; or says why it cannot be.
     pub fn set_up(&self, vcpus: u32) -> Result<Case, String> {
-        if let Handler::Echo { server, irq } = self.handler {
-            return match vcpus {
-                1 => Ok(echo::set_up(server, irq)),
-                _ => Err("its guest has one vCPU".to_string()),
-            };
+        let has_own_guest = matches!(
+            self.handler,
+            Handler::Echo { .. } | Handler::Request { .. } | Handler::Work
+        );
+        if has_own_guest && vcpus != 1 {
+            return Err("its guest has one vCPU".to_string());
         }
-        if matches!(self.handler, Handler::Work) {
-            return match vcpus {
-                1 => set_up_work(),
-                _ => Err("its guest has one vCPU".to_string()),
-            };
+        match self.handler {
+            Handler::Echo { server, irq } => return Ok(echo::set_up(server, irq)),
+            Handler::Request { way, at_once } => return Ok(request::set_up(way, at_once)),
+            Handler::Work => return set_up_work(),
+            _ => (),
         }
         let guest = match self.machine {
             Machine::Plain => Guest::new(),
@@ -532,7 +541,9 @@ impl Row {
                 Box::new(device)
             }
             Handler::Sample { user: true, .. } | Handler::User | Handler::Exit => Box::new(()),
-            Handler::Work | Handler::Echo { .. } => unreachable!("it has a guest of its own"),
+            Handler::Work | Handler::Echo { .. } | Handler::Request { .. } => {
+                unreachable!("it has a guest of its own")
+            }
         })
     }
 

@@ -152,7 +152,37 @@ kvm_bpf_guest:
     commands 34, 0, 1
     commands 36, 1, 0
     commands 38, 1, 1
-    routine 40
+    // Notifies at x1, waits for the interrupt, reads its status at x4, and acknowledges.
+    .macro requests number, idle
+    routine \number
+        mov x8, #0
+        take_interrupts
+2:      str wzr, [x1]
+        add x8, x8, #1
+3:
+        .if \idle
+        msr daifset, #2
+        cmp x7, x8
+        b.hs 4f
+        wfi
+        msr daifclr, #2
+        b 3b
+4:      msr daifclr, #2
+        .else
+        cmp x7, x8
+        b.lo 3b
+        .endif
+        ldr w0, [x4]
+        str w0, [x4, #4]
+        subs x2, x2, #1
+        b.ne 2b
+        msr daifset, #2
+        mov x0, x7
+        done
+    .endm
+    requests 40, 0
+    requests 42, 1
+    routine 44
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection

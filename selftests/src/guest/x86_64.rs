@@ -187,7 +187,38 @@ kvm_bpf_guest:
     commands 34, 0, 1
     commands 36, 1, 0
     commands 38, 1, 1
-    routine 40
+    // Notifies at rbx, waits for the interrupt, reads its status at r9, and acknowledges.
+    .macro requests number, idle
+    routine \number
+        xor r12d, r12d
+        xor esi, esi
+2:      sti
+        mov dword ptr [rbx], 0
+        inc rsi
+3:
+        .if \idle
+        cli
+        cmp r12, rsi
+        jae 4f
+        sti
+        hlt
+        jmp 3b
+        .else
+        pause
+        cmp r12, rsi
+        jb 3b
+        .endif
+4:      mov eax, [r9]
+        mov [r9 + 4], eax
+        dec ecx
+        jnz 2b
+        cli
+        mov rax, r12
+        done
+    .endm
+    requests 40, 0
+    requests 42, 1
+    routine 44
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection
