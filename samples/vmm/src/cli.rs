@@ -34,6 +34,7 @@ pub struct Args {
 
     // Its help says what it is added to.
     #[arg(long, value_name = "TEXT", default_value = "",
+          conflicts_with_all = ["restore", "take_over"],
           help = format!("Added to the kernel command line {:?}", arch::CMDLINE))]
     pub append: String,
 
@@ -453,6 +454,8 @@ mod tests {
             &["--restore", "f", "--kernel", "k"],
             &["--restore", "f", "--initrd", "i"],
             &["--take-over", "s", "--kernel", "k"],
+            &["--restore", "f", "--append", "quiet"],
+            &["--take-over", "s", "--append", "quiet"],
             &["--restore", "f", "--reboot"],
             &["--take-over", "s", "--reboot"],
         ] {
