@@ -631,8 +631,13 @@ impl Vm {
     fn reboot(&mut self, start: &mut Start) -> Result<(), Error> {
         let platform = &self.shared.platform;
         let (console, _) = platform.console_line();
+        let mut kept = Vec::new();
         self.hold_interrupts(|lines| {
-            self.bpf_devices.iter().try_for_each(BpfDevice::reset)?;
+            for device in &self.bpf_devices {
+                if !device.reset()? {
+                    kept.push(device.name.as_str());
+                }
+            }
             for ((id, vcpu), new) in (0..).zip(&self.vcpus).zip(&start.vcpus) {
                 arch::setup_vcpu(&self.kvm, &self.vm, vcpu, id, self.machine.cpus)
                     .and_then(|()| new.restore(vcpu))
@@ -660,8 +665,12 @@ impl Vm {
                 .restore_clock(&self.vm, &self.vcpus)
                 .map_err(Error::RestorePlatform)
         })?;
+        let kept = match kept.as_slice() {
+            [] => String::new(),
+            names => format!("; not reset: {}", names.join(", ")),
+        };
+        crate::say(&format!("kvm-bpf-vmm: the guest starts again{kept}"));
         self.clamps.fill(None);
-        crate::say("kvm-bpf-vmm: the guest starts again");
         Ok(())
     }
 
@@ -808,35 +817,37 @@ impl Vm {
         let (mut reloads, mut reboots) = (0, 0);
         let mut waiting = VecDeque::new();
         let end = loop {
-            let event = self.run_vcpus(&sender, &events, &mut waiting, &mut reloads);
-            let moved = match event {
-                Ok(Next::End(end)) => {
-                    let Some(mut start) = self.start.take_if(|_| end == End::Reset) else {
-                        break Ok(end);
-                    };
-                    if let Err(error) = self.reboot(&mut start) {
-                        break Err(error);
-                    }
-                    self.start = Some(start);
-                    reboots += 1;
-                    continue;
+            let stop = match self.run_vcpus(&sender, &events, &mut waiting, &mut reloads) {
+                Ok(stop) => stop,
+                Err(error) => break Err(error),
+            };
+            if let Some(end) = stop.end {
+                let Some(mut start) = self.start.take_if(|_| end == End::Reset) else {
+                    break Ok(end);
+                };
+                if let Err(error) = self.reboot(&mut start) {
+                    break Err(error);
                 }
-                Ok(Next::Save(path)) => self
-                    .give(|snapshot| {
-                        let saved = snapshot.save(&path, &self.memory);
-                        saved.map_err(|source| Error::SaveTo(path, source))
-                    })
-                    .map(|()| End::Saved),
-                Ok(Next::Swap(pausing)) => {
+                self.start = Some(start);
+                reboots += 1;
+            }
+            let moved = match stop.request {
+                None => continue,
+                Some(Request::Swap(pausing)) => {
                     for (index, replacement) in pausing {
                         reloads += self.bpf_devices[index].swap(replacement);
                     }
                     continue;
                 }
-                Ok(Next::HandOver(stream)) => self
+                Some(Request::Save(path)) => self
+                    .give(|snapshot| {
+                        let saved = snapshot.save(&path, &self.memory);
+                        saved.map_err(|source| Error::SaveTo(path, source))
+                    })
+                    .map(|()| End::Saved),
+                Some(Request::HandOver(stream)) => self
                     .give(|snapshot| self.hand_over(snapshot, &stream))
                     .map(|()| End::HandedOver),
-                Err(error) => break Err(error),
             };
             match moved {
                 Ok(end) => break Ok(end),
@@ -894,7 +905,7 @@ impl Vm {
         events: &Receiver<Event>,
         waiting: &mut VecDeque<Event>,
         reloads: &mut u64,
-    ) -> Result<Next, Error> {
+    ) -> Result<Stop, Error> {
         let count = self.vcpus.len();
         self.shared.stop.store(false, Ordering::SeqCst);
         let mut threads = Vec::new();
@@ -909,7 +920,11 @@ impl Vm {
                 }
             }
         }
-        let mut next = started.and_then(|()| {
+        let request = |request| Stop {
+            request: Some(request),
+            end: None,
+        };
+        let mut stop = started.and_then(|()| {
             loop {
                 let event = waiting.pop_front().map_or_else(|| events.recv(), Ok);
                 match event {
@@ -917,15 +932,17 @@ impl Vm {
                         let (count, pausing) = self.reload();
                         *reloads += count;
                         if !pausing.is_empty() {
-                            break Ok(Next::Swap(pausing));
+                            break Ok(request(Request::Swap(pausing)));
                         }
                     }
                     Ok(Event::Save) => {
                         if let Some(path) = &self.save {
-                            break Ok(Next::Save(path.clone()));
+                            break Ok(request(Request::Save(path.clone())));
                         }
                     }
-                    Ok(Event::HandOver(stream)) => break Ok(Next::HandOver(stream)),
+                    Ok(Event::HandOver(stream)) => {
+                        break Ok(request(Request::HandOver(stream)));
+                    }
                     Ok(Event::Input {
                         device,
                         input,
@@ -938,7 +955,7 @@ impl Vm {
                         let _ = done.send(());
                     }
                     Ok(Event::Vcpu(Ok(None))) => (),
-                    Ok(Event::Vcpu(Ok(Some(end)))) => break Ok(Next::End(end)),
+                    Ok(Event::Vcpu(Ok(end @ Some(_)))) => break Ok(Stop { request: None, end }),
                     Ok(Event::Vcpu(Err(error))) => break Err(error),
                     Err(mpsc::RecvError) => unreachable!("the caller holds a sender"),
                 }
@@ -952,18 +969,18 @@ impl Vm {
             self.clamps[id] = stopped.clamp;
         }
         if self.vcpus.len() < count {
-            return next.and(Err(Error::LostVcpu));
+            return stop.and(Err(Error::LostVcpu));
         }
-        // The guest may have ended as its vCPUs stopped: then there is nothing left to move.
+        // The guest may have ended as its vCPUs stopped.
         while let Ok(event) = events.try_recv() {
             match event {
                 Event::Vcpu(Ok(None)) => (),
-                Event::Vcpu(Ok(Some(end))) => next = next.map(|_| Next::End(end)),
-                Event::Vcpu(Err(error)) => next = next.and(Err(error)),
+                Event::Vcpu(Ok(end)) => stop = stop.map(|stop| Stop { end, ..stop }),
+                Event::Vcpu(Err(error)) => stop = stop.and(Err(error)),
                 other => waiting.push_back(other),
             }
         }
-        next
+        stop
     }
 
     /// Replaces the programs of all devices whose files allow it. Returns how many it replaced, and
@@ -988,11 +1005,17 @@ impl Vm {
     }
 }
 
-/// Why the vCPUs have stopped.
-enum Next {
+/// Why the vCPUs have stopped: for one of both reasons, or for both.
+struct Stop {
     /// The guest has ended.
-    End(End),
-    /// It is to be saved.
+    end: Option<End>,
+    /// There is something to do. Where the guest starts again, that comes first.
+    request: Option<Request>,
+}
+
+/// What needs the vCPUs stopped.
+enum Request {
+    /// The guest is to be saved.
     Save(PathBuf),
     /// It is to go on at the other end.
     HandOver(UnixStream),
@@ -1058,10 +1081,9 @@ impl BpfDevice {
         self.device.save().map_err(|source| self.error(source))
     }
 
-    /// Puts it into the state of a new one, if its programs can.
-    fn reset(&self) -> Result<(), Error> {
-        let reset = self.device.reset().map(drop);
-        reset.map_err(|source| self.error(source))
+    /// Puts it into the state of a new one; returns whether its programs can.
+    fn reset(&self) -> Result<bool, Error> {
+        self.device.reset().map_err(|source| self.error(source))
     }
 
     /// Has one of its inputs be at a level.
