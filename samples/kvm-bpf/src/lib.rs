@@ -49,6 +49,7 @@
 //! [`Device::set_region`].
 
 pub mod device;
+pub mod hex;
 pub mod image;
 mod mapping;
 mod maps;

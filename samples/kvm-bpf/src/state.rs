@@ -43,6 +43,7 @@ use serde::de::value::SeqAccessDeserializer;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use crate::hex;
 use crate::image::read_start;
 use crate::mapping::Mapping;
 use crate::maps::Layout;
@@ -70,8 +71,11 @@ pub enum Error {
     #[error("cannot access the file of the state")]
     File(#[source] io::Error),
     /// The state is larger than one of a device.
-    #[error("the state has more than {} MiB, {MAX_VALUES} values or {MAX_DEPTH} levels", MAX_FILE_SIZE >> 20)]
-    Size,
+    #[error("the state has more than {} MiB, {max_values} values or {MAX_DEPTH} levels", MAX_FILE_SIZE >> 20)]
+    Size {
+        /// The most values.
+        max_values: usize,
+    },
     /// The text is no JSON, or not of a state.
     #[error("not the state of a device")]
     Json(#[source] serde_json::Error),
@@ -375,7 +379,7 @@ impl<'de> Deserialize<'de> for Value {
 impl State {
     /// Reads JSON.
     pub fn from_json(json: &[u8]) -> Result<Self> {
-        check_size(json)?;
+        check_size(json, MAX_VALUES)?;
         serde_json::from_slice(json).map_err(Error::Json)
     }
 
@@ -384,7 +388,7 @@ impl State {
         let mut json = serde_json::to_vec_pretty(self).map_err(Error::Json)?;
         json.push(b'\n');
         // What is written can be read.
-        check_size(&json)?;
+        check_size(&json, MAX_VALUES)?;
         Ok(json)
     }
 
@@ -404,8 +408,10 @@ impl State {
     }
 }
 
-/// Refuses JSON that would become more than a device's state has, before it takes memory.
-fn check_size(json: &[u8]) -> Result<()> {
+/// Refuses JSON that has more than a state, or something with several states in it, before it takes
+/// memory: more bytes, more levels, or more than so many values.
+pub fn check_size(json: &[u8], max_values: usize) -> Result<()> {
+    let too_much = || Err(Error::Size { max_values });
     let (mut depth, mut values, mut in_text) = (0_usize, 0, false);
     let mut bytes = json.iter();
     while let Some(byte) = bytes.next() {
@@ -420,12 +426,12 @@ fn check_size(json: &[u8]) -> Result<()> {
             b',' => values += 1,
             _ => {}
         }
-        if depth > MAX_DEPTH || values > MAX_VALUES {
-            return Err(Error::Size);
+        if depth > MAX_DEPTH || values > max_values {
+            return too_much();
         }
     }
     match json.len() as u64 > MAX_FILE_SIZE {
-        true => Err(Error::Size),
+        true => too_much(),
         false => Ok(()),
     }
 }
@@ -863,24 +869,6 @@ fn extended(number: u128, bits: usize, is_signed: bool) -> i128 {
     }
 }
 
-fn to_hex(bytes: &[u8]) -> String {
-    use fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-fn from_hex(text: &str) -> Option<Vec<u8>> {
-    let digit = |byte: u8| char::from(byte).to_digit(16);
-    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
-    if !rest.is_empty() {
-        return None;
-    }
-    let pair = |[high, low]: &[u8; 2]| Some((digit(*high)? << 4 | digit(*low)?) as u8);
-    pairs.iter().map(pair).collect()
-}
-
 /// The value of a type that bytes are; `room` is how many values there may be.
 fn encode(ty: &Type, bytes: &[u8], room: &mut usize) -> std::result::Result<Value, Fault> {
     *room = room
@@ -892,7 +880,7 @@ fn encode(ty: &Type, bytes: &[u8], room: &mut usize) -> std::result::Result<Valu
         Form::Number { is_signed, names } => {
             name_number(extended(from_le(own), 8 * ty.size, is_signed), names)
         }
-        Form::Bytes => Value::Text(to_hex(own)),
+        Form::Bytes => Value::Text(hex::encode(own)),
         Form::List(element, count) => {
             let mut values = Vec::new();
             for at in 0..count {
@@ -971,7 +959,7 @@ fn decode(
         }
         Form::Bytes => {
             let new = match value {
-                Value::Text(text) => from_hex(text),
+                Value::Text(text) => hex::decode(text),
                 _ => None,
             };
             let is_array = matches!(ty.kind, Kind::Array { .. });
@@ -1493,12 +1481,12 @@ mod tests {
         ));
         assert!(matches!(
             State::from_json(nested(MAX_DEPTH + 1).as_bytes()),
-            Err(Error::Size)
+            Err(Error::Size { .. })
         ));
         for (values, is_size) in [(MAX_VALUES - 1, false), (MAX_VALUES, true)] {
             let list = format!("[{}0]", "0,".repeat(values));
             let error = State::from_json(list.as_bytes()).unwrap_err();
-            assert_eq!(matches!(error, Error::Size), is_size, "{values}");
+            assert_eq!(matches!(error, Error::Size { .. }), is_size, "{values}");
         }
         // Text is not counted.
         let text = format!(r#""\"{}""#, "[,".repeat(MAX_VALUES));
@@ -1507,14 +1495,14 @@ mod tests {
             Err(Error::Json(_))
         ));
         let mut long = vec![b' '; MAX_FILE_SIZE as usize + 1];
-        assert!(matches!(State::from_json(&long), Err(Error::Size)));
+        assert!(matches!(State::from_json(&long), Err(Error::Size { .. })));
         long.pop();
         assert!(matches!(State::from_json(&long), Err(Error::Json(_))));
         // What could not be read is not written.
         let mut state = state();
         let map = state.maps.get_mut(".bss").unwrap();
         map.values = vec![Value::Number(0); MAX_VALUES];
-        assert!(matches!(state.to_json(), Err(Error::Size)));
+        assert!(matches!(state.to_json(), Err(Error::Size { .. })));
         let shape = Shape::new("many", array(int(4, Encoding::Signed), MAX_VALUES), 1, &[]);
         let mut room = MAX_VALUES;
         let error = shape.save(&vec![0; 4 * MAX_VALUES], &mut room).unwrap_err();

@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use kvm_bpf::State;
 use kvm_bpf::note::Space;
+use kvm_bpf::state::{MAX_FILE_SIZE, MAX_VALUES, check_size};
 use serde::{Deserialize, Serialize};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
@@ -43,8 +44,9 @@ const ARCHITECTURE: u32 = 183;
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURE: u32 = 62;
 const HEADER_SIZE: usize = 24;
-/// No description is longer: 254 vCPUs and a thousand devices have less.
-const DESCRIPTION_MAX: u64 = 64 << 20;
+/// No description is longer, or has more values in JSON: 254 vCPUs and a thousand devices have less.
+const DESCRIPTION_MAX: u64 = MAX_FILE_SIZE;
+const VALUES_MAX: usize = 8 * MAX_VALUES;
 
 const PAGE: usize = 0x1000;
 /// How much memory is looked at in one go.
@@ -71,6 +73,8 @@ pub enum Error {
     Architecture(u32),
     #[error("{0} bytes of description, and {DESCRIPTION_MAX} is the most")]
     Large(u64),
+    #[error("its description is too much")]
+    Size(#[source] kvm_bpf::state::Error),
     #[error("its description cannot be understood")]
     Description(#[source] serde_json::Error),
     #[error("it has {0} bytes of memory, and should have {1}")]
@@ -258,9 +262,8 @@ impl Snapshot {
     fn encode(&self) -> Result<([u8; HEADER_SIZE], Vec<u8>), Error> {
         let description = serde_json::to_vec(self).map_err(Error::Description)?;
         let length = description.len() as u64;
-        if length > DESCRIPTION_MAX {
-            return Err(Error::Large(length));
-        }
+        // What is written can be read.
+        check_size(&description, VALUES_MAX).map_err(Error::Size)?;
         let mut header = [0; HEADER_SIZE];
         header[..8].copy_from_slice(&MAGIC);
         header[8..12].copy_from_slice(&VERSION.to_le_bytes());
@@ -290,6 +293,7 @@ impl Snapshot {
         }
         let mut description = vec![0; length as usize];
         from.read_exact(&mut description).map_err(Error::Read)?;
+        check_size(&description, VALUES_MAX).map_err(Error::Size)?;
         let snapshot = serde_json::from_slice(&description).map_err(Error::Description)?;
         Ok((snapshot, length))
     }
@@ -588,36 +592,12 @@ fn for_each_run(
     }
 }
 
-/// Bytes as a string of two hexadecimal digits each.
-#[cfg(any(test, target_arch = "aarch64"))]
-pub mod hex {
-    use serde::de::Error;
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
-        let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-        serializer.serialize_str(&digits)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
-        let digits = String::deserialize(deserializer)?;
-        let digit = |digit: u8| {
-            let digit = char::from(digit).to_digit(16);
-            digit.ok_or_else(|| Error::custom("no hexadecimal digit"))
-        };
-        let byte = |pair: &[u8]| match *pair {
-            [high, low] => Ok((digit(high)? << 4 | digit(low)?) as u8),
-            _ => Err(Error::custom("an odd number of digits")),
-        };
-        digits.as_bytes().chunks(2).map(byte).collect()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
     use std::thread;
 
+    use kvm_bpf::state::{MapState, Value};
     use vmm_sys_util::tempdir::TempDir;
 
     use super::*;
@@ -798,6 +778,41 @@ mod tests {
         assert!(matches!(error, Error::Differs { .. }), "{error:?}");
     }
 
+    /// Before it takes memory: a byte of text may become many.
+    #[test]
+    fn descriptions_have_limits() {
+        let (header, _) = snapshot().encode().unwrap();
+        let decode = |description: String| {
+            let mut header = header;
+            let length = description.len() as u64;
+            header[16..].copy_from_slice(&length.to_le_bytes());
+            Snapshot::decode(&header, description.as_bytes()).unwrap_err()
+        };
+        for (values, is_size) in [(VALUES_MAX - 1, false), (VALUES_MAX, true)] {
+            let error = decode(format!("[{}0]", "0,".repeat(values)));
+            assert_eq!(matches!(error, Error::Size(_)), is_size, "{error:?}");
+        }
+        let error = decode("[".repeat(1000));
+        assert!(matches!(error, Error::Size(_)), "{error:?}");
+
+        let mut large = snapshot();
+        let vcpu = |_| Vcpu {
+            state: arch::VcpuState::default(),
+            uclamp: None,
+        };
+        large.vcpus = (0..254).map(vcpu).collect();
+        large.encode().unwrap();
+        let mut state = state();
+        let map = MapState {
+            schema: String::new(),
+            values: vec![Value::Number(0); VALUES_MAX],
+        };
+        state.maps.insert("many".to_string(), map);
+        large.devices.push(state);
+        let error = large.encode().unwrap_err();
+        assert!(matches!(error, Error::Size(_)), "{error:?}");
+    }
+
     #[test]
     fn another_process_takes_it() {
         let (here, there) = UnixStream::pair().unwrap();
@@ -854,19 +869,5 @@ mod tests {
         snapshot().send(&here, &file).unwrap_err();
         let error = receiving.join().unwrap();
         assert!(matches!(error, Error::Memory(_)), "{error:?}");
-    }
-
-    #[test]
-    fn bytes_are_hexadecimal() {
-        #[derive(Debug, Deserialize, PartialEq, Serialize)]
-        struct Bytes(#[serde(with = "hex")] Vec<u8>);
-
-        let bytes = Bytes(vec![0, 0x1f, 0xff]);
-        let text = serde_json::to_string(&bytes).unwrap();
-        assert_eq!(text, "\"001fff\"");
-        assert_eq!(serde_json::from_str::<Bytes>(&text).unwrap(), bytes);
-        for bad in ["\"0\"", "\"0g\"", "\"\u{e9}\"", "0"] {
-            assert!(serde_json::from_str::<Bytes>(bad).is_err(), "{bad}");
-        }
     }
 }

@@ -14,6 +14,7 @@ use kvm_bindings::{
     KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO, KVM_DEV_ARM_VGIC_GRP_REDIST_REGS, RegList, kvm_device_attr,
     kvm_mp_state, kvm_vcpu_events,
 };
+use kvm_bpf::hex;
 use kvm_ioctls::{DeviceFd, Kvm, VcpuFd, VmFd, reg_size};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
@@ -21,7 +22,6 @@ use vmm_sys_util::errno;
 use super::NR_IRQS;
 use super::fdt::mpidr;
 use crate::boot::{Error, kvm};
-use crate::snapshot::hex;
 
 /// KVM's names of the virtual and the physical counter. They run while a vCPU does not, and all
 /// vCPUs have the same ones, so they are no vCPU's.
