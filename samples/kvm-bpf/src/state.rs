@@ -17,21 +17,23 @@
 //!   "maps": [
 //!     { "name": ".bss", "schema": "sha256:b1c5...", "values": [{ "count": 7, "mode": "IDLE", "serial": "0011aaff" }] }
 //!   ],
-//!   "version": 1
+//!   "version": 1,
+//!   "zeroes": ["IDLE"]
 //! }
 //! ```
 //!
 //! A map has a value per entry. What is a number in C is one here, or decimal text where a JavaScript
 //! reader would round it (beyond 2^53 - 1); text may be hexadecimal too (`0x1f`). An enum is the name
-//! of its value, or the number of one without. Arrays of bytes are hexadecimal digits, two per byte,
-//! and so are unions and floats; other arrays are lists. Members of anonymous structs count as those
-//! of what these are in; an anonymous union goes by the names of its members, with `|` in between.
-//! Pointers and padding are not saved. Maps and fields are sorted: the same state has the same text.
+//! of its value, or the number of one without; `zeroes` lists those of these names that are 0. Arrays
+//! of bytes are hexadecimal digits, two per byte, and so are unions and floats; other arrays are
+//! lists. Members of anonymous structs count as those of what these are in; an anonymous union goes by
+//! the names of its members, with `|` in between. Pointers and padding are not saved. Maps and fields
+//! are sorted: the same state has the same text.
 //!
 //! A state is not to be trusted: it may come from anywhere. Sizes are limited, and it is restored as
 //! a whole or not at all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
@@ -132,7 +134,12 @@ pub struct State {
     pub device: Identity,
     /// What is in the maps, by name.
     pub maps: BTreeMap<String, MapState>,
+    /// Names of enums' values in the maps that are 0.
+    pub zeroes: Zeroes,
 }
+
+/// Names that are 0: so who does not know an enum can tell.
+pub type Zeroes = BTreeSet<String>;
 
 /// The host's clocks, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -210,6 +217,8 @@ struct Envelope {
     format: String,
     maps: Vec<NamedMap>,
     version: u32,
+    #[serde(default, skip_serializing_if = "Zeroes::is_empty")]
+    zeroes: Zeroes,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -233,6 +242,7 @@ impl From<State> for Envelope {
             format: FORMAT.to_string(),
             maps: state.maps.into_iter().map(named).collect(),
             version: VERSION,
+            zeroes: state.zeroes,
         }
     }
 }
@@ -265,6 +275,7 @@ impl TryFrom<Envelope> for State {
             clock: envelope.clock,
             device: envelope.device,
             maps,
+            zeroes: envelope.zeroes,
         })
     }
 }
@@ -315,13 +326,13 @@ impl Value {
     }
 
     /// Whether a device that does not know it may do without it.
-    fn is_zero(&self) -> bool {
+    fn is_zero(&self, zeroes: &Zeroes) -> bool {
         match self {
             Value::Bool(is_set) => !is_set,
             Value::Number(number) => *number == 0,
-            Value::Text(text) => text.bytes().all(|byte| byte == b'0'),
-            Value::List(values) => values.iter().all(Value::is_zero),
-            Value::Fields(fields) => fields.values().all(Value::is_zero),
+            Value::Text(text) => text.bytes().all(|byte| byte == b'0') || zeroes.contains(text),
+            Value::List(values) => values.iter().all(|value| value.is_zero(zeroes)),
+            Value::Fields(fields) => fields.values().all(|value| value.is_zero(zeroes)),
         }
     }
 }
@@ -534,10 +545,10 @@ impl Shape {
         bytes
     }
 
-    fn save(&self, bytes: &[u8], room: &mut usize) -> Result<MapState> {
+    fn save(&self, bytes: &[u8], found: &mut Found) -> Result<MapState> {
         let mut values = Vec::new();
         for (at, bytes) in bytes.chunks_exact(self.stride()).enumerate() {
-            let value = encode(&self.ty, &bytes[..self.ty.size], room);
+            let value = encode(&self.ty, &bytes[..self.ty.size], found);
             values.push(value.map_err(|fault| fault.at(at).within(&self.name))?);
         }
         Ok(MapState {
@@ -546,11 +557,12 @@ impl Shape {
         })
     }
 
-    /// The bytes of a saved map; of another schema if `may_convert`.
-    fn restore(&self, saved: &MapState, may_convert: bool) -> Result<Vec<u8>> {
+    /// The bytes of a saved map; of another schema only with what its names of zero are.
+    fn restore(&self, saved: &MapState, zeroes: Option<&Zeroes>) -> Result<Vec<u8>> {
         let fault = |why: String| Fault::new(why).within(&self.name);
         let is_same = saved.schema == self.schema;
-        if !is_same && !may_convert {
+        let convert = zeroes.filter(|_| !is_same);
+        if !is_same && convert.is_none() {
             return Err(fault(format!(
                 "its fields are not those that were saved, and the device loads no others \
                  (schema {} instead of {})",
@@ -565,14 +577,14 @@ impl Shape {
         for (at, value) in saved.values.iter().enumerate() {
             let within = |fault: Fault| fault.at(at).within(&self.name);
             if at >= self.entries {
-                if !value.is_zero() {
+                if !convert.is_some_and(|zeroes| value.is_zero(zeroes)) {
                     return Err(within(Fault::new("there is no such entry any more")));
                 }
                 continue;
             }
             let start = at * self.stride();
             let bytes = &mut bytes[start..start + self.ty.size];
-            decode(&self.ty, value, bytes, !is_same).map_err(within)?;
+            decode(&self.ty, value, bytes, convert).map_err(within)?;
         }
         Ok(bytes)
     }
@@ -580,15 +592,16 @@ impl Shape {
 
 /// What the state maps have now.
 pub(crate) fn save(note: &Note, maps: &[StateMap]) -> Result<State> {
-    let mut room = MAX_VALUES;
+    let mut found = Found::default();
     let mut saved = BTreeMap::new();
     for StateMap { shape, memory } in maps {
-        saved.insert(shape.name.clone(), shape.save(&memory.copy(), &mut room)?);
+        saved.insert(shape.name.clone(), shape.save(&memory.copy(), &mut found)?);
     }
     Ok(State {
         clock: Clock::now()?,
         device: Identity::of_note(note),
         maps: saved,
+        zeroes: found.zeroes,
     })
 }
 
@@ -618,17 +631,18 @@ fn plan<'a>(
             newest: version,
         });
     }
-    let may_convert = note.state_version.is_some();
+    let convert = note.state_version.map(|_| &state.zeroes);
     for (name, map) in &state.maps {
-        let is_lost = !may_convert || !map.values.iter().all(Value::is_zero);
+        let is_zero = |zeroes| map.values.iter().all(|value| value.is_zero(zeroes));
+        let is_lost = !convert.is_some_and(is_zero);
         if is_lost && !shapes.clone().any(|shape| shape.name == *name) {
             return Err(Fault::new("the device has no such map").within(name));
         }
     }
     shapes
         .map(|shape| match state.maps.get(&shape.name) {
-            Some(map) => shape.restore(map, may_convert),
-            None if may_convert => Ok(shape.new_bytes()),
+            Some(map) => shape.restore(map, convert),
+            None if convert.is_some() => Ok(shape.new_bytes()),
             None => Err(Fault::new("the state has no such map").within(&shape.name)),
         })
         .collect()
@@ -869,23 +883,57 @@ fn extended(number: u128, bits: usize, is_signed: bool) -> i128 {
     }
 }
 
-/// The value of a type that bytes are; `room` is how many values there may be.
-fn encode(ty: &Type, bytes: &[u8], room: &mut usize) -> std::result::Result<Value, Fault> {
-    *room = room
-        .checked_sub(1)
-        .ok_or_else(|| Fault::new(format!("more than {MAX_VALUES} values of the state")))?;
+/// What of a state has been found so far.
+#[derive(Debug)]
+struct Found {
+    /// How many values there may be yet.
+    room: usize,
+    zeroes: Zeroes,
+}
+
+impl Default for Found {
+    fn default() -> Self {
+        Found {
+            room: MAX_VALUES,
+            zeroes: Zeroes::new(),
+        }
+    }
+}
+
+impl Found {
+    fn value(&mut self) -> std::result::Result<(), Fault> {
+        let too_many = || Fault::new(format!("more than {MAX_VALUES} values of the state"));
+        self.room = self.room.checked_sub(1).ok_or_else(too_many)?;
+        Ok(())
+    }
+
+    fn number(&mut self, number: i128, names: &[schema::Enumerator]) -> Value {
+        let Some(one) = names.iter().find(|one| one.value == number) else {
+            return Value::from_number(number);
+        };
+        // What may be bytes elsewhere must not count as 0.
+        if number == 0 && hex::decode(&one.name).is_none() {
+            self.zeroes.insert(one.name.clone());
+        }
+        Value::Text(one.name.clone())
+    }
+}
+
+/// The value of a type that bytes are.
+fn encode(ty: &Type, bytes: &[u8], found: &mut Found) -> std::result::Result<Value, Fault> {
+    found.value()?;
     let own = part(bytes, 0, ty.size)?;
     Ok(match form(ty)? {
         Form::Bool => Value::Bool(own[0] != 0),
         Form::Number { is_signed, names } => {
-            name_number(extended(from_le(own), 8 * ty.size, is_signed), names)
+            found.number(extended(from_le(own), 8 * ty.size, is_signed), names)
         }
         Form::Bytes => Value::Text(hex::encode(own)),
         Form::List(element, count) => {
             let mut values = Vec::new();
             for at in 0..count {
                 let value = part(own, at * element.size, element.size)
-                    .and_then(|bytes| encode(element, bytes, room));
+                    .and_then(|bytes| encode(element, bytes, found));
                 values.push(value.map_err(|fault| fault.at(at))?);
             }
             Value::List(values)
@@ -893,7 +941,7 @@ fn encode(ty: &Type, bytes: &[u8], room: &mut usize) -> std::result::Result<Valu
         Form::Fields(fields) => {
             let mut values = BTreeMap::new();
             for field in named_fields(fields)? {
-                let value = encode_field(&field, own, room);
+                let value = encode_field(&field, own, found);
                 let value = value.map_err(|fault| fault.of(&field.name))?;
                 if values.insert(field.name.clone(), value).is_some() {
                     return Err(Fault::new("two fields of that name").of(&field.name));
@@ -905,23 +953,16 @@ fn encode(ty: &Type, bytes: &[u8], room: &mut usize) -> std::result::Result<Valu
     })
 }
 
-fn name_number(number: i128, names: &[schema::Enumerator]) -> Value {
-    match names.iter().find(|one| one.value == number) {
-        Some(one) => Value::Text(one.name.clone()),
-        None => Value::from_number(number),
-    }
-}
-
 fn encode_field(
     field: &Named<'_>,
     bytes: &[u8],
-    room: &mut usize,
+    found: &mut Found,
 ) -> std::result::Result<Value, Fault> {
     let Some(bits) = field.bits else {
         return encode(
             field.ty,
             part(bytes, field.offset / 8, field.ty.size)?,
-            room,
+            found,
         );
     };
     let (start, len) = bit_bytes(field.offset, bits)?;
@@ -930,19 +971,19 @@ fn encode_field(
     match form(field.ty)? {
         Form::Bool => Ok(Value::Bool(extended(number, bits, false) != 0)),
         Form::Number { is_signed, names } => {
-            Ok(name_number(extended(number, bits, is_signed), names))
+            Ok(found.number(extended(number, bits, is_signed), names))
         }
         _ => Err(Fault::new("bits of a type that has none")),
     }
 }
 
-/// Puts a value of a type into bytes. Of another schema if `convert`: what the value does not have
-/// stays as it is, and what the type does not have must be 0.
+/// Puts a value of a type into bytes. Of another schema if `convert` has names of zero: what the
+/// value does not have stays as it is, and what the type does not have must be 0.
 fn decode(
     ty: &Type,
     value: &Value,
     bytes: &mut [u8],
-    convert: bool,
+    convert: Option<&Zeroes>,
 ) -> std::result::Result<(), Fault> {
     let own = part_mut(bytes, 0, ty.size)?;
     match form(ty)? {
@@ -965,7 +1006,8 @@ fn decode(
             let is_array = matches!(ty.kind, Kind::Array { .. });
             let is_good = |new: &Vec<u8>| {
                 let rest = new.get(own.len()..).unwrap_or_default();
-                new.len() == own.len() || convert && is_array && rest.iter().all(|&byte| byte == 0)
+                new.len() == own.len()
+                    || convert.is_some() && is_array && rest.iter().all(|&byte| byte == 0)
             };
             let Some(new) = new.filter(is_good) else {
                 let what = format!("{} bytes as hexadecimal digits", own.len());
@@ -978,7 +1020,7 @@ fn decode(
             let Value::List(values) = value else {
                 return Err(Fault::wanted(format_args!("a list of {count}"), value));
             };
-            if !convert && values.len() != count {
+            if convert.is_none() && values.len() != count {
                 let why = format!("{} elements instead of {count}", values.len());
                 return Err(Fault::new(why));
             }
@@ -986,7 +1028,7 @@ fn decode(
                 let result = match at < count {
                     true => part_mut(own, at * element.size, element.size)
                         .and_then(|bytes| decode(element, value, bytes, convert)),
-                    false if value.is_zero() => Ok(()),
+                    false if convert.is_some_and(|zeroes| value.is_zero(zeroes)) => Ok(()),
                     false => Err(Fault::new(
                         "there is no such element any more, and it is not 0",
                     )),
@@ -1002,8 +1044,8 @@ fn decode(
             for (name, value) in values {
                 let result = match fields.iter().find(|field| field.name == *name) {
                     Some(field) => decode_field(field, value, own, convert),
-                    None if convert && value.is_zero() => Ok(()),
-                    None if convert => Err(Fault::new(
+                    None if convert.is_some_and(|zeroes| value.is_zero(zeroes)) => Ok(()),
+                    None if convert.is_some() => Err(Fault::new(
                         "there is no such field any more, and it is not 0",
                     )),
                     None => Err(Fault::new("there is no such field")),
@@ -1011,7 +1053,7 @@ fn decode(
                 result.map_err(|fault| fault.of(name))?;
             }
             let is_missing = |field: &&Named<'_>| !values.contains_key(&field.name);
-            if let Some(field) = fields.iter().find(is_missing).filter(|_| !convert) {
+            if let Some(field) = fields.iter().find(is_missing).filter(|_| convert.is_none()) {
                 return Err(Fault::new("the state does not have it").of(&field.name));
             }
         }
@@ -1057,7 +1099,7 @@ fn decode_field(
     field: &Named<'_>,
     value: &Value,
     bytes: &mut [u8],
-    convert: bool,
+    convert: Option<&Zeroes>,
 ) -> std::result::Result<(), Fault> {
     let Some(bits) = field.bits else {
         let own = part_mut(bytes, field.offset / 8, field.ty.size)?;
@@ -1174,8 +1216,7 @@ mod tests {
 
     #[track_caller]
     fn encoded(ty: &Type, bytes: &[u8]) -> Value {
-        let mut room = MAX_VALUES;
-        encode(ty, bytes, &mut room).unwrap_or_else(|fault| panic!("{ty:?}: {fault:?}"))
+        encode(ty, bytes, &mut Found::default()).unwrap_or_else(|fault| panic!("{ty:?}: {fault:?}"))
     }
 
     #[test]
@@ -1190,7 +1231,7 @@ mod tests {
             assert_eq!(read, value);
             // Into whatever was there.
             let mut new = random.bytes(ty.size);
-            decode(&ty, &read, &mut new, false).unwrap();
+            decode(&ty, &read, &mut new, None).unwrap();
             assert_eq!(encoded(&ty, &new), value, "{ty:?}");
             if matches!(ty.kind, Kind::Int { encoding, .. } if encoding != Encoding::Bool) {
                 assert_eq!(new, bytes);
@@ -1207,7 +1248,8 @@ mod tests {
             let (first, other) = (any_type(&mut random, 3), any_type(&mut random, 3));
             let value = encoded(&first, &random.bytes(first.size));
             let mut bytes = random.bytes(other.size);
-            let convert = random.below(2) == 0;
+            let zeroes = Zeroes::new();
+            let convert = (random.below(2) == 0).then_some(&zeroes);
             refused += usize::from(decode(&other, &value, &mut bytes, convert).is_err());
         }
         assert!((1_000..19_000).contains(&refused), "{refused}");
@@ -1234,14 +1276,16 @@ mod tests {
                 8,
             ),
         ] {
-            let mut room = MAX_VALUES;
-            let fault = encode(&bad, &[0; 8], &mut room).unwrap_err();
+            let fault = encode(&bad, &[0; 8], &mut Found::default()).unwrap_err();
             assert!(fault.path.starts_with(".a"), "{fault:?}");
         }
         // As many values of no size as there may be.
         let empty = array(structure(vec![], 0), usize::MAX);
-        let mut room = 1000;
-        assert!(encode(&empty, &[], &mut room).is_err());
+        let mut found = Found {
+            room: 1000,
+            ..Found::default()
+        };
+        assert!(encode(&empty, &[], &mut found).is_err());
     }
 
     #[test]
@@ -1279,7 +1323,7 @@ mod tests {
                 + r#""number":"9007199254740992","pairs":[[1,-1],[3,-32768]]}"#
         );
         let mut new = vec![0; 52];
-        decode(&ty, &value, &mut new, false).unwrap();
+        decode(&ty, &value, &mut new, None).unwrap();
         // What is not saved stays: padding and pointers.
         for (at, byte) in bytes.iter_mut().enumerate() {
             match at {
@@ -1308,7 +1352,7 @@ mod tests {
         let read = |text: &str, ty: &Type| {
             let value = serde_json::from_str(text).ok()?;
             let mut bytes = [0; 8];
-            decode(ty, &value, &mut bytes[..ty.size], false).ok()?;
+            decode(ty, &value, &mut bytes[..ty.size], None).ok()?;
             Some(u64::from_le_bytes(bytes))
         };
         // Both forms, whatever the number.
@@ -1369,8 +1413,8 @@ mod tests {
 
     fn state() -> State {
         let shape = Shape::new(".bss", int(8, Encoding::Unsigned), 1, &[]);
-        let mut room = MAX_VALUES;
-        let map = shape.save(&5_u64.to_le_bytes(), &mut room).unwrap();
+        let map = shape.save(&5_u64.to_le_bytes(), &mut Found::default());
+        let map = map.unwrap();
         State {
             clock: Clock {
                 boottime_ns: 1,
@@ -1379,6 +1423,7 @@ mod tests {
             },
             device: Identity::of_note(&note()),
             maps: [(".bss".to_string(), map)].into(),
+            zeroes: Zeroes::new(),
         }
     }
 
@@ -1472,6 +1517,62 @@ mod tests {
         );
     }
 
+    /// A field that is gone had a name which only the device that was saved knows.
+    #[test]
+    fn names_of_zero_are_known() {
+        let one = |name: &str, value| Enumerator {
+            name: name.to_string(),
+            value,
+        };
+        let values = vec![one("IDLE", 0), one("dead", 0), one("BUSY", 7)];
+        let is_signed = false;
+        let mode = ty(Kind::Enum { is_signed, values }, 1);
+        let mut bits = field("bits", 4, mode.clone());
+        bits.bits = Some(3);
+        let old = structure(
+            vec![
+                field("count", 0, int(4, Encoding::Unsigned)),
+                bits,
+                field("modes", 5, array(mode, 3)),
+            ],
+            8,
+        );
+        let old = Shape::new("map", old, 1, &[]);
+        let new = structure(vec![field("count", 0, int(4, Encoding::Unsigned))], 4);
+        let new = Shape::new("map", new, 1, &[]);
+        let converted = |bytes: &[u8; 8]| {
+            let mut found = Found::default();
+            let map = old.save(bytes, &mut found).unwrap();
+            let state = State {
+                maps: [("map".to_string(), map)].into(),
+                zeroes: found.zeroes,
+                ..state()
+            };
+            let read = State::from_json(&state.to_json().unwrap()).unwrap();
+            assert_eq!(read, state);
+            (new.restore(&state.maps["map"], Some(&state.zeroes)), state)
+        };
+        let (restored, state) = converted(&[3, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(restored.unwrap(), [3, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(state.zeroes, ["IDLE".to_string()].into());
+        let text = String::from_utf8(state.to_json().unwrap()).unwrap();
+        assert!(text.contains("\"zeroes\": [\n    \"IDLE\"\n  ]"), "{text}");
+        for (bytes, path) in [
+            ([3, 0, 0, 0, 7, 0, 0, 0], "bits"),
+            ([3, 0, 0, 0, 0, 0, 7, 0], "modes"),
+        ] {
+            let error = converted(&bytes).0.unwrap_err().to_string();
+            assert!(error.starts_with(&format!("map[0].{path}: ")), "{error}");
+        }
+        // Bytes are not taken for a name.
+        let values = vec![one("dead", 0)];
+        let mode = Shape::new("map", ty(Kind::Enum { is_signed, values }, 1), 1, &[]);
+        let mut found = Found::default();
+        let map = mode.save(&[0; 8], &mut found).unwrap();
+        assert_eq!(map.values, [Value::Text("dead".to_string())]);
+        assert!(found.zeroes.is_empty());
+    }
+
     #[test]
     fn there_are_limits() {
         let nested = |depth| ["[".repeat(depth), "]".repeat(depth)].concat();
@@ -1504,8 +1605,8 @@ mod tests {
         map.values = vec![Value::Number(0); MAX_VALUES];
         assert!(matches!(state.to_json(), Err(Error::Size { .. })));
         let shape = Shape::new("many", array(int(4, Encoding::Signed), MAX_VALUES), 1, &[]);
-        let mut room = MAX_VALUES;
-        let error = shape.save(&vec![0; 4 * MAX_VALUES], &mut room).unwrap_err();
+        let error = shape.save(&vec![0; 4 * MAX_VALUES], &mut Found::default());
+        let error = error.unwrap_err();
         assert!(error.to_string().starts_with("many[0]["), "{error}");
     }
 
