@@ -6,6 +6,7 @@ use std::fs;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use std::{mem, thread};
@@ -58,6 +59,7 @@ tests!(
     thread_is_the_vmms,
     thread_is_not_clamped,
     thread_counts,
+    thread_is_in_the_vmms_cgroup,
     killed_process,
     references_are_given_back,
 );
@@ -175,8 +177,14 @@ fn signal(eventfd: &EventFd, count: u64) {
 
 /// Threads of this process by that name.
 fn threads(name: &str) -> Vec<i32> {
-    let tasks = fs::read_dir("/proc/self/task").expect("/proc/self/task");
+    threads_of("self", name)
+}
+
+/// The same of another process, while it is there.
+fn threads_of(process: &str, name: &str) -> Vec<i32> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task"));
     tasks
+        .expect("the process's threads")
         .flatten()
         .filter(|task| {
             fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim() == name)
@@ -937,8 +945,24 @@ fn thread_counts() {
     drop(guest);
 }
 
+/// Another process that runs a test of this program, which finds what it is to do in a variable.
+///
 /// Killed when dropped: no other test is to meet it.
 struct Victim(Child);
+
+/// What a victim is to do, in that process.
+const VARIABLE: &str = "KVM_BPF_WORK_VICTIM";
+
+impl Victim {
+    fn new(test: &str, what: &str) -> Self {
+        let victim = Command::new("/proc/self/exe")
+            .args(["--exact", test])
+            .env(VARIABLE, what)
+            .stdout(Stdio::null())
+            .spawn();
+        Victim(victim.expect("this program again"))
+    }
+}
 
 impl Drop for Victim {
     fn drop(&mut self) {
@@ -947,10 +971,122 @@ impl Drop for Victim {
     }
 }
 
+/// A cgroup, removed when dropped: its processes have to be gone.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new(name: &str) -> Self {
+        let root = Path::new("/sys/fs/cgroup");
+        fs::write(root.join("cgroup.subtree_control"), "+cpu").expect("the CPU controller");
+        let path = root.join(name);
+        fs::create_dir(&path).expect("a cgroup");
+        Cgroup(path)
+    }
+
+    #[track_caller]
+    fn read(&self, file: &str) -> String {
+        let text = fs::read_to_string(self.0.join(file));
+        text.unwrap_or_else(|error| panic!("{file}: {error}"))
+    }
+
+    #[track_caller]
+    fn write(&self, file: &str, text: impl ToString) {
+        let written = fs::write(self.0.join(file), text.to_string());
+        written.unwrap_or_else(|error| panic!("{file}: {error}"));
+    }
+
+    /// How long its threads have run, in microseconds.
+    fn used(&self) -> u64 {
+        let stat = self.read("cpu.stat");
+        let mut lines = stat.lines();
+        let used = lines.find_map(|line| line.strip_prefix("usage_usec "));
+        used.and_then(|used| used.parse().ok())
+            .unwrap_or_else(|| panic!("wanted usage_usec, got {stat:?}"))
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// The thread of a device goes with its process into a cgroup: what that allows of a CPU holds for
+/// it, and it stops when the cgroup does.
+fn thread_is_in_the_vmms_cgroup() {
+    const TEST: &str = "work::thread_is_in_the_vmms_cgroup";
+
+    if let Some(what) = std::env::var_os(VARIABLE) {
+        run_on(0);
+        if what == "spin" {
+            loop {
+                std::hint::spin_loop();
+            }
+        }
+        let guest = Guest::new();
+        let device = Device::new(guest.vm());
+        let counts = Map::new(1, 2);
+        let eventfd = eventfd();
+        counts.set(0, &[u64::MAX, 0]);
+        device.set_work(0, &work(Some(&countdown(&counts)), Some(&eventfd)));
+        signal(&eventfd, 1);
+        loop {
+            thread::park();
+        }
+    }
+    let cgroups = ["vmm", "other"].map(|name| Cgroup::new(&format!("kvm-bpf-{name}")));
+    let [vmm, other] = &cgroups;
+    let victims = ["work", "spin"].map(|what| Victim::new(TEST, what));
+    let [worker, _] = &victims;
+    let worker = worker.0.id().to_string();
+    wait_for("the device's thread", 1, || {
+        threads_of(&worker, THREAD).len()
+    });
+    for (cgroup, victim) in cgroups.iter().zip(&victims) {
+        cgroup.write("cgroup.procs", victim.0.id());
+    }
+    let thread = threads_of(&worker, THREAD)[0].to_string();
+    let members = vmm.read("cgroup.threads");
+    assert!(members.lines().any(|member| member == thread), "{members}");
+
+    // Both always have something to do, on one CPU: nearly all of it is for the greater weight.
+    for (weights, wanted) in [([1, 10_000], 0..10), ([10_000, 1], 91..101)] {
+        for (cgroup, weight) in cgroups.iter().zip(weights) {
+            cgroup.write("cpu.weight", weight);
+        }
+        let used = || cgroups.each_ref().map(Cgroup::used);
+        let before = used();
+        wait_for("two seconds of CPU", true, || {
+            used().iter().sum::<u64>() > before.iter().sum::<u64>() + 2_000_000
+        });
+        let [work, spin] = [0, 1].map(|which| used()[which] - before[which]);
+        let percent = 100 * work / (work + spin);
+        assert!(
+            wanted.contains(&percent),
+            "weights {weights:?}: wanted {wanted:?} percent for the device, got {percent}"
+        );
+    }
+
+    vmm.write("cgroup.freeze", 1);
+    wait_for("the cgroup to stop", true, || {
+        vmm.read("cgroup.events").contains("frozen 1")
+    });
+    let before = vmm.used();
+    thread::sleep(Duration::from_millis(300));
+    assert_got!(vmm.used(), before, "what a stopped thread has run");
+    vmm.write("cgroup.freeze", 0);
+    wait_for("the thread to go on", true, || vmm.used() > before + 50_000);
+
+    drop(victims);
+    for cgroup in [vmm, other] {
+        wait_for("an empty cgroup", true, || {
+            cgroup.read("cgroup.procs").is_empty()
+        });
+    }
+}
+
 /// A process whose thread always has more to do, and others that run it, is killed.
 fn killed_process() {
-    const VARIABLE: &str = "KVM_BPF_WORK_VICTIM";
-
     if std::env::var_os(VARIABLE).is_some() {
         let guest = Guest::new();
         let device = Device::new(guest.vm());
@@ -979,12 +1115,7 @@ fn killed_process() {
         });
     }
     let census = Census::now();
-    let victim = Command::new("/proc/self/exe")
-        .args(["--exact", "work::killed_process"])
-        .env(VARIABLE, "1")
-        .stdout(Stdio::null())
-        .spawn();
-    let mut victim = Victim(victim.expect("this program again"));
+    let mut victim = Victim::new("work::killed_process", "work");
     let task = format!("/proc/{}/task", victim.0.id());
     wait_for("programs and threads of the process", true, || {
         let tasks = fs::read_dir(&task).map_or(0, Iterator::count);
