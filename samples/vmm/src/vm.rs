@@ -44,7 +44,7 @@ use crate::report::{ReadPage, Report, Server, Vcpu};
 use crate::serial::Serial;
 use crate::snapshot::{self, Machine, Snapshot, Source};
 use crate::userspace::{self, uclamp};
-use crate::virtio::{self, InterruptStatus, Request};
+use crate::virtio::{self, InterruptStatus};
 
 /// Why the VM could not be made, or stopped before the guest ended it.
 #[derive(Debug, thiserror::Error)]
@@ -1067,7 +1067,7 @@ impl DiskDevice {
     /// Begins to serve its requests.
     fn start(&mut self, memory: &GuestMemoryMmap) -> Result<(), Error> {
         if let Some(mut disk) = self.disk.take() {
-            let serve = move |memory: &_, request: Request<'_>| disk.serve(memory, request);
+            let serve = move |memory: &_, request: virtio::Request<'_>| disk.serve(memory, request);
             let server = virtio::Server::start("disk", &self.registers, memory, serve);
             self.server = Some(server.map_err(Error::Thread)?);
         }
