@@ -5,6 +5,7 @@
 //! * [`guest`]: a virtual machine whose program is a few instructions long,
 //! * [`device`]: the device's ioctls, with nothing checked on the way,
 //! * [`bpf`]: instructions, programs and maps,
+//! * [`peer`]: another process, which gets fds over a socket,
 //! * [`programs`]: device programs that several tests share,
 //! * [`harness`]: skips, time limits and bounded waiting,
 //! * [`marker`]: what QEMU's plugin is told.
@@ -14,4 +15,5 @@ pub mod device;
 pub mod guest;
 pub mod harness;
 pub mod marker;
+pub mod peer;
 pub mod programs;

@@ -12,20 +12,18 @@
 //! the result is there when the guest goes on.
 
 use std::any::Any;
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixDatagram;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use kvm_bpf_selftests::guest::{Access, Args, Guest, Routine, SharedPage};
+use kvm_bpf_selftests::peer::{self, Peer};
 use kvm_bpf_selftests::programs::{plug, test_image};
 use kvm_ioctls::IoEventAddress;
 use vmm_sys_util::eventfd::EventFd;
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::host::run_at_once;
 use crate::rows::{ADDR, Case, Handler, Loop, Serve, register};
@@ -212,15 +210,15 @@ pub fn set_up(server: Server, irq: bool) -> Case {
             let rung = rung();
             let mut fds = vec![page.file().as_raw_fd(), rung.as_raw_fd()];
             fds.extend(line.iter().map(AsRawFd::as_raw_fd));
-            let process = ServerProcess::new(DOORBELL, &fds);
-            peer = Some(process.child.id());
+            let process = ready_peer(DOORBELL, &fds);
+            peer = Some(process.id());
             Box::new((process, rung))
         }
         Server::Messages => {
             let fds: Vec<RawFd> = line.iter().map(AsRawFd::as_raw_fd).collect();
-            let process = ServerProcess::new(MESSAGES, &fds);
-            peer = Some(process.child.id());
-            let mut client = Client::new(process.socket.try_clone().expect("dup"));
+            let process = ready_peer(MESSAGES, &fds);
+            peer = Some(process.id());
+            let mut client = Client::new(process.socket().try_clone().expect("dup"));
             serve = Box::new(move |access| match access {
                 Access::Write(addr, data) => client.write(addr - ADDR, data),
                 Access::Read(addr, data) => client.read(addr - ADDR, data),
@@ -291,90 +289,37 @@ impl Drop for ServerThread {
 }
 
 /// What the other process is told to be.
-pub const PEER: &str = "--peer";
 const DOORBELL: &str = "doorbell";
 const MESSAGES: &str = "messages";
 
-/// Two ends of a connection. It is not a stream, which wakes who waits to read when the other end
-/// has taken what was sent last: that costs a quarter more, and says nothing of messages.
-fn socket_pair() -> [UnixDatagram; 2] {
-    let mut fds = [-1; 2];
-    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
-    // SAFETY: the array is a local.
-    let result = unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) };
-    assert_eq!(result, 0, "socketpair");
-    // SAFETY: both fds are new, and nobody else's.
-    fds.map(|fd| unsafe { UnixDatagram::from_raw_fd(fd) })
-}
-
-/// Another process, which has of the guest what came over the socket; dropping it ends it.
-struct ServerProcess {
-    child: Child,
-    socket: UnixDatagram,
-}
-
-impl ServerProcess {
-    fn new(role: &str, fds: &[RawFd]) -> Self {
-        let [socket, theirs] = socket_pair();
-        let child = Command::new("/proc/self/exe")
-            .args([PEER, role])
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .spawn()
-            .expect("another process");
-        let sent = socket.send_with_fds(&[&[0][..]], fds);
-        assert_eq!(sent.expect("fds over a socket"), 1);
-        socket.recv(&mut [0]).expect("its start");
-        ServerProcess { child, socket }
-    }
-}
-
-impl Drop for ServerProcess {
-    fn drop(&mut self) {
-        self.child.kill().expect("the end of our own process");
-        self.child.wait().expect("its status");
-    }
+/// Another process that has what serving takes, and is ready.
+fn ready_peer(role: &str, fds: &[RawFd]) -> Peer {
+    let peer = Peer::new(role, fds);
+    peer.socket().recv(&mut [0]).expect("its start");
+    peer
 }
 
 /// The other process.
 pub fn serve_as(role: &str) -> io::Result<()> {
-    // SAFETY: no memory is involved.
-    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-    let socket = UnixDatagram::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let mut fds = receive_fds(&socket)?.into_iter();
+    let (socket, mut fds) = peer::connect()?;
     let mut next = || fds.next().ok_or(io::Error::other("wanted another fd"));
-    // SAFETY: the fd is that of an eventfd, and this one's.
-    let eventfd = |file: File| unsafe { EventFd::from_raw_fd(file.into_raw_fd()) };
     run_at_once();
     match role {
         DOORBELL => {
             let page = Arc::new(SharedPage::of(next()?));
-            let rung = eventfd(next()?);
-            let irq = next().ok().map(eventfd);
+            let rung = peer::eventfd(next()?);
+            let irq = next().ok().map(peer::eventfd);
             socket.send(&[0])?;
             Doorbell { rung, page, irq }.serve(|| false);
             Ok(())
         }
         MESSAGES => {
-            let irq = next().ok().map(eventfd);
+            let irq = next().ok().map(peer::eventfd);
             socket.send(&[0])?;
             serve_messages(&socket, Registers { result: 0, irq })
         }
         _ => Err(io::Error::other(format!("no such role: '{role}'"))),
     }
-}
-
-fn receive_fds(socket: &UnixDatagram) -> io::Result<Vec<File>> {
-    let mut byte = [0_u8];
-    let mut parts = [libc::iovec {
-        iov_base: byte.as_mut_ptr().cast(),
-        iov_len: byte.len(),
-    }];
-    let mut fds = [-1; 3];
-    // SAFETY: the part is that of a local array.
-    let (_, count) = unsafe { socket.recv_with_fds(&mut parts, &mut fds)? };
-    // SAFETY: so many fds are new, and nobody else's.
-    let file = |fd| unsafe { File::from_raw_fd(fd) };
-    Ok(fds[..count].iter().copied().map(file).collect())
 }
 
 /// The start of a vfio-user message: id, command, size, flags and error, then of an access its

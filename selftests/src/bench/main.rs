@@ -27,6 +27,7 @@ mod rows;
 use std::process::ExitCode;
 use std::{env, fmt};
 
+use kvm_bpf_selftests::peer;
 use rows::{Loop, Row};
 
 /// How many rounds of each length are measured.
@@ -48,7 +49,7 @@ struct Options {
 
 fn main() -> ExitCode {
     // What the benchmark starts itself.
-    if let Some(role) = env::args().skip_while(|arg| arg != echo::PEER).nth(1) {
+    if let Some(role) = peer::role() {
         if let Err(error) = echo::serve_as(&role) {
             eprintln!("kvm-bpf-bench as the other process: {error}");
             return ExitCode::FAILURE;
