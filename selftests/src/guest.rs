@@ -9,7 +9,7 @@
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 use std::{mem, ptr, slice};
@@ -95,6 +95,8 @@ pub enum Routine {
     /// Writes 4 bytes `count` times, to addresses that go round from `addr` to `pair.1` in steps
     /// of `pair.0`.
     Walk = 29,
+    /// Writes 8 bytes `count` times: `value`, and each time one more.
+    Increase = 30,
     /// `count` times: writes a command of 4 bytes to `addr`, and reads `pair.1` until the result,
     /// the command's complement, is there. All of these use two numbers.
     Commands = 32,
@@ -362,6 +364,13 @@ impl SharedPage {
         assert!(index < Self::SIZE / 4, "word {index} is outside the page");
         // SAFETY: checked just above; the mapping lives as long as the borrow.
         unsafe { &*self.page.add(index) }
+    }
+
+    /// Eight bytes of it.
+    pub fn double_word(&self, index: usize) -> &AtomicU64 {
+        let first = ptr::from_ref(self.word(2 * index));
+        // SAFETY: the page is aligned and has a multiple of 8 bytes; all of it is shared memory.
+        unsafe { &*first.cast() }
     }
 }
 

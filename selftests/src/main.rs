@@ -16,9 +16,18 @@ mod tests;
 
 use std::process::ExitCode;
 
+use kvm_bpf_selftests::peer;
 use libtest_mimic::Arguments;
 
 fn main() -> ExitCode {
+    // What a test has started.
+    if let Some(role) = peer::role() {
+        if let Err(error) = tests::be_the_peer(&role) {
+            eprintln!("kvm-bpf-selftests as the other process, to {role}: {error}");
+            return ExitCode::FAILURE;
+        }
+        return ExitCode::SUCCESS;
+    }
     // Refusals are wanted here; a test that does not want one says so itself.
     libbpf_rs::set_print(None);
     let mut args = Arguments::from_args();

@@ -51,11 +51,14 @@ macro_rules! assert_got {
     };
 }
 
+pub use doorbell::be_the_peer;
+
 mod access;
 mod bpftool;
 mod bus;
 mod context;
 mod device;
+mod doorbell;
 mod fault;
 mod irq;
 mod kfunc;
@@ -115,6 +118,7 @@ pub fn all() -> Vec<Trial> {
         mem::all(),
         virtio::all(),
         virtio_regs::all(),
+        doorbell::all(),
         fault::all(),
         verifier::all(),
         regbank::all(),

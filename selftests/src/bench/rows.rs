@@ -298,6 +298,21 @@ pub fn all() -> Vec<Row> {
             add(&row, what, sample, direction, Machine::Plain);
         }
     }
+    for (name, what, direction) in [
+        (
+            "doorbell-write",
+            "a value and an eventfd, nobody waits",
+            Write,
+        ),
+        ("doorbell-read", "what another process has put there", Read),
+    ] {
+        let doorbell = Handler::Sample {
+            name: "doorbell",
+            offset: 0,
+            user: false,
+        };
+        add(name, what, doorbell, direction, Machine::Plain);
+    }
     let what = "user space, which has a program run on the device's thread and waits for it";
     add("work-round-trip", what, Handler::Work, Read, Machine::Plain);
     for (name, what, handler) in echo::rows().chain(request::rows()) {
@@ -530,7 +545,12 @@ impl Row {
             }
             Handler::Sample {
                 name, user: false, ..
-            } => Box::new(load_sample(guest, name)),
+            } => {
+                let device = load_sample(guest, name);
+                let irq = EventFd::new(0).expect("eventfd");
+                device.device().set_irq(0, &irq).expect("KVM_BPF_IRQ");
+                Box::new(device)
+            }
             Handler::Page { slot } => {
                 let mut device = load_sample(guest, "pagebank");
                 if slot {

@@ -119,6 +119,12 @@ kvm_bpf_guest:
         subs x2, x2, #1
         b.ne 2b
         done
+    routine 30      // writes of x0, which increases
+2:      str x0, [x1]
+        add x0, x0, #1
+        subs x2, x2, #1
+        b.ne 2b
+        done
     // Commands that differ, and the result of each. With memory, the command is in the word
     // after the one at x4 where the result comes, and the write to x1 but a doorbell.
     .macro commands number, memory, interrupt

@@ -153,6 +153,12 @@ kvm_bpf_guest:
         dec ecx
         jnz 2b
         done
+    routine 30      // writes of rax, which increases
+2:      mov [rbx], rax
+        inc rax
+        dec rcx
+        jnz 2b
+        done
     // Commands that differ, and the result of each. With memory, the command is in the word
     // after the one at r9 where the result comes, and the write to rbx but a doorbell.
     .macro commands number, memory, interrupt
