@@ -80,6 +80,13 @@ KVM_BPF_DOORBELL(VIRTIO_DOORBELL, 0);
 #define VIRTIO_BUDGET_BYTES (64 * 1024)
 #define VIRTIO_BUDGET_DESCS 256
 
+/*
+ * What "ready" of a queue is: whoever serves it next begins with its first entry, so
+ * that a driver waits for nobody who still has the queue.
+ */
+#define VIRTQ_RUNS 1
+#define VIRTQ_NEW 2
+
 /* How often a notification looks again whether there was another one. */
 #define VIRTIO_ROUNDS 8
 /* How often a reset tries to find no queue busy, before it leaves the rest to others. */
@@ -99,6 +106,7 @@ struct virtq {
 	__u64 avail;
 	__u64 used;
 	__u32 num;
+	/* 0, VIRTQ_NEW or VIRTQ_RUNS. */
 	__u32 ready;
 	/* There may be requests that nobody has looked for. */
 	__u32 pending;
@@ -323,8 +331,15 @@ __noinline int virtq_drain(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u32 index,
 	if (!v || !run || index >= VIRTIO_QUEUES)
 		return 0;
 	q = &v->queues[index];
-	if (!VIRTIO_LOAD(q->ready) || VIRTIO_LOAD(v->needs_reset))
+	/* Who has come here late may find a driver that is not there yet. */
+	if (!(VIRTIO_LOAD(v->status) & VIRTIO_CONFIG_S_DRIVER_OK) ||
+	    !VIRTIO_LOAD(q->ready) || VIRTIO_LOAD(v->needs_reset))
 		return 0;
+	if (__sync_val_compare_and_swap(&q->ready, VIRTQ_NEW, VIRTQ_RUNS) ==
+	    VIRTQ_NEW) {
+		q->next_avail = 0;
+		q->next_used = 0;
+	}
 	used = q->next_used;
 	/* A read is an acquire: what it stands for is there. */
 	if (bpf_kvm_mem_read(ctx, q->avail + 2, &avail, sizeof(avail)) ||
@@ -332,7 +347,8 @@ __noinline int virtq_drain(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u32 index,
 		bad = 1;
 	bpf_for(i, 0, bad ? 0 : VIRTIO_QUEUE_MAX)
 	{
-		if (q->next_avail == avail || !VIRTIO_LOAD(q->ready))
+		if (q->next_avail == avail ||
+		    VIRTIO_LOAD(q->ready) != VIRTQ_RUNS)
 			break;
 		if (virtio_is_spent(spent) || VIRTIO_LOAD(run->paused) ||
 		    VIRTIO_LOAD(run->resetting)) {
@@ -344,7 +360,7 @@ __noinline int virtq_drain(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u32 index,
 			break;
 		}
 	}
-	if (used != q->next_used) {
+	if (used != q->next_used && VIRTIO_LOAD(q->ready) == VIRTQ_RUNS) {
 		used = q->next_used;
 		/* A write is a release: the entries are there before the index. */
 		if (bpf_kvm_mem_write(ctx, q->used + 2, &used, sizeof(used)))
@@ -363,7 +379,10 @@ __noinline int virtq_drain(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u32 index,
 	return more && !bad;
 }
 
-/* Reset the device, if no queue is busy; 1 if one is, whose holder does it then. */
+/*
+ * Reset the device, if nobody has done so meanwhile and no queue is busy; 1 if one is,
+ * whose holder does it then.
+ */
 __noinline int virtio_try_reset(void)
 {
 	struct virtio_run *run = virtio_run_state();
@@ -379,7 +398,7 @@ __noinline int virtio_try_reset(void)
 		else
 			taken |= 1 << i;
 	}
-	if (all) {
+	if (all && VIRTIO_LOAD(run->resetting)) {
 		for (i = 0; i < VIRTIO_QUEUES; i++)
 			__builtin_memset(&v->queues[i], 0,
 					 sizeof(v->queues[i]));
@@ -389,8 +408,9 @@ __noinline int virtio_try_reset(void)
 		v->device_features_sel = 0;
 		v->driver_features_sel = 0;
 		v->queue_sel = 0;
-		virtio_xchg(&v->status, 0);
 		virtio_xchg(&run->resetting, 0);
+		/* The driver goes on when it sees that. */
+		virtio_xchg(&v->status, 0);
 	}
 	for (i = 0; i < VIRTIO_QUEUES; i++) {
 		if (taken & 1 << i)
@@ -506,12 +526,13 @@ static __always_inline __u64 virtio_load_register(const struct virtio *v,
 	case VIRTIO_MMIO_QUEUE_READY:
 		if (index >= VIRTIO_QUEUES)
 			return 0;
-		return VIRTIO_LOAD(v->queues[index].ready);
+		return !!VIRTIO_LOAD(v->queues[index].ready);
 	case VIRTIO_MMIO_INTERRUPT_STATUS:
 		return VIRTIO_LOAD(v->interrupt_status);
 	case VIRTIO_MMIO_STATUS:
 		return VIRTIO_LOAD(v->status) |
-		       (VIRTIO_LOAD(v->needs_reset)
+		       (VIRTIO_LOAD(v->needs_reset) ||
+					VIRTIO_LOAD(run->resetting)
 				? VIRTIO_CONFIG_S_NEEDS_RESET
 				: 0);
 	case VIRTIO_MMIO_SHM_LEN_LOW:
@@ -539,6 +560,8 @@ static __always_inline int virtio_set_status(struct bpf_kvm_io_ctx *ctx,
 					     const struct virtio_run *run,
 					     __u32 status)
 {
+	__u32 i;
+
 	if (!status)
 		return virtio_reset();
 	if (VIRTIO_LOAD(run->resetting))
@@ -548,8 +571,12 @@ static __always_inline int virtio_set_status(struct bpf_kvm_io_ctx *ctx,
 	if (!(status & VIRTIO_CONFIG_S_FEATURES_OK))
 		status &= ~VIRTIO_CONFIG_S_DRIVER_OK;
 	virtio_xchg(&v->status, status & 0xff & ~VIRTIO_CONFIG_S_NEEDS_RESET);
+	if (!(status & VIRTIO_CONFIG_S_DRIVER_OK))
+		return 0;
 	/* It may have notified before. */
-	return status & VIRTIO_CONFIG_S_DRIVER_OK ? virtio_run_all(ctx) : 0;
+	for (i = 0; i < VIRTIO_QUEUES; i++)
+		virtio_xchg(&v->queues[i].pending, 1);
+	return virtio_run_all(ctx);
 }
 
 static __always_inline int virtio_notify(struct bpf_kvm_io_ctx *ctx,
@@ -563,34 +590,19 @@ static __always_inline int virtio_notify(struct bpf_kvm_io_ctx *ctx,
 	return virtq_run(ctx, index);
 }
 
-static __always_inline void virtq_set_ready(struct virtq *q, __u32 *busy,
-					    __u32 ready)
+static __always_inline void virtq_store_register(struct virtq *q, __u64 offset,
+						 __u32 value)
 {
-	if (!ready) {
-		/* Who serves it stops before the next request. */
-		VIRTIO_STORE(q->ready, 0);
-		return;
-	}
-	if (__sync_val_compare_and_swap(busy, 0, 1))
-		return;
-	if (!VIRTIO_LOAD(q->ready)) {
-		q->next_avail = 0;
-		q->next_used = 0;
-		virtio_xchg(&q->ready, 1);
-	}
-	virtio_xchg(busy, 0);
-}
-
-static __always_inline void virtq_store_register(struct virtq *q, __u32 *busy,
-						 __u64 offset, __u32 value)
-{
-	if (offset == VIRTIO_MMIO_QUEUE_READY) {
-		virtq_set_ready(q, busy, value & 1);
-		return;
-	}
+	/* Who serves it stops before the next request. */
+	if (offset == VIRTIO_MMIO_QUEUE_READY && !(value & 1))
+		virtio_xchg(&q->ready, 0);
 	if (VIRTIO_LOAD(q->ready))
 		return;
 	switch (offset) {
+	case VIRTIO_MMIO_QUEUE_READY:
+		if (value & 1)
+			virtio_xchg(&q->ready, VIRTQ_NEW);
+		break;
 	case VIRTIO_MMIO_QUEUE_NUM:
 		if (value && value <= VIRTIO_QUEUE_MAX &&
 		    !(value & (value - 1)))
@@ -683,8 +695,7 @@ int virtio_write(struct bpf_kvm_io_ctx *ctx)
 	default:
 		index = VIRTIO_LOAD(v->queue_sel);
 		if (index < VIRTIO_QUEUES)
-			virtq_store_register(&v->queues[index],
-					     &run->busy[index], offset, value);
+			virtq_store_register(&v->queues[index], offset, value);
 		break;
 	}
 	if (more)
@@ -718,6 +729,8 @@ int virtio_save(struct bpf_kvm_io_ctx *ctx)
 	virtio_xchg(&run->paused, 1);
 	for (i = 0; i < VIRTIO_QUEUES; i++)
 		busy |= VIRTIO_LOAD(run->busy[i]);
+	/* Who was the last to have a queue resets it then. */
+	busy |= VIRTIO_LOAD(run->resetting);
 	return busy ? 1 : 0;
 }
 
