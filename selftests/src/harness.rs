@@ -27,7 +27,7 @@ impl fmt::Debug for Errno {
     }
 }
 
-/// How long a test may take before the whole run is given up.
+/// How long a test may take before the whole run is given up, where it is not told to do more.
 const TEST_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long a test waits for what the kernel does later, such as freeing after RCU.
@@ -43,7 +43,8 @@ pub fn skip(reason: impl Into<String>) -> ! {
 
 /// Makes a test of a function that panics when it fails.
 pub fn trial(name: &'static str, test: fn()) -> Trial {
-    trial_within(name, TEST_LIMIT, test)
+    let more = number_from_env("KVM_BPF_ACCESSES", 0) / 50;
+    trial_within(name, TEST_LIMIT + Duration::from_secs(more), test)
 }
 
 /// The same with another time limit.
