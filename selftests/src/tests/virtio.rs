@@ -931,7 +931,10 @@ fn reset_in_the_middle() {
                 assert_got!(registers.get(STATUS), 0, "{what}: after a reset");
                 assert_got!(registers.get(QUEUE_READY), 0, "{what}: after a reset");
                 let used = queue.used(pages);
-                assert!(used.len() > begun, "{what}: {begun} was begun, but {used:?}");
+                assert!(
+                    used.len() > begun,
+                    "{what}: {begun} was begun, but {used:?}"
+                );
                 assert_got!(used, wanted[..used.len()], "{what}: used ring");
                 for at in used.len()..wanted.len() {
                     let data = pages.bytes(base + DATA + PAGE * at, PAGE);
