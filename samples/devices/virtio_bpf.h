@@ -392,7 +392,7 @@ __noinline int virtio_try_reset(void)
 
 	if (!v || !run)
 		return 0;
-	for (i = 0; i < VIRTIO_QUEUES; i++) {
+	for (i = 0; i < VIRTIO_QUEUES && all; i++) {
 		if (__sync_val_compare_and_swap(&run->busy[i], 0, 1))
 			all = 0;
 		else
@@ -420,21 +420,20 @@ __noinline int virtio_try_reset(void)
 }
 
 /*
- * Reset the device.  Who is in a request ends it first, which is soon, but for a page of
- * the guest that does not come; then the reset is done later, and the status not 0
- * until then.
+ * End a reset.  Who is in a request ends it first, which is soon, but for a page of the
+ * guest that does not come: then the one who has the queue comes here later.  So does
+ * the last of two who have been in each other's way.
  */
-__noinline int virtio_reset(void)
+__noinline int virtio_end_reset(void)
 {
 	struct virtio_run *run = virtio_run_state();
 	__u32 i;
 
 	if (!run)
 		return 0;
-	virtio_xchg(&run->resetting, 1);
 	bpf_for(i, 0, VIRTIO_RESET_TRIES)
 	{
-		if (!virtio_try_reset())
+		if (!VIRTIO_LOAD(run->resetting) || !virtio_try_reset())
 			break;
 	}
 	return 0;
@@ -462,13 +461,13 @@ __noinline int virtq_run(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u32 index)
 			return 0;
 		if (__sync_val_compare_and_swap(busy, 0, 1))
 			return 0;
-		if (virtio_xchg(&q->pending, 0))
+		/* "save" has seen that the queue is busy, or it is paused here. */
+		if (!VIRTIO_LOAD(run->paused) && virtio_xchg(&q->pending, 0))
 			more = virtq_drain(ctx, index, &spent);
 		if (more)
 			virtio_xchg(&q->pending, 1);
 		virtio_xchg(busy, 0);
-		if (VIRTIO_LOAD(run->resetting))
-			virtio_try_reset();
+		virtio_end_reset();
 		if (more)
 			break;
 	}
@@ -484,6 +483,16 @@ __noinline int virtio_run_all(struct bpf_kvm_io_ctx *ctx __arg_ctx)
 	for (i = 0; i < VIRTIO_QUEUES; i++)
 		more |= virtq_run(ctx, i);
 	return !!more;
+}
+
+/* Reset the device; 1 if there is more to do than the budget allows. */
+static __always_inline int virtio_reset(struct bpf_kvm_io_ctx *ctx,
+					struct virtio_run *run)
+{
+	virtio_xchg(&run->resetting, 1);
+	virtio_end_reset();
+	/* The next driver may have notified while the queues were taken. */
+	return virtio_run_all(ctx);
 }
 
 static __always_inline __u32 virtio_half(__u64 value, __u32 half)
@@ -557,13 +566,15 @@ static __always_inline _Bool virtio_good_features(const struct virtio *v)
 /* 1 if there is more to do than the budget allows. */
 static __always_inline int virtio_set_status(struct bpf_kvm_io_ctx *ctx,
 					     struct virtio *v,
-					     const struct virtio_run *run,
+					     struct virtio_run *run,
 					     __u32 status)
 {
 	__u32 i;
 
 	if (!status)
-		return virtio_reset();
+		return virtio_reset(ctx, run);
+	/* Not every driver waits until the status is 0. */
+	virtio_end_reset();
 	if (VIRTIO_LOAD(run->resetting))
 		return 0;
 	if (!virtio_good_features(v))
@@ -727,10 +738,11 @@ int virtio_save(struct bpf_kvm_io_ctx *ctx)
 	if (!run)
 		return 0;
 	virtio_xchg(&run->paused, 1);
+	/* Who resets has the queues until all is done, and says before that it is. */
+	busy = VIRTIO_LOAD(run->resetting);
+	virtio_mb();
 	for (i = 0; i < VIRTIO_QUEUES; i++)
 		busy |= VIRTIO_LOAD(run->busy[i]);
-	/* Who was the last to have a queue resets it then. */
-	busy |= VIRTIO_LOAD(run->resetting);
 	return busy ? 1 : 0;
 }
 
