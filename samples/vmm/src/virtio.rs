@@ -140,13 +140,16 @@ impl Device {
 
     /// Serves the queue until the device's end.
     fn run(&self, memory: &GuestMemoryMmap, mut serve: impl Serve) -> io::Result<()> {
-        loop {
+        while !self.is_over() {
             self.notified.read()?;
-            if self.over.load(Ordering::SeqCst) {
-                return Ok(());
-            }
-            while self.serve_next(memory, &mut serve).is_continue() {}
+            // A driver can make requests for ever.
+            while !self.is_over() && self.serve_next(memory, &mut serve).is_continue() {}
         }
+        Ok(())
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
     }
 
     /// Serves the next request, if there is one and the driver is ready. Continues if there may be
@@ -575,6 +578,8 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::driver::{AVAIL_INDEX, Driver, PATIENCE, USED_INDEX, wait_until};
     use super::*;
 
@@ -672,6 +677,23 @@ mod tests {
         driver.set(VIRTIO_MMIO_QUEUE_DESC_HIGH, 1);
         driver.start();
         assert_eq!(driver.interrupted(), VIRTIO_MMIO_INT_CONFIG);
+    }
+
+    /// The VMM can end.
+    #[test]
+    fn a_driver_that_makes_requests_for_ever_does_not_keep_the_server() {
+        let (entered, is_in) = mpsc::channel();
+        let mut driver = Driver::new(kind(), move |memory: &GuestMemoryMmap, _: Request<'_>| {
+            let at = GuestAddress(AVAIL_INDEX);
+            let index: u16 = memory.read_obj(at).unwrap();
+            memory.write_obj(index.wrapping_add(1), at).unwrap();
+            let _ = entered.send(());
+            Some(0)
+        });
+        driver.send(&[b"abc"], &[]);
+        is_in.recv().unwrap();
+        let end = thread::spawn(move || drop(driver));
+        wait_until(|| end.is_finished());
     }
 
     /// When a reset is over nothing of the device's comes any more, though a request was served.
