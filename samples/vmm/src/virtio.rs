@@ -9,7 +9,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::{io, mem};
 
@@ -103,6 +103,10 @@ pub struct Device {
     kind: Kind,
     /// Who serves a request has it, so that a reset waits for the end of the request.
     state: Mutex<State>,
+    /// How many accesses wait for it. The next request does not begin before them: a mutex alone
+    /// would mostly return to the thread that has just given it back.
+    waiting: AtomicU32,
+    none_waits: Condvar,
     interrupt_status: InterruptStatus,
     interrupt: EventFd,
     notified: EventFd,
@@ -130,6 +134,8 @@ impl Device {
                 queue,
                 has_used: false,
             }),
+            waiting: AtomicU32::new(0),
+            none_waits: Condvar::new(),
             interrupt_status,
             interrupt,
             notified,
@@ -155,7 +161,7 @@ impl Device {
     /// Serves the next request, if there is one and the driver is ready. Continues if there may be
     /// others.
     fn serve_next(&self, memory: &GuestMemoryMmap, serve: &mut impl Serve) -> ControlFlow<()> {
-        let mut state = self.lock();
+        let mut state = self.lock_to_serve();
         let mask = VIRTIO_CONFIG_S_DRIVER_OK | VIRTIO_CONFIG_S_NEEDS_RESET;
         if state.status & mask != VIRTIO_CONFIG_S_DRIVER_OK || !state.queue.ready() {
             return ControlFlow::Break(());
@@ -246,7 +252,8 @@ impl Device {
     }
 
     fn load(&self, register: u32) -> u32 {
-        // The driver's interrupt handler does not wait for the end of a request.
+        // The driver's interrupt handler does not wait for the end of a request, unless another
+        // vCPU is at a register that does: the bus has one access of a device at a time.
         if register == VIRTIO_MMIO_INTERRUPT_STATUS {
             return self.interrupt_status.word().load(Ordering::SeqCst);
         }
@@ -299,8 +306,22 @@ impl Device {
         }
     }
 
+    /// Waits for the end of a request at most.
     fn lock(&self) -> MutexGuard<'_, State> {
-        crate::lock(&self.state)
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let state = crate::lock(&self.state);
+        if self.waiting.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.none_waits.notify_one();
+        }
+        state
+    }
+
+    /// Waits until no access does.
+    fn lock_to_serve(&self) -> MutexGuard<'_, State> {
+        let others_wait = |_: &mut State| self.waiting.load(Ordering::SeqCst) != 0;
+        self.none_waits
+            .wait_while(crate::lock(&self.state), others_wait)
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -697,6 +718,7 @@ mod tests {
     }
 
     /// When a reset is over nothing of the device's comes any more, though a request was served.
+    /// The next request does not begin before it.
     #[test]
     fn a_reset_waits_for_the_end_of_a_request() {
         let (entered, is_in) = mpsc::channel();
@@ -709,9 +731,10 @@ mod tests {
         });
         driver.send(&[b"abc"], &[]);
         is_in.recv().unwrap();
+        driver.send(&[b"abc"], &[]);
         let device = Arc::clone(&driver.device);
         let reset = thread::spawn(move || device.store(VIRTIO_MMIO_STATUS, 0));
-        thread::sleep(Duration::from_millis(50));
+        wait_until(|| driver.device.waiting.load(Ordering::SeqCst) == 1);
         assert!(!reset.is_finished());
         // These do not wait.
         assert_eq!(driver.get(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
@@ -720,6 +743,7 @@ mod tests {
 
         leave.send(()).unwrap();
         wait_until(|| reset.is_finished());
+        assert!(is_in.try_recv().is_err());
         assert_eq!(driver.get(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
         assert_eq!(driver.get(VIRTIO_MMIO_STATUS), 0);
         assert_eq!(driver.find::<u16>(USED_INDEX), 1);
