@@ -147,7 +147,11 @@ impl Device {
     /// Serves the queue until the device's end.
     fn run(&self, memory: &GuestMemoryMmap, mut serve: impl Serve) -> io::Result<()> {
         while !self.is_over() {
-            self.notified.read()?;
+            // It goes on after a signal by itself.
+            if let Err(error) = self.notified.read() {
+                self.needs_reset(&mut self.lock());
+                return Err(error);
+            }
             // A driver can make requests for ever.
             while !self.is_over() && self.serve_next(memory, &mut serve).is_continue() {}
         }
@@ -169,10 +173,17 @@ impl Device {
         match self.take_next(&mut state, memory, serve) {
             Ok(flow) => flow,
             Err(_) => {
-                state.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
-                self.interrupt(VIRTIO_MMIO_INT_CONFIG);
+                self.needs_reset(&mut state);
                 ControlFlow::Break(())
             }
+        }
+    }
+
+    /// Serves nothing before the next reset, and tells a driver that has begun.
+    fn needs_reset(&self, state: &mut State) {
+        state.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
+        if state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+            self.interrupt(VIRTIO_MMIO_INT_CONFIG);
         }
     }
 
@@ -359,7 +370,8 @@ fn half(features: u64, which: u32) -> u32 {
 }
 
 fn signal(eventfd: &EventFd) {
-    // It fails only where the count is as high as it gets: then nobody has looked at it yet.
+    // It fails, or waits, only where the count is as high as it gets: after 2^64 signals of which
+    // nobody has taken one.
     let _ = eventfd.write(1);
 }
 
@@ -599,6 +611,7 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
+    use libc::EFD_NONBLOCK;
     use vm_memory::{Bytes, GuestAddress};
 
     use super::driver::{AVAIL_INDEX, Driver, PATIENCE, USED_INDEX, wait_until};
@@ -715,6 +728,25 @@ mod tests {
         is_in.recv().unwrap();
         let end = thread::spawn(move || drop(driver));
         wait_until(|| end.is_finished());
+    }
+
+    #[test]
+    fn a_driver_is_told_that_nobody_serves_it_any_more() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        for has_begun in [true, false] {
+            // With nothing to read, which is an error.
+            let eventfds = [(); 2].map(|()| EventFd::new(EFD_NONBLOCK).unwrap());
+            let [interrupt, notified] = eventfds;
+            let seen = interrupt.try_clone().unwrap();
+            let device = Device::new(kind(), InterruptStatus::own(), interrupt, notified);
+            if has_begun {
+                device.lock().status = VIRTIO_CONFIG_S_DRIVER_OK;
+            }
+            let served = device.run(&memory, |_: &_, _: Request<'_>| Some(0));
+            assert!(served.is_err());
+            assert_ne!(device.lock().status & VIRTIO_CONFIG_S_NEEDS_RESET, 0);
+            assert_eq!(seen.read().is_ok(), has_begun);
+        }
     }
 
     /// When a reset is over nothing of the device's comes any more, though a request was served.
