@@ -3,7 +3,7 @@
 //! A device's object file: opened, edited, loaded into the kernel.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -195,6 +195,11 @@ fn role(section: &str) -> Option<(Role<'_>, bool)> {
 ///
 /// Others may have no end, wait for a writer, or do something because they are opened.
 pub fn open_regular(path: &Path) -> io::Result<File> {
+    open_regular_to(File::options().read(true), path)
+}
+
+/// Opens a file with these options, if it is a regular one.
+pub fn open_regular_to(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
     let check = |metadata: Metadata| {
         let kind = metadata.file_type();
         let kind = match kind {
@@ -210,10 +215,7 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
     };
     check(fs::metadata(path)?)?;
     // It may have become another one since: then this does not wait.
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)?;
+    let file = options.custom_flags(libc::O_NONBLOCK).open(path)?;
     check(file.metadata()?)?;
     Ok(file)
 }

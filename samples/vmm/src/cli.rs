@@ -76,9 +76,10 @@ pub struct Args {
 
     /// A virtio disk on FILE, whose requests a thread of this program serves (repeatable).
     ///
-    /// A request makes three exits to user space: one for its notification, two for its interrupt. With
-    /// notify=ioeventfd the kernel takes the notification; with registers= the programs of that file,
-    /// virtio_regs.bpf.o, serve all three registers.
+    /// FILE is a regular file that can be written; what is beyond its last whole sector is not part of
+    /// the disk. A request on its own makes three exits to user space: one for its notification, two
+    /// for its interrupt. With notify=ioeventfd the kernel takes the notification; with registers= the
+    /// programs of that file, virtio_regs.bpf.o, serve all three registers.
     #[arg(long, value_name = "FILE@ADDR[,notify=ioeventfd|,registers=DEVICE.o]")]
     pub disk: Vec<Disk>,
 

@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use kvm_bpf::image::open_regular;
+use kvm_bpf::image::open_regular_to;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
@@ -39,10 +39,12 @@ pub struct Disk {
 impl Disk {
     /// A disk of the file's whole sectors.
     pub fn open(path: &Path) -> io::Result<Self> {
-        // It looks what kind of file it is.
-        drop(open_regular(path)?);
-        let file = File::options().read(true).write(true).open(path)?;
+        let file = open_regular_to(File::options().read(true).write(true), path)?;
         let sectors = file.metadata()?.len() / SECTOR;
+        if sectors == 0 {
+            let message = format!("it has no whole sector, which is {SECTOR} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
         Ok(Disk {
             file,
             sectors,
@@ -232,8 +234,17 @@ mod tests {
     }
 
     #[test]
-    fn only_regular_files() {
-        assert!(Disk::open(Path::new("/dev/zero")).is_err());
-        assert!(Disk::open(Path::new("/nowhere/disk")).is_err());
+    fn only_regular_files_with_a_sector() {
+        let refused = |path: &Path| Disk::open(path).unwrap_err().to_string();
+        assert!(refused(Path::new("/dev/zero")).contains("a character device"));
+        assert!(refused(Path::new("/nowhere/disk")).contains("No such file"));
+        let file = TempFile::new().unwrap();
+        for size in [0, SECTOR - 1] {
+            file.as_file().set_len(size).unwrap();
+            let why = refused(file.as_path());
+            assert!(why.contains("no whole sector"), "{why}");
+        }
+        file.as_file().set_len(SECTOR).unwrap();
+        assert_eq!(Disk::open(file.as_path()).unwrap().sectors, 1);
     }
 }
