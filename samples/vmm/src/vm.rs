@@ -19,12 +19,12 @@ use kvm_bindings::{
 };
 use kvm_bpf::device::only_region;
 use kvm_bpf::image::open_regular;
-use kvm_bpf::note::Space;
+use kvm_bpf::note::{Note, Space};
 use kvm_bpf::{
     Device, Image, ImageDevice, OnLoss, OpenImage, Place, Replacement, State, Window, Words,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuExit, VcpuFd, VmFd};
-use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
+use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_QUEUE_NOTIFY};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
@@ -83,6 +83,8 @@ pub enum Error {
     Disk(String, #[source] io::Error),
     #[error("{0}: its programs do not serve a virtio device's registers")]
     NoRegisters(String),
+    #[error("{0}: has {1:#x} bytes, and a virtio device's registers are {VIRTIO_MMIO_CONFIG:#x}")]
+    PastRegisters(String, u64),
     #[error("{0}: cannot map its words")]
     Words(String, #[source] io::Error),
     #[error("{0}: cannot have the kernel take its notifications")]
@@ -1035,7 +1037,7 @@ impl DiskDevice {
         let name = &args.at.what;
         let addr = args.at.place.addr();
         let no_ioeventfd = |error: errno::Error| Error::Ioeventfd(name.clone(), error.into());
-        let notified = EventFd::new(0).map_err(|error| Error::Ioeventfd(name.clone(), error))?;
+        let notified = EventFd::new(0).map_err(|error| Error::Disk(name.clone(), error))?;
         if args.registers == Registers::Ioeventfd {
             let notify = IoEventAddress::Mmio(addr + u64::from(VIRTIO_MMIO_QUEUE_NOTIFY));
             vm.register_ioevent(&notified, &notify, 0_u32)
@@ -1181,7 +1183,18 @@ fn open_registers(name: &str) -> Result<OpenImage, Error> {
     if !note.compatible.iter().any(|own| own == virtio::PROGRAMS) {
         return Err(Error::NoRegisters(name.to_string()));
     }
+    check_registers(name, note)?;
     Ok(image)
+}
+
+/// Checks that programs serve registers in memory only, and not a device's configuration.
+fn check_registers(name: &str, note: &Note) -> Result<(), Error> {
+    let region = only_region(note, Space::Memory)
+        .map_err(|source| Error::Device(name.to_string(), source))?;
+    if region.size > VIRTIO_MMIO_CONFIG.into() {
+        return Err(Error::PastRegisters(name.to_string(), region.size));
+    }
+    Ok(())
 }
 
 fn describe(device: &str) -> Result<userspace::Description, Error> {
@@ -1403,3 +1416,43 @@ fn stop_vcpus(threads: Vec<JoinHandle<Stopped>>) -> Vec<Stopped> {
 
 /// The signal is there to interrupt `KVM_RUN`; there is nothing to do in its handler.
 extern "C" fn interrupt_vcpu(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use kvm_bpf::note::Range;
+
+    use super::*;
+
+    fn note(space: Space, size: u64) -> Note {
+        Note {
+            mmio_size: 0,
+            nr_irqs: 0,
+            compatible: vec![virtio::PROGRAMS.to_string()],
+            ranges: vec![Range {
+                space,
+                region: 0,
+                size,
+            }],
+            read_pages: Vec::new(),
+            works: Vec::new(),
+            window: None,
+            doorbells: Vec::new(),
+            state_version: None,
+        }
+    }
+
+    #[test]
+    fn programs_for_registers_end_where_the_configuration_begins() {
+        for size in [0x68, 0x100] {
+            check_registers("a.o", &note(Space::Memory, size)).unwrap();
+        }
+        let error = check_registers("a.o", &note(Space::Memory, 0x101)).unwrap_err();
+        let wanted = "a.o: has 0x101 bytes, and a virtio device's registers are 0x100";
+        assert_eq!(error.to_string(), wanted);
+        let error = check_registers("a.o", &note(Space::Ports, 0x100)).unwrap_err();
+        let why = error.source().unwrap().to_string();
+        assert!(why.contains("ports"), "{why}");
+    }
+}
