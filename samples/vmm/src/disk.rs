@@ -15,7 +15,7 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::{Reader, Writer};
-use vm_memory::{GuestMemoryMmap, Le32, Le64};
+use vm_memory::{Le32, Le64};
 
 use crate::virtio::{Kind, Request};
 
@@ -34,6 +34,8 @@ pub struct Disk {
     sectors: u64,
     /// What is copied.
     buffer: Box<[u8]>,
+    /// Makes what is written stable; another one in tests.
+    sync: fn(&File) -> io::Result<()>,
 }
 
 impl Disk {
@@ -49,6 +51,7 @@ impl Disk {
             file,
             sectors,
             buffer: vec![0; CHUNK].into(),
+            sync: File::sync_data,
         })
     }
 
@@ -68,17 +71,24 @@ impl Disk {
 
     /// Does what a request says. Returns how many bytes it wrote for the driver, or none if it is
     /// no request.
-    pub fn serve(&mut self, memory: &GuestMemoryMmap, request: Request<'_>) -> Option<u32> {
-        let mut from: Reader<'_> = request.clone().reader(memory).ok()?;
-        let mut to: Writer<'_> = request.writer(memory).ok()?;
+    pub fn serve(&mut self, mut request: Request<'_>) -> Option<u32> {
+        let chain = request.chain.clone();
+        let mut from: Reader<'_> = chain.clone().reader(request.memory).ok()?;
+        let mut to: Writer<'_> = chain.writer(request.memory).ok()?;
         let kind = from.read_obj::<Le32>().ok()?.to_native();
         let _priority: Le32 = from.read_obj().ok()?;
         let sector = from.read_obj::<Le64>().ok()?.to_native();
         let mut status_to = to.split_at(to.available_bytes().checked_sub(1)?).ok()?;
         let done = match kind {
             VIRTIO_BLK_T_IN => self.read(sector, &mut to),
-            VIRTIO_BLK_T_OUT => self.write(sector, &mut from),
-            VIRTIO_BLK_T_FLUSH => self.file.sync_data(),
+            VIRTIO_BLK_T_OUT => self
+                .write(sector, &mut from)
+                // A driver that cannot flush takes what is written for stable.
+                .and_then(|()| match request.features & 1 << VIRTIO_BLK_F_FLUSH {
+                    0 => self.flush(&mut request),
+                    _ => Ok(()),
+                }),
+            VIRTIO_BLK_T_FLUSH => self.flush(&mut request),
             VIRTIO_BLK_T_GET_ID => {
                 let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
                 id[..ID.len()].copy_from_slice(ID.as_bytes());
@@ -117,6 +127,11 @@ impl Disk {
         Ok(())
     }
 
+    fn flush(&self, request: &mut Request<'_>) -> io::Result<()> {
+        request.announce_others();
+        (self.sync)(&self.file)
+    }
+
     /// Where in the file so many bytes begin, which are whole sectors that are there.
     fn range(&self, sector: u64, len: usize) -> io::Result<u64> {
         let len = len as u64;
@@ -141,6 +156,10 @@ mod tests {
     const LAST: u8 = 0x77;
 
     fn driver() -> (Driver, TempFile) {
+        driver_with(File::sync_data)
+    }
+
+    fn driver_with(sync: fn(&File) -> io::Result<()>) -> (Driver, TempFile) {
         let file = TempFile::new().unwrap();
         // Not all of it is whole sectors.
         file.as_file().set_len(SECTORS * SECTOR + 100).unwrap();
@@ -148,8 +167,9 @@ mod tests {
         let at = (SECTORS - 1) * SECTOR;
         file.as_file().write_all_at(&last, at).unwrap();
         let mut disk = Disk::open(file.as_path()).unwrap();
+        disk.sync = sync;
         let kind = disk.kind();
-        let serve = move |memory: &_, request: Request<'_>| disk.serve(memory, request);
+        let serve = move |request: Request<'_>| disk.serve(request);
         (Driver::new(kind, serve), file)
     }
 
@@ -213,6 +233,24 @@ mod tests {
         }
         let end = file.as_file().metadata().unwrap().len();
         assert_eq!(end, SECTORS * SECTOR + 100);
+    }
+
+    /// What is not stable is an error of a flush, and of each write where the driver cannot flush.
+    #[test]
+    fn writes_are_stable_for_a_driver_without_flushes() {
+        let (mut driver, _file) = driver_with(|_| Err(io::ErrorKind::Other.into()));
+        let (out, flush) = (header(VIRTIO_BLK_T_OUT, 0), header(VIRTIO_BLK_T_FLUSH, 0));
+        for (refused, wanted) in [
+            (0, VIRTIO_BLK_S_OK),
+            (1 << VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR),
+        ] {
+            driver.set(VIRTIO_MMIO_STATUS, 0);
+            driver.start_without(refused);
+            let done = driver.request(&[&out, &[1; 512]], &[1]);
+            assert_eq!(status(done), (wanted, 0));
+            let done = driver.request(&[&flush], &[1]);
+            assert_eq!(status(done), (VIRTIO_BLK_S_IOERR, 0));
+        }
     }
 
     #[test]

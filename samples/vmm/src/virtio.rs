@@ -42,13 +42,26 @@ const FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
 /// A request of the driver's.
-pub type Request<'a> = DescriptorChain<&'a GuestMemoryMmap>;
+pub struct Request<'a> {
+    pub memory: &'a GuestMemoryMmap,
+    pub chain: DescriptorChain<&'a GuestMemoryMmap>,
+    /// The features that the driver wants.
+    pub features: u64,
+    announce: &'a mut dyn FnMut(),
+}
 
-/// What serves requests: with the guest's memory and a request it returns how many bytes it wrote
-/// for the driver, or none if the driver broke the rules.
-pub trait Serve: FnMut(&GuestMemoryMmap, Request<'_>) -> Option<u32> {}
+impl Request<'_> {
+    /// Tells the driver of the requests that have been served, as this one takes long.
+    pub fn announce_others(&mut self) {
+        (self.announce)();
+    }
+}
 
-impl<F: FnMut(&GuestMemoryMmap, Request<'_>) -> Option<u32>> Serve for F {}
+/// What serves requests: it returns how many bytes it wrote for the driver, or none if the driver
+/// broke the rules.
+pub trait Serve: FnMut(Request<'_>) -> Option<u32> {}
+
+impl<F: FnMut(Request<'_>) -> Option<u32>> Serve for F {}
 
 /// What kind of device it is.
 #[derive(Debug)]
@@ -197,22 +210,42 @@ impl Device {
         if !queue.is_valid(memory) {
             return Err(Error::QueueNotReady);
         }
-        let Some(request) = queue.iter(memory)?.next() else {
+        let Some(chain) = queue.iter(memory)?.next() else {
             if queue.enable_notification(memory)? {
                 return Ok(ControlFlow::Continue(()));
             }
-            // Not before: a driver that is told now notifies of what it has next.
-            if mem::take(&mut state.has_used) && queue.needs_notification(memory)? {
-                self.interrupt(VIRTIO_MMIO_INT_VRING);
-            }
+            // Not before, but for a request that takes long: a driver that is told now notifies of
+            // what it has next.
+            self.announce(queue, &mut state.has_used, memory)?;
             return Ok(ControlFlow::Break(()));
         };
-        let head = request.head_index();
-        let written = serve(memory, request).ok_or(Error::InvalidChain)?;
+        let head = chain.head_index();
+        let mut announced = Ok(());
+        let written = serve(Request {
+            memory,
+            chain,
+            features: state.driver_features,
+            announce: &mut || announced = self.announce(queue, &mut state.has_used, memory),
+        });
+        announced?;
+        let written = written.ok_or(Error::InvalidChain)?;
         queue.add_used(memory, head, written)?;
         state.has_used = true;
         self.requests.fetch_add(1, Ordering::Relaxed);
         Ok(ControlFlow::Continue(()))
+    }
+
+    /// Tells the driver of requests that have been served, if it has not been told and wants it.
+    fn announce(
+        &self,
+        queue: &mut Queue,
+        has_used: &mut bool,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), Error> {
+        if mem::take(has_used) && queue.needs_notification(memory)? {
+            self.interrupt(VIRTIO_MMIO_INT_VRING);
+        }
+        Ok(())
     }
 
     /// Interrupts the driver, which finds out why. Who calls it has the state: so there is no bit
@@ -515,13 +548,21 @@ pub mod driver {
 
         /// Negotiates all features, and begins.
         pub fn start(&mut self) {
+            self.start_without(0);
+        }
+
+        /// Negotiates all features but these, and begins.
+        pub fn start_without(&mut self, refused: u64) {
             self.put(AVAIL_INDEX, 0_u16);
             self.put(USED_INDEX, 0_u16);
             for half in [0, 1] {
                 self.set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, half);
                 self.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, half);
                 let features = self.get(VIRTIO_MMIO_DEVICE_FEATURES);
-                self.set(VIRTIO_MMIO_DRIVER_FEATURES, features);
+                self.set(
+                    VIRTIO_MMIO_DRIVER_FEATURES,
+                    features & !super::half(refused, half),
+                );
             }
             self.set(VIRTIO_MMIO_STATUS, VIRTIO_CONFIG_S_FEATURES_OK);
             self.set(VIRTIO_MMIO_QUEUE_SEL, 0);
@@ -628,7 +669,7 @@ mod tests {
 
     #[test]
     fn registers_are_those_of_version_2() {
-        let mut driver = Driver::new(kind(), |_: &_, _: Request<'_>| Some(0));
+        let mut driver = Driver::new(kind(), |_: Request<'_>| Some(0));
         for (register, wanted) in [
             (VIRTIO_MMIO_MAGIC_VALUE, u32::from_le_bytes(*b"virt")),
             (VIRTIO_MMIO_VERSION, 2),
@@ -652,7 +693,7 @@ mod tests {
 
     #[test]
     fn a_device_without_its_features_does_not_begin() {
-        let mut driver = Driver::new(kind(), |_: &_, _: Request<'_>| Some(0));
+        let mut driver = Driver::new(kind(), |_: Request<'_>| Some(0));
         for (low, high) in [(0, 0), (1 << 4, 1)] {
             driver.set(VIRTIO_MMIO_STATUS, 0);
             for (half, features) in [(0, low), (1, high)] {
@@ -667,7 +708,7 @@ mod tests {
 
     #[test]
     fn only_bits_that_are_written_are_acknowledged() {
-        let mut driver = Driver::new(kind(), |_: &_, _: Request<'_>| Some(0));
+        let mut driver = Driver::new(kind(), |_: Request<'_>| Some(0));
         driver
             .device
             .interrupt(VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG);
@@ -678,7 +719,7 @@ mod tests {
 
     #[test]
     fn requests_are_served_after_a_reset_too() {
-        let mut driver = Driver::new(kind(), |_: &_, _: Request<'_>| Some(7));
+        let mut driver = Driver::new(kind(), |_: Request<'_>| Some(7));
         for _ in 0..3 {
             // More than there are entries.
             for _ in 0..20 {
@@ -692,7 +733,7 @@ mod tests {
 
     #[test]
     fn a_driver_that_breaks_the_rules_has_to_reset() {
-        let mut driver = Driver::new(kind(), |_: &_, _: Request<'_>| None);
+        let mut driver = Driver::new(kind(), |_: Request<'_>| None);
         driver.send(&[b"abc"], &[]);
         assert_eq!(driver.interrupted(), VIRTIO_MMIO_INT_CONFIG);
         let bad = VIRTIO_CONFIG_S_NEEDS_RESET;
@@ -717,7 +758,7 @@ mod tests {
     #[test]
     fn a_driver_that_makes_requests_for_ever_does_not_keep_the_server() {
         let (entered, is_in) = mpsc::channel();
-        let mut driver = Driver::new(kind(), move |memory: &GuestMemoryMmap, _: Request<'_>| {
+        let mut driver = Driver::new(kind(), move |Request { memory, .. }: Request<'_>| {
             let at = GuestAddress(AVAIL_INDEX);
             let index: u16 = memory.read_obj(at).unwrap();
             memory.write_obj(index.wrapping_add(1), at).unwrap();
@@ -742,11 +783,36 @@ mod tests {
             if has_begun {
                 device.lock().status = VIRTIO_CONFIG_S_DRIVER_OK;
             }
-            let served = device.run(&memory, |_: &_, _: Request<'_>| Some(0));
+            let served = device.run(&memory, |_: Request<'_>| Some(0));
             assert!(served.is_err());
             assert_ne!(device.lock().status & VIRTIO_CONFIG_S_NEEDS_RESET, 0);
             assert_eq!(seen.read().is_ok(), has_begun);
         }
+    }
+
+    #[test]
+    fn a_request_that_takes_long_does_not_hide_others() {
+        let (entered, is_in) = mpsc::channel();
+        let (leave, may_leave) = mpsc::channel();
+        let mut driver = Driver::new(kind(), move |mut request: Request<'_>| {
+            request.announce_others();
+            entered.send(()).unwrap();
+            let _ = may_leave.recv_timeout(PATIENCE);
+            Some(0)
+        });
+        driver.send(&[b"abc"], &[]);
+        is_in.recv().unwrap();
+        // Nothing has been served.
+        assert!(driver.interrupt.read().is_err());
+        driver.send(&[b"abc"], &[]);
+        leave.send(()).unwrap();
+        is_in.recv().unwrap();
+        assert_eq!(driver.interrupted(), VIRTIO_MMIO_INT_VRING);
+        assert_eq!(driver.find::<u16>(USED_INDEX), 1);
+        leave.send(()).unwrap();
+        // The driver has not asked to be told of the second.
+        wait_until(|| driver.find::<u16>(USED_INDEX) == 2);
+        assert!(driver.interrupt.read().is_err());
     }
 
     /// When a reset is over nothing of the device's comes any more, though a request was served.
@@ -755,7 +821,7 @@ mod tests {
     fn a_reset_waits_for_the_end_of_a_request() {
         let (entered, is_in) = mpsc::channel();
         let (leave, may_leave) = mpsc::channel();
-        let mut driver = Driver::new(kind(), move |_: &_, _: Request<'_>| {
+        let mut driver = Driver::new(kind(), move |_: Request<'_>| {
             entered.send(()).unwrap();
             // For a while only, so that this test can fail.
             let _ = may_leave.recv_timeout(PATIENCE);

@@ -1069,7 +1069,7 @@ impl DiskDevice {
     /// Begins to serve its requests.
     fn start(&mut self, memory: &GuestMemoryMmap) -> Result<(), Error> {
         if let Some(mut disk) = self.disk.take() {
-            let serve = move |memory: &_, request: virtio::Request<'_>| disk.serve(memory, request);
+            let serve = move |request: virtio::Request<'_>| disk.serve(request);
             let server = virtio::Server::start("disk", &self.registers, memory, serve);
             self.server = Some(server.map_err(Error::Thread)?);
         }
