@@ -145,8 +145,8 @@ impl Windows {
 
     /// Sets or removes a window.
     ///
-    /// When this returns, no program uses the one that was there before any more. It waits for those
-    /// that run.
+    /// When this returns, no program uses the one that was there before any more. It waits for
+    /// those that run.
     ///
     /// # Errors
     ///

@@ -38,8 +38,8 @@ use core::{
 ///
 /// # Invariants
 ///
-/// `vcpu` is valid for `'a`, which is in a read-side section of its VM's SRCU, and so are `irqs`, an
-/// [`Irqs`], and `mem`, which is that of a [`Windows`].
+/// `vcpu` is valid for `'a`, which is in a read-side section of its VM's SRCU, and so are `irqs`,
+/// an [`Irqs`], and `mem`, which is that of a [`Windows`].
 #[repr(transparent)]
 pub struct Context<'a> {
     inner: bindings::bpf_kvm_io_ctx_kern,
@@ -94,8 +94,8 @@ unsafe impl ctx::Context for Context<'_> {
 ///
 /// # Invariants
 ///
-/// `irqs`, an [`Irqs`], and `mem`, which is that of a [`Windows`], are valid for `'a`. Where a program
-/// is run on it, this is in a read-side section of the SRCU of the windows' VM.
+/// `irqs`, an [`Irqs`], and `mem`, which is that of a [`Windows`], are valid for `'a`. Where a
+/// program is run on it, this is in a read-side section of the SRCU of the windows' VM.
 #[repr(transparent)]
 pub struct WorkContext<'a> {
     inner: bindings::bpf_kvm_io_ctx_kern,
