@@ -49,7 +49,6 @@
 //! [`Device::set_region`].
 
 pub mod device;
-pub mod hex;
 pub mod image;
 mod mapping;
 mod maps;

@@ -45,7 +45,6 @@ use serde::de::value::SeqAccessDeserializer;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-use crate::hex;
 use crate::image::read_start;
 use crate::mapping::Mapping;
 use crate::maps::Layout;
@@ -557,7 +556,7 @@ impl Shape {
         })
     }
 
-    /// The bytes of a saved map; of another schema only with what its names of zero are.
+    /// The bytes of a saved map. With the state's names of zero it may be of another schema.
     fn restore(&self, saved: &MapState, zeroes: Option<&Zeroes>) -> Result<Vec<u8>> {
         let fault = |why: String| Fault::new(why).within(&self.name);
         let is_same = saved.schema == self.schema;
@@ -912,7 +911,7 @@ impl Found {
             return Value::from_number(number);
         };
         // What may be bytes elsewhere must not count as 0.
-        if number == 0 && hex::decode(&one.name).is_none() {
+        if number == 0 && hex::decode(&one.name).is_err() {
             self.zeroes.insert(one.name.clone());
         }
         Value::Text(one.name.clone())
@@ -977,8 +976,8 @@ fn encode_field(
     }
 }
 
-/// Puts a value of a type into bytes. Of another schema if `convert` has names of zero: what the
-/// value does not have stays as it is, and what the type does not have must be 0.
+/// Puts a value of a type into bytes. With `convert`, the names of zero, it may be of another schema:
+/// what the value does not have stays as it is, and what the type does not have must be 0.
 fn decode(
     ty: &Type,
     value: &Value,
@@ -1000,7 +999,7 @@ fn decode(
         }
         Form::Bytes => {
             let new = match value {
-                Value::Text(text) => hex::decode(text),
+                Value::Text(text) => hex::decode(text).ok(),
                 _ => None,
             };
             let is_array = matches!(ty.kind, Kind::Array { .. });

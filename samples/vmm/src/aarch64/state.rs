@@ -14,7 +14,6 @@ use kvm_bindings::{
     KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO, KVM_DEV_ARM_VGIC_GRP_REDIST_REGS, RegList, kvm_device_attr,
     kvm_mp_state, kvm_vcpu_events,
 };
-use kvm_bpf::hex;
 use kvm_ioctls::{DeviceFd, Kvm, VcpuFd, VmFd, reg_size};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::errno;
@@ -37,7 +36,7 @@ const REGISTERS_MAX: usize = 1 << 16;
 struct Register {
     /// KVM's name of it.
     id: u64,
-    #[serde(with = "hex")]
+    #[serde(with = "hex::serde")]
     value: Vec<u8>,
 }
 
