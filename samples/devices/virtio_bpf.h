@@ -467,7 +467,8 @@ __noinline int virtq_run(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u32 index)
 		if (more)
 			virtio_xchg(&q->pending, 1);
 		virtio_xchg(busy, 0);
-		virtio_end_reset();
+		if (VIRTIO_LOAD(run->resetting))
+			virtio_end_reset();
 		if (more)
 			break;
 	}
@@ -574,7 +575,8 @@ static __always_inline int virtio_set_status(struct bpf_kvm_io_ctx *ctx,
 	if (!status)
 		return virtio_reset(ctx, run);
 	/* Not every driver waits until the status is 0. */
-	virtio_end_reset();
+	if (VIRTIO_LOAD(run->resetting))
+		virtio_end_reset();
 	if (VIRTIO_LOAD(run->resetting))
 		return 0;
 	if (!virtio_good_features(v))
