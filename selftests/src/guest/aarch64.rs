@@ -125,6 +125,13 @@ kvm_bpf_guest:
         subs x2, x2, #1
         b.ne 2b
         done
+    .macro next_interrupt       // or the end: how many there were
+        subs x2, x2, #1
+        b.ne 2b
+        msr daifset, #2
+        mov x0, x7
+        done
+    .endm
     // Commands that differ, and the result of each. With memory, the command is in the word
     // after the one at x4 where the result comes, and the write to x1 but a doorbell.
     .macro commands number, memory, interrupt
@@ -148,11 +155,7 @@ kvm_bpf_guest:
 4:      ldr w0, [x4]
         cmp w0, w9
         b.ne 4b
-        subs x2, x2, #1
-        b.ne 2b
-        msr daifset, #2
-        mov x0, x7
-        done
+        next_interrupt
     .endm
     commands 32, 0, 0
     commands 34, 0, 1
@@ -180,11 +183,7 @@ kvm_bpf_guest:
         .endif
         ldr w0, [x4]
         str w0, [x4, #4]
-        subs x2, x2, #1
-        b.ne 2b
-        msr daifset, #2
-        mov x0, x7
-        done
+        next_interrupt
     .endm
     requests 40, 0
     requests 42, 1

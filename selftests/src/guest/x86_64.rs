@@ -159,6 +159,13 @@ kvm_bpf_guest:
         dec rcx
         jnz 2b
         done
+    .macro next_interrupt       // or the end: how many there were
+        dec ecx
+        jnz 2b
+        cli
+        mov rax, r12
+        done
+    .endm
     // Commands that differ, and the result of each. With memory, the command is in the word
     // after the one at r9 where the result comes, and the write to rbx but a doorbell.
     .macro commands number, memory, interrupt
@@ -183,11 +190,7 @@ kvm_bpf_guest:
 4:      mov eax, [r9]
         cmp eax, edx
         jne 4b
-        dec ecx
-        jnz 2b
-        cli
-        mov rax, r12
-        done
+        next_interrupt
     .endm
     commands 32, 0, 0
     commands 34, 0, 1
@@ -216,11 +219,7 @@ kvm_bpf_guest:
         .endif
 4:      mov eax, [r9]
         mov [r9 + 4], eax
-        dec ecx
-        jnz 2b
-        cli
-        mov rax, r12
-        done
+        next_interrupt
     .endm
     requests 40, 0
     requests 42, 1

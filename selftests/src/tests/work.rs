@@ -175,6 +175,15 @@ fn signal(eventfd: &EventFd, count: u64) {
     eventfd.write(count).expect("signalling an eventfd");
 }
 
+/// Gives a device's thread more to do than it can.
+fn keep_busy(device: &Device) {
+    let counts = Map::new(1, 2);
+    let eventfd = eventfd();
+    counts.set(0, &[u64::MAX, 0]);
+    device.set_work(0, &work(Some(&countdown(&counts)), Some(&eventfd)));
+    signal(&eventfd, 1);
+}
+
 /// Threads of this process by that name.
 fn threads(name: &str) -> Vec<i32> {
     threads_of("self", name)
@@ -1025,11 +1034,7 @@ fn thread_is_in_the_vmms_cgroup() {
         }
         let guest = Guest::new();
         let device = Device::new(guest.vm());
-        let counts = Map::new(1, 2);
-        let eventfd = eventfd();
-        counts.set(0, &[u64::MAX, 0]);
-        device.set_work(0, &work(Some(&countdown(&counts)), Some(&eventfd)));
-        signal(&eventfd, 1);
+        keep_busy(&device);
         loop {
             thread::park();
         }
@@ -1090,11 +1095,7 @@ fn killed_process() {
     if std::env::var_os(VARIABLE).is_some() {
         let guest = Guest::new();
         let device = Device::new(guest.vm());
-        let counts = Map::new(1, 2);
-        let eventfd = eventfd();
-        counts.set(0, &[u64::MAX, 0]);
-        device.set_work(0, &work(Some(&countdown(&counts)), Some(&eventfd)));
-        signal(&eventfd, 1);
+        keep_busy(&device);
         let slow_counts = Map::new(1, 4);
         device.set_work(
             1,
