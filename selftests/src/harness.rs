@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
-use std::{env, fmt, io, process, thread};
+use std::{env, fmt, io, mem, process, thread};
 
 use libtest_mimic::{Completion, Trial};
 
@@ -127,6 +127,37 @@ pub fn in_a_thread(body: impl FnOnce() + Send + 'static) {
     if let Err(panic) = thread::spawn(body).join() {
         resume_unwind(panic);
     }
+}
+
+/// Keeps the calling thread on a CPU.
+#[track_caller]
+pub fn stay_on(cpu: usize) {
+    // SAFETY: a set of CPUs is plain bits, and the calls only read and write this one.
+    let result = unsafe {
+        let mut set: libc::cpu_set_t = mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        libc::sched_setaffinity(0, size_of_val(&set), &set)
+    };
+    assert_eq!(
+        result,
+        0,
+        "sched_setaffinity to CPU {cpu}: {:?}",
+        Errno::last()
+    );
+}
+
+/// Gives the calling thread a policy of the scheduler, and a priority there.
+#[track_caller]
+pub fn set_scheduler(policy: libc::c_int, sched_priority: libc::c_int) {
+    let param = libc::sched_param { sched_priority };
+    // SAFETY: the parameter is a local.
+    let result = unsafe { libc::sched_setscheduler(0, policy, &param) };
+    assert_eq!(
+        result,
+        0,
+        "sched_setscheduler to {policy}: {:?}",
+        Errno::last()
+    );
 }
 
 /// Runs in a child process that ends: for what a process with a single thread may do alone.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use std::{env, fs, mem, thread};
 
 use kvm_bpf_selftests::guest::ticks;
+use kvm_bpf_selftests::harness::set_scheduler;
 
 /// What `scripts/boot` says of the machine.
 const MACHINE: &str = "KVM_BPF_MACHINE";
@@ -85,13 +86,6 @@ pub fn run_at_once() {
 /// Has the calling thread not take the processor from another one when it wakes.
 pub fn run_when_idle() {
     set_scheduler(libc::SCHED_BATCH, 0);
-}
-
-fn set_scheduler(policy: libc::c_int, sched_priority: libc::c_int) {
-    let param = libc::sched_param { sched_priority };
-    // SAFETY: the parameter is a local.
-    let result = unsafe { libc::sched_setscheduler(0, policy, &param) };
-    assert_eq!(result, 0, "sched_setscheduler");
 }
 
 /// How often a thread of this process, or of another one, was switched away from.

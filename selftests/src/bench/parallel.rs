@@ -7,6 +7,7 @@ use std::sync::Barrier;
 use std::time::Instant;
 use std::{mem, thread};
 
+use kvm_bpf_selftests::harness::stay_on;
 use kvm_bpf_selftests::marker::{Marker, mark};
 
 use crate::rows::{Loop, Row};
@@ -27,17 +28,6 @@ fn cpus() -> Vec<usize> {
         // SAFETY: the number is below the set's size.
         .filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) })
         .collect()
-}
-
-/// Keeps the calling thread on a CPU.
-fn stay_on(cpu: usize) {
-    // SAFETY: the set is plain data, and the number one that the kernel has named.
-    let result = unsafe {
-        let mut set: libc::cpu_set_t = mem::zeroed();
-        libc::CPU_SET(cpu, &mut set);
-        libc::sched_setaffinity(0, size_of_val(&set), &set)
-    };
-    assert_eq!(result, 0, "sched_setaffinity to CPU {cpu}");
 }
 
 /// Runs each loop on a CPU of its own; `each` is told which it is.

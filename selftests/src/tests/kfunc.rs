@@ -13,7 +13,7 @@ use kvm_bpf_selftests::bpf::{
 };
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
-use kvm_bpf_selftests::harness::{in_a_thread, skip, wait_for};
+use kvm_bpf_selftests::harness::{in_a_thread, skip, stay_on, wait_for};
 use kvm_bpf_selftests::programs::{plug, ret, test_image};
 use kvm_bpf_vmm::userspace::uclamp::{self, SchedAttr};
 
@@ -153,17 +153,6 @@ fn assert_scale(got: i64) {
     );
     let wanted = cpu_file("cpu_capacity").unwrap_or(1024);
     assert_got!(got, wanted, "{SCALE}(0)");
-}
-
-/// Has the calling thread run on one CPU.
-fn stay_on(cpu: usize) {
-    // SAFETY: a set of CPUs is plain bits, and the calls only read and write this one.
-    let result = unsafe {
-        let mut cpus = std::mem::zeroed();
-        libc::CPU_SET(cpu, &mut cpus);
-        libc::sched_setaffinity(0, size_of_val(&cpus), &cpus)
-    };
-    assert_got!(result, 0, "sched_setaffinity");
 }
 
 fn frequency() {

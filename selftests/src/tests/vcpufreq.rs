@@ -4,12 +4,12 @@
 //! the vCPU's thread, and the same accesses on the model in user space.
 
 use std::sync::mpsc;
-use std::{fs, mem, thread};
+use std::{fs, thread};
 
 use kvm_bpf::{ImageDevice, OnLoss};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
-use kvm_bpf_selftests::harness::{Random, in_a_thread, number_from_env, unpaused};
+use kvm_bpf_selftests::harness::{Random, in_a_thread, number_from_env, stay_on, unpaused};
 use kvm_bpf_selftests::programs::{plug, sample};
 use kvm_bpf_vmm::userspace::{self, uclamp};
 use libbpf_rs::{MapCore, MapFlags};
@@ -147,17 +147,6 @@ fn frequencies_of_cpu_0() -> Option<Vec<u64>> {
 /// Whether the host knows the frequency of its CPUs.
 fn host_has_cpufreq() -> bool {
     cpu_0("cpufreq/cpuinfo_max_freq").is_some()
-}
-
-/// Pins the calling thread to CPU 0.
-fn run_on_cpu_0() {
-    // SAFETY: a set of CPUs is plain bits, and the kernel only reads it.
-    let result = unsafe {
-        let mut cpus: libc::cpu_set_t = mem::zeroed();
-        libc::CPU_SET(0, &mut cpus);
-        libc::sched_setaffinity(0, size_of_val(&cpus), &cpus)
-    };
-    assert_eq!(result, 0, "sched_setaffinity");
 }
 
 fn registers() {
@@ -404,7 +393,7 @@ fn current_frequency() {
     in_a_thread(|| {
         let mut setup = Setup::new(&[1_000_000, 2_000_000]);
         if host_has_cpufreq() {
-            run_on_cpu_0();
+            stay_on(0);
             let highest = cpu_0("cpufreq/cpuinfo_max_freq").expect("a frequency");
             let scale = cpu_0("cpu_capacity").unwrap_or(1024);
             let wanted = |now: u64| 2_000_000 * scale / 1024 * now.min(highest) / highest;

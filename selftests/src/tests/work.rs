@@ -8,8 +8,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::Duration;
-use std::{mem, thread};
 
 use Reg::{R0, R1, R2, R6, R7};
 use kvm_bpf::uapi::{
@@ -22,7 +22,9 @@ use kvm_bpf_selftests::bpf::{
 };
 use kvm_bpf_selftests::device::{Device, NO_WORK, region, work};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine};
-use kvm_bpf_selftests::harness::{in_a_process, in_a_thread, meanwhile, wait_for};
+use kvm_bpf_selftests::harness::{
+    in_a_process, in_a_thread, meanwhile, set_scheduler, stay_on, wait_for,
+};
 use kvm_bpf_selftests::programs::{CTX_BUF, CTX_REGION, only_return, plug, ret, test_image};
 use kvm_bpf_vmm::userspace::uclamp;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
@@ -473,27 +475,29 @@ fn signals_from_before() {
     assert_got!(taken(&eventfd), 0);
 }
 
-/// The thread that is there already may look before the eventfd is set, and must look again.
+/// The thread that is there already looks before the eventfd is set, and has to look again: it takes
+/// the CPU from the one who sets the eventfd as soon as it is woken.
 fn signals_from_before_the_next_eventfd() {
-    const ROUNDS: u64 = 500;
+    const ROUNDS: u64 = 100;
 
-    let guest = Guest::new();
-    let device = Device::new(guest.vm());
-    let recorder = Recorder::new();
-    let prog = recorder.prog(Prog::load);
-    let keeps_the_thread = eventfd();
-    device.set_work(1, &work(Some(&prog), Some(&keeps_the_thread)));
-    for round in 1..=ROUNDS {
-        let eventfd = eventfd();
-        signal(&eventfd, 1);
-        device.set_work(0, &work(Some(&prog), Some(&eventfd)));
-        // The thread is busy in some rounds, and at rest in others.
-        if round % 2 == 0 {
-            signal(&keeps_the_thread, 0);
+    in_a_thread(|| {
+        stay_on(0);
+        let guest = Guest::new();
+        let device = Device::new(guest.vm());
+        let recorder = Recorder::new();
+        let prog = recorder.prog(Prog::load);
+        let keeps_the_thread = eventfd();
+        device.set_work(1, &work(Some(&prog), Some(&keeps_the_thread)));
+        // The device's thread stays what this one was.
+        set_scheduler(libc::SCHED_IDLE, 0);
+        for round in 1..=ROUNDS {
+            let eventfd = eventfd();
+            signal(&eventfd, 1);
+            device.set_work(0, &work(Some(&prog), Some(&eventfd)));
+            wait_for("the sum of signals", round, || recorder.record().sum);
+            device.set_work(0, &work(None, None));
         }
-        wait_for("the sum of signals", round, || recorder.record().sum);
-        device.set_work(0, &work(None, None));
-    }
+    });
 }
 
 /// Its counter gives one at a time.
@@ -830,17 +834,6 @@ fn doorbell_of_another_vm() {
     wait_for("the sum of signals", 1_000, || recorder.record().sum);
 }
 
-/// Has the calling thread run on that CPU.
-fn run_on(cpu: usize) {
-    // SAFETY: a set of CPUs is plain bits; the calls read and write the local alone.
-    let result = unsafe {
-        let mut set: libc::cpu_set_t = mem::zeroed();
-        libc::CPU_SET(cpu, &mut set);
-        libc::sched_setaffinity(0, mem::size_of_val(&set), &set)
-    };
-    assert_eq!(result, 0, "CPU {cpu}: {}", io::Error::last_os_error());
-}
-
 /// What a timer does is done, or not begun, when the state is read: and so it stays.
 fn callback_on_another_cpu_ends_before_a_save() {
     in_a_thread(|| {
@@ -853,9 +846,9 @@ fn callback_on_another_cpu_ends_before_a_save() {
         };
         for round in 0..30 {
             // The callbacks come where the timer has been started.
-            run_on(0);
+            stay_on(0);
             device.resume().expect("going on");
-            run_on(1);
+            stay_on(1);
             let [before, _] = progress();
             wait_for("callbacks", true, || progress()[0] > before + 2);
             let state = device.save().expect("saving");
@@ -1026,7 +1019,7 @@ fn thread_is_in_the_vmms_cgroup() {
     const TEST: &str = "work::thread_is_in_the_vmms_cgroup";
 
     if let Some(what) = std::env::var_os(VARIABLE) {
-        run_on(0);
+        stay_on(0);
         if what == "spin" {
             loop {
                 std::hint::spin_loop();
