@@ -522,9 +522,14 @@ impl Guest {
     /// Adds that vCPU and makes it accept interrupts.
     pub fn vcpu_with_interrupts(&self) -> Vcpu {
         let mut vcpu = self.vcpu(0);
-        let irqchip = self.irqchip.as_ref().expect("a guest with an irqchip");
-        irqchip.connect(&mut vcpu);
+        self.connect(&mut vcpu);
         vcpu
+    }
+
+    /// Makes a vCPU accept interrupts; all vCPUs are there.
+    pub fn connect(&self, vcpu: &mut Vcpu) {
+        let irqchip = self.irqchip.as_ref().expect("a guest with an irqchip");
+        irqchip.connect(vcpu);
     }
 
     /// All vCPUs are there: the interrupt controller starts.

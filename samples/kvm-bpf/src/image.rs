@@ -435,6 +435,12 @@ impl OpenImage {
             let mut maps = self.object.maps();
             maps.find(|map| is_named(&map.name().to_string_lossy(), name))
         })?;
+        if let (None, [page, ..]) = (&names.read, &self.note.read_pages[..]) {
+            return Err(Error::ReadPage {
+                map: page.map.clone(),
+                why: "no read program has its values while the guest has no slot".to_string(),
+            });
+        }
         let layouts = match self.layouts.take() {
             Some(layouts) => layouts,
             None => Layout::of_object(&mut self.object)?,

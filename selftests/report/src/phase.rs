@@ -365,12 +365,21 @@ impl Profile {
     }
 
     /// Which phase a place's instructions are counted in: those of now and then are no part of
-    /// the way.
-    fn phase(place: &Place, count: f64) -> Phase {
+    /// the way. Locks and RCU are also used on the way out of the guest and back, which is what
+    /// they are for where nothing is signalled, or no program runs.
+    fn phase(&self, place: &Place, count: f64) -> Phase {
         if count < OFTEN {
-            Phase::Other
-        } else {
-            Phase::of(place)
+            return Phase::Other;
+        }
+        let has = |is: &dyn Fn(&Place) -> bool| {
+            let mut often = self.0.iter().filter(|(_, count)| **count >= OFTEN);
+            often.any(|(place, _)| is(place))
+        };
+        let signals = |place: &Place| matches!(place, Place::Kernel(symbol) if symbol.starts_with("eventfd_signal"));
+        match Phase::of(place) {
+            Phase::Eventfd if !has(&signals) => Phase::Entry,
+            Phase::Runner if !has(&|place| Phase::of(place) == Phase::Program) => Phase::Entry,
+            phase => phase,
         }
     }
 
@@ -378,7 +387,7 @@ impl Profile {
     pub fn phases(&self) -> BTreeMap<Phase, f64> {
         let mut phases = BTreeMap::new();
         for (place, count) in &self.0 {
-            *phases.entry(Self::phase(place, *count)).or_default() += count;
+            *phases.entry(self.phase(place, *count)).or_default() += count;
         }
         phases
     }
@@ -398,7 +407,7 @@ impl fmt::Display for Profile {
             let mut places: Vec<_> = self
                 .0
                 .iter()
-                .filter(|(place, count)| Self::phase(place, **count) == *phase)
+                .filter(|(place, count)| self.phase(place, **count) == *phase)
                 .collect();
             places.sort_by(|a, b| b.1.total_cmp(a.1));
             for (place, count) in places {
@@ -440,5 +449,26 @@ mod tests {
         assert_eq!(of("kvm_io_bus_write [kvm]"), Phase::Bus);
         assert_eq!(of("delay_tsc"), Phase::Other);
         assert_eq!(Phase::of(&Place::User), Phase::User);
+    }
+
+    #[test]
+    fn locks_are_the_eventfds_where_there_is_one() {
+        let phases = |symbols: &[&str]| {
+            let places = symbols.iter().map(|name| Place::Kernel(name.to_string()));
+            Profile(places.map(|place| (place, 1.0)).collect()).phases()
+        };
+        let (lock, rcu) = ("_raw_spin_lock_irqsave", "__rcu_read_lock");
+        assert_eq!(
+            phases(&[lock, rcu, "handle_hvc"]),
+            BTreeMap::from([(Phase::Entry, 3.0)])
+        );
+        assert_eq!(
+            phases(&[lock, rcu, "eventfd_signal_mask", "bpf_prog_1_x [bpf]"]),
+            BTreeMap::from([
+                (Phase::Eventfd, 2.0),
+                (Phase::Runner, 1.0),
+                (Phase::Program, 1.0)
+            ])
+        );
     }
 }

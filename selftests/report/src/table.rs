@@ -3,7 +3,7 @@
 //! The benchmark's tables: do they repeat, and are they what they were?
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::path::Path;
 
 use crate::{Error, Result, read, write};
@@ -99,21 +99,39 @@ fn compared(first: &Counts, second: &Counts) -> (String, bool) {
     (text, good)
 }
 
-/// One line of the record: what a row costs more than another.
+/// What a row may cost more than another.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Wanted {
+    /// About as much as it did.
+    Recorded(f64),
+    /// A goal: at most so much, in instructions or in percent of the other row.
+    AtMost(f64),
+    AtMostPercent(f64),
+}
+
+/// In the place of the other row.
+const NOTHING: &str = "-";
+
+/// One line of the record.
 struct Difference<'a> {
     host: &'a str,
     more: &'a str,
     less: &'a str,
-    wanted: f64,
+    wanted: Wanted,
 }
 
 impl<'a> Difference<'a> {
     fn parse(line: &'a str) -> Option<Self> {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let [host, more, less, wanted] = words[..] else {
-            return None;
+        let (&[host, more, less], wanted) = words.split_first_chunk()?;
+        let wanted = match *wanted {
+            [recorded] => Wanted::Recorded(recorded.parse().ok()?),
+            ["at-most", limit] => match limit.strip_suffix('%') {
+                Some(percent) => Wanted::AtMostPercent(percent.parse().ok()?),
+                None => Wanted::AtMost(limit.parse().ok()?),
+            },
+            _ => return None,
         };
-        let wanted = wanted.parse().ok()?;
         Some(Difference {
             host,
             more,
@@ -122,50 +140,83 @@ impl<'a> Difference<'a> {
         })
     }
 
-    fn found(&self, table: &Table) -> Option<f64> {
-        Some(table.get(self.more)? - table.get(self.less)?)
+    /// What the table says, and whether that is what is wanted; `None` if it lacks a row.
+    fn found(&self, table: &Table) -> Option<(f64, bool)> {
+        let less = match self.less {
+            NOTHING => &0.0,
+            row => table.get(row)?,
+        };
+        let found = table.get(self.more)? - less;
+        let fits = match self.wanted {
+            Wanted::Recorded(recorded) => (found - recorded).abs() <= TOLERANCE,
+            Wanted::AtMost(limit) => found <= limit,
+            Wanted::AtMostPercent(percent) => found <= less * percent / 100.0,
+        };
+        Some((found, fits))
+    }
+}
+
+impl fmt::Display for Wanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Wanted::Recorded(recorded) => write!(f, "recorded {recorded:>8.1}"),
+            Wanted::AtMost(limit) => write!(f, "at most {limit:>9.1}"),
+            Wanted::AtMostPercent(percent) => write!(f, "at most {percent:>7} %"),
+        }
     }
 }
 
 pub fn gate(record: &Path, host: &str, path: &Path, update: bool) -> Result<bool> {
     let text = read(record)?;
-    let table = table(path)?;
+    let (output, updated, good) = compare_with_record(&text, host, &table(path)?, update);
+    print!("{output}");
+    if update && updated != text {
+        write(record, &updated)?;
+    }
+    Ok(good)
+}
+
+/// What the table is like beside the record, the record with the table's numbers, and whether
+/// the table is as the record wants it, which is to be renewed or not.
+fn compare_with_record(
+    text: &str,
+    host: &str,
+    table: &Table,
+    renew: bool,
+) -> (String, String, bool) {
+    let mut output = String::new();
+    let mut updated = String::new();
     let mut good = true;
     let mut seen = false;
-    let mut updated = String::new();
     for line in text.lines() {
         let difference = Difference::parse(line).filter(|difference| difference.host == host);
         let Some(difference) = difference.filter(|_| !line.starts_with('#')) else {
-            writeln!(updated, "{line}").expect("no error in memory");
+            updated += &format!("{line}\n");
             continue;
         };
         let Difference {
             more, less, wanted, ..
         } = difference;
         seen = true;
-        let Some(found) = difference.found(&table) else {
-            println!("{more} less {less}: the table lacks one of them");
+        let Some((found, fits)) = difference.found(table) else {
+            output += &format!("{more} less {less}: the table lacks one of them\n");
             good = false;
-            writeln!(updated, "{line}").expect("no error in memory");
+            updated += &format!("{line}\n");
             continue;
         };
-        let fits = (found - wanted).abs() <= TOLERANCE;
-        good &= fits || update;
-        println!(
-            "{:<52} {found:>8.1}, recorded {wanted:>8.1}{}",
-            format!("{more} less {less}"),
-            if fits { "" } else { "  FAILED" }
-        );
-        writeln!(updated, "{host:<16} {more:<24} {less:<24} {found:>7.1}")
-            .expect("no error in memory");
+        good &= fits || renew && matches!(wanted, Wanted::Recorded(_));
+        let verdict = if fits { "" } else { "  FAILED" };
+        let what = format!("{more} less {less}");
+        output += &format!("{what:<52} {found:>8.1}, {wanted}{verdict}\n");
+        updated += &match wanted {
+            Wanted::Recorded(_) => format!("{host:<16} {more:<24} {less:<24} {found:>7.1}\n"),
+            _ => format!("{line}\n"),
+        };
     }
     if !seen {
-        println!("no record of {host}");
+        output += &format!("no record of {host}\n");
     }
-    if update && updated != text {
-        write(record, &updated)?;
-    }
-    Ok(good && seen)
+    (output, updated, good && seen)
 }
 
 #[cfg(test)]
@@ -204,12 +255,48 @@ mod tests {
 
     #[test]
     fn differences() {
-        let line = "x86_64 ebpf-write ioeventfd-write 99";
+        let table = parse("ebpf-write 3840\nioeventfd-write 3781");
+        let found = |wanted| {
+            let line = format!("x86_64 ebpf-write ioeventfd-write {wanted}");
+            Difference::parse(&line).unwrap().found(&table)
+        };
+        for (wanted, fits) in [
+            ("79", true),
+            ("39", true),
+            ("38", false),
+            ("80", false),
+            ("at-most 59", true),
+            ("at-most 58", false),
+            ("at-most 2%", true),
+            ("at-most 1.5%", false),
+        ] {
+            assert_eq!(found(wanted), Some((59.0, fits)), "{wanted}");
+        }
+        let line = "x86_64 ebpf-write ioeventfd-write 59";
         let difference = Difference::parse(line).unwrap();
-        let table = parse("ebpf-write 3880\nioeventfd-write 3781");
-        assert_eq!((difference.host, difference.wanted), ("x86_64", 99.0));
-        assert_eq!(difference.found(&table), Some(99.0));
         assert_eq!(difference.found(&parse("ebpf-write 1")), None);
+        let difference = Difference::parse("x86_64 ebpf-write - at-most 3839").unwrap();
+        assert_eq!(difference.found(&table), Some((3840.0, false)));
+        assert!(Difference::parse("x86_64 a b at-least 3").is_none());
         assert!(Difference::parse("# of something").is_none());
+    }
+
+    #[test]
+    fn a_record_is_renewed_but_for_its_goals() {
+        let record = "# of x\nx a b 99\nx a b at-most 10\ny a b 1\n";
+        let table = parse("a 60\nb 40");
+        let (_, updated, good) = compare_with_record(record, "x", &table, true);
+        let line = format!("{:<16} {:<24} {:<24} {:>7.1}", "x", "a", "b", 20.0);
+        assert_eq!(
+            updated,
+            format!("# of x\n{line}\nx a b at-most 10\ny a b 1\n")
+        );
+        assert!(!good);
+        let good = |record, host, renew| compare_with_record(record, host, &table, renew).2;
+        assert!(good("x a b 20\nx a b at-most 20\n", "x", false));
+        assert!(!good("x a b 99\nx a b at-most 20\n", "x", false));
+        assert!(good("x a b 99\nx a b at-most 20\n", "x", true));
+        assert!(!good("x a b 20\nx a c at-most 20\n", "x", true));
+        assert!(!good(record, "z", true));
     }
 }

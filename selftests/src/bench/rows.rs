@@ -195,11 +195,15 @@ pub fn all() -> Vec<Row> {
     );
 
     let least = Handler::Program(Program::Smallest);
+    let sleepable = Handler::Program(Program::Sleepable);
+    let count = Handler::Program(Program::Count);
     let nobody = Handler::Ioeventfd { waiter: false };
     for &machine in Machine::ALL {
         for (name, what, handler, direction) in [
             ("ebpf-write", "the smallest program", least, Write),
             ("ebpf-read", "the same, and it answers", least, Read),
+            ("ebpf-write-sleepable", "it may sleep", sleepable, Write),
+            ("ebpf-write-count", "it counts in an array", count, Write),
             ("ioeventfd-write", "an eventfd, nobody waits", nobody, Write),
             ("user-write", "a loop around KVM_RUN", Handler::User, Write),
             ("user-read", "a loop around KVM_RUN", Handler::User, Read),
@@ -208,12 +212,6 @@ pub fn all() -> Vec<Row> {
         }
     }
     for (name, what, program, direction) in [
-        (
-            "ebpf-write-sleepable",
-            "it may sleep",
-            Program::Sleepable,
-            Write,
-        ),
         (
             "ebpf-read-sleepable",
             "it may sleep",
@@ -230,12 +228,6 @@ pub fn all() -> Vec<Row> {
             "ebpf-write-hash",
             "it looks into a hash table",
             Program::Hash,
-            Write,
-        ),
-        (
-            "ebpf-write-count",
-            "it counts in an array",
-            Program::Count,
             Write,
         ),
         (
@@ -454,15 +446,11 @@ impl Row {
             Machine::Unpaged => Guest::new().without_paging(),
         };
         let handler = self.plug(&guest)?;
-        let loops = (0..vcpus)
-            .map(|id| {
-                let vcpu = match self.machine {
-                    Machine::Irqchip => guest.vcpu_with_interrupts(),
-                    _ => guest.vcpu(id),
-                };
-                self.loop_of(vcpu)
-            })
-            .collect();
+        let mut vcpus: Vec<_> = (0..vcpus).map(|id| guest.vcpu(id)).collect();
+        if self.machine == Machine::Irqchip {
+            vcpus.iter_mut().for_each(|vcpu| guest.connect(vcpu));
+        }
+        let loops = vcpus.into_iter().map(|vcpu| self.loop_of(vcpu)).collect();
         Ok(Case {
             loops,
             _handler: handler,

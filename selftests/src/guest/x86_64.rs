@@ -6,8 +6,8 @@ use std::arch::global_asm;
 use std::slice;
 
 use kvm_bindings::{
-    KVM_EXIT_IO_IN, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting,
-    kvm_irq_routing_entry, kvm_regs, kvm_run, kvm_segment,
+    KVM_EXIT_IO_IN, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE,
+    KvmIrqRouting, kvm_irq_routing_entry, kvm_mp_state, kvm_regs, kvm_run, kvm_segment,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
@@ -423,6 +423,11 @@ impl Irqchip {
         const SPURIOUS_VECTOR: u64 = 0xfee0_00f0;
         const ENABLE: u64 = 0x1ff;
 
+        // All but the first would wait for the first to start them.
+        let runnable = kvm_mp_state {
+            mp_state: KVM_MP_STATE_RUNNABLE,
+        };
+        vcpu.fd.set_mp_state(runnable).expect("KVM_SET_MP_STATE");
         vcpu.write(SPURIOUS_VECTOR, 4, ENABLE);
     }
 

@@ -80,6 +80,18 @@ impl Bus {
         self.0.insert(at.unwrap_or(self.0.len()), (new, eventfd));
     }
 
+    /// Whether none of the ranges overlap, but for those that are equal: then KVM searches by their
+    /// starts, and must find the same.
+    fn is_disjoint(&self) -> bool {
+        self.0.windows(2).all(|pair| {
+            let [(prev, _), (next, _)] = pair else {
+                return true;
+            };
+            prev.addr + prev.len().max(1) <= next.addr
+                || (prev.addr, prev.len()) == (next.addr, next.len())
+        })
+    }
+
     /// Which eventfd a write signals.
     fn write(&self, addr: u64, len: u64, value: u64) -> Option<usize> {
         let order = |at: usize| {
@@ -130,23 +142,34 @@ fn next(state: &mut u64, limit: u64) -> u64 {
 }
 
 fn writes_go_where_the_model_says() {
-    const ROUNDS: u64 = 12;
+    const ROUNDS: u64 = 24;
     const SLOTS: u64 = 6;
 
     let mut state = 1;
     let (mut signalled, mut shadowed) = (0, 0);
+    // How many buses there were whose ranges overlap, and whose do not.
+    let mut buses = [0, 0];
     for round in 0..ROUNDS {
         let guest = Guest::new();
         let mut vcpu = guest.vcpu(0);
         let mut bus = Bus::default();
         let mut eventfds = Vec::new();
+        let apart = round % 2 == 1;
+        // Those at one address have one length where none may overlap another.
+        let kinds: Vec<_> = (0..SLOTS).map(|_| next(&mut state, 3)).collect();
         for _ in 0..16 {
+            let slot = next(&mut state, SLOTS);
+            let (kind, width) = match apart {
+                true => (kinds[slot as usize], 8),
+                false => (next(&mut state, 3), 4),
+            };
+            let value = 1 + next(&mut state, 2);
             let range = Range {
-                addr: ADDR + 4 * next(&mut state, SLOTS),
-                r#match: match next(&mut state, 5) {
+                addr: ADDR + width * slot,
+                r#match: match kind {
                     0 => Match::Any,
-                    value @ (1 | 2) => Match::U32(value as u32),
-                    value => Match::U64(value - 2),
+                    1 => Match::U32(value as u32),
+                    _ => Match::U64(value),
                 },
             };
             let eventfd = EventFd::new(EFD_NONBLOCK).expect("eventfd");
@@ -158,9 +181,10 @@ fn writes_go_where_the_model_says() {
                 eventfds.push(eventfd);
             }
         }
-        for slot in 0..=SLOTS {
+        buses[usize::from(bus.is_disjoint())] += 1;
+        for word in 0..=2 * SLOTS {
             for (len, value) in [(1, 1), (2, 1), (4, 1), (4, 2), (8, 1), (8, 2)] {
-                let addr = ADDR + 4 * slot;
+                let addr = ADDR + 4 * word;
                 let wanted = bus.write(addr, len, value);
                 signalled += u64::from(wanted.is_some());
                 let there = bus.0.iter().any(|(range, _)| range.takes(addr, len, value));
@@ -170,8 +194,12 @@ fn writes_go_where_the_model_says() {
         }
     }
     // The search is by halves, which ranges that overlap are not made for.
-    assert!(signalled > 100, "wanted more than {signalled} signals");
+    assert!(signalled > 200, "wanted more than {signalled} signals");
     assert!(shadowed > 0, "wanted a range that is not found, got none");
+    assert!(
+        buses.iter().all(|&count| count >= ROUNDS / 3),
+        "wanted buses of both kinds, got {buses:?}"
+    );
 }
 
 #[track_caller]

@@ -7,6 +7,7 @@
 use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
+use kvm_bindings::kvm_enable_cap;
 use kvm_bpf::{Image, ImageDevice, NoSlot, OnLoss, OpenImage, image};
 use kvm_bpf_selftests::bpf::{Census, RunCounts};
 use kvm_bpf_selftests::guest::{Args, Exit, Guest, Routine, Vcpu, mask};
@@ -14,6 +15,7 @@ use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env, skip, unpau
 use kvm_bpf_selftests::programs::{loaded, plug, sample, test_image, test_path};
 use kvm_ioctls::VmFd;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use vmm_sys_util::errno;
 
 use super::{ADDR, PATTERN, SIZE};
 
@@ -30,6 +32,7 @@ tests!(
     the_host_decides,
     #[cfg(target_arch = "aarch64")]
     protected_guests_have_none,
+    tagged_guests_have_none,
 );
 
 /// The slot of the guest's RAM is 0.
@@ -446,6 +449,12 @@ fn wrong_maps_are_refused() {
         Err(image::Error::MapReadPage { map, .. }) if map == "locked" => {}
         result => panic!("locked: wanted MapReadPage, got {result:?}"),
     }
+    // A host without slots would have nothing for loads.
+    match test_image("page_unread").load() {
+        Err(image::Error::ReadPage { map, why })
+            if map == "page" && why.starts_with("no read program") => {}
+        result => panic!("wanted a read program to be missing, got {result:?}"),
+    }
 }
 
 /// Where no slot can be the library says why, and the read program gives the values.
@@ -521,4 +530,25 @@ fn protected_guests_have_none() {
         (page.slot(), page.why_no_slot()),
         (None, why.as_ref().err())
     );
+}
+
+/// Memory of a map has no tags, which all memory of such a guest must have.
+fn tagged_guests_have_none() {
+    const KVM_CAP_ARM_MTE: u32 = 205;
+
+    let guest = Guest::new();
+    let cap = kvm_enable_cap {
+        cap: KVM_CAP_ARM_MTE,
+        ..Default::default()
+    };
+    if !cfg!(target_arch = "aarch64") || guest.vm().enable_cap(&cap).is_err() {
+        skip("the host has no memory tags");
+    }
+    let mut device = plug(guest.vm(), ADDR, sample("pagebank"));
+    let why = device.set_read_page(guest.vm(), 0, SLOT);
+    let errno = errno::Error::new(libc::EINVAL);
+    assert_got!(why, Err(NoSlot::Refused { slot: SLOT, errno }));
+    let why = device.read_pages()[0].why_no_slot().expect("no reason");
+    assert!(why.to_string().contains("tagging"), "{why}");
+    assert_got!(value(&mut guest.vcpu(0), ID, 8), identity(1));
 }

@@ -9,7 +9,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use Reg::{R0, R1, R2, R6, R7};
 use kvm_bpf::uapi::{
@@ -999,11 +999,17 @@ impl Cgroup {
 
     /// How long its threads have run, in microseconds.
     fn used(&self) -> u64 {
+        self.stat("usage_usec ")
+    }
+
+    #[track_caller]
+    fn stat(&self, name: &str) -> u64 {
         let stat = self.read("cpu.stat");
         let mut lines = stat.lines();
-        let used = lines.find_map(|line| line.strip_prefix("usage_usec "));
-        used.and_then(|used| used.parse().ok())
-            .unwrap_or_else(|| panic!("wanted usage_usec, got {stat:?}"))
+        let number = lines.find_map(|line| line.strip_prefix(name));
+        number
+            .and_then(|number| number.parse().ok())
+            .unwrap_or_else(|| panic!("wanted {name}, got {stat:?}"))
     }
 }
 
@@ -1064,6 +1070,22 @@ fn thread_is_in_the_vmms_cgroup() {
             "weights {weights:?}: wanted {wanted:?} percent for the device, got {percent}"
         );
     }
+
+    // Nor is it more than a quota, however great the weight.
+    let throttled = || vmm.stat("nr_throttled ");
+    let throttled_before = throttled();
+    vmm.write("cpu.max", "20000 100000");
+    wait_for("the thread to be throttled", true, || {
+        throttled() > throttled_before
+    });
+    let (before, start) = (vmm.used(), Instant::now());
+    thread::sleep(Duration::from_secs(2));
+    let percent = 100 * u128::from(vmm.used() - before) / start.elapsed().as_micros();
+    assert!(
+        (10..30).contains(&percent),
+        "wanted the device to have 20 percent of a CPU, got {percent}"
+    );
+    vmm.write("cpu.max", "max");
 
     vmm.write("cgroup.freeze", 1);
     wait_for("the cgroup to stop", true, || {
