@@ -2,7 +2,7 @@
 
 //! A plugin of QEMU's translator: counts what the emulated machine executes, or what it stores.
 //!
-//! Built by `scripts/profile` with rustc alone. `kvm-bpf-bench --profile` and `--shared` tell it
+//! Built by `scripts/cost` with rustc alone. `kvm-bpf-bench --profile` and `--shared` tell it
 //! with instructions of their own ([`Marker`]) when to begin and to end.
 //!
 //! Arguments: `out=FILE`, and `stores=on` to look at stores instead of at instructions. The file
