@@ -88,9 +88,11 @@ pub enum Handler {
         offset: u64,
         user: bool,
     },
-    /// The loop around `KVM_RUN`, which has a program run by an eventfd, on the device's thread, and
-    /// waits for its interrupt.
-    Work,
+    /// The loop around `KVM_RUN`, which wakes up a thread by an eventfd and waits for another one:
+    /// the device's, on which a program runs, or one of ours.
+    RoundTrip {
+        device: bool,
+    },
     /// The device of `Documentation/choosing.md`, with an interrupt or without.
     Echo {
         server: Server,
@@ -305,8 +307,21 @@ pub fn all() -> Vec<Row> {
         };
         add(name, what, doorbell, direction, Machine::Plain);
     }
-    let what = "user space, which has a program run on the device's thread and waits for it";
-    add("work-round-trip", what, Handler::Work, Read, Machine::Plain);
+    for (name, what, device) in [
+        (
+            "work-round-trip",
+            "user space, which has a program run on the device's thread and waits for it",
+            true,
+        ),
+        (
+            "thread-round-trip",
+            "the same with a thread of its own",
+            false,
+        ),
+    ] {
+        let handler = Handler::RoundTrip { device };
+        add(name, what, handler, Read, Machine::Plain);
+    }
     for (name, what, handler) in echo::rows().chain(request::rows()) {
         add(name, what, handler, Write, Machine::Plain);
     }
@@ -415,7 +430,7 @@ impl Row {
     pub fn default_accesses(&self) -> u64 {
         match self.handler {
             // More than half of the rounds have no tick of the host's clock within.
-            Handler::Work | Handler::Echo { .. } | Handler::Request { .. }
+            Handler::RoundTrip { .. } | Handler::Echo { .. } | Handler::Request { .. }
                 if host::counts_instructions() =>
             {
                 host::default_accesses() / 10
@@ -428,7 +443,7 @@ impl Row {
     pub fn set_up(&self, vcpus: u32) -> Result<Case, String> {
         let has_own_guest = matches!(
             self.handler,
-            Handler::Echo { .. } | Handler::Request { .. } | Handler::Work
+            Handler::Echo { .. } | Handler::Request { .. } | Handler::RoundTrip { .. }
         );
         if has_own_guest && vcpus != 1 {
             return Err("its guest has one vCPU".to_string());
@@ -436,7 +451,7 @@ impl Row {
         match self.handler {
             Handler::Echo { server, irq } => return Ok(echo::set_up(server, irq)),
             Handler::Request { way, at_once } => return Ok(request::set_up(way, at_once)),
-            Handler::Work => return set_up_work(),
+            Handler::RoundTrip { device } => return set_up_round_trip(device),
             _ => (),
         }
         let guest = match self.machine {
@@ -501,7 +516,8 @@ impl Row {
                 let eventfd = EventFd::new(0).expect("eventfd");
                 register(guest, &eventfd, &IoEventAddress::Mmio(ADDR));
                 if waiter {
-                    Box::new(Waiter::new(eventfd))
+                    // It runs at once on one CPU, too, and always.
+                    Box::new(Waiter::new(eventfd, run_at_once, || ()))
                 } else {
                     Box::new(eventfd)
                 }
@@ -549,7 +565,7 @@ impl Row {
                 Box::new(device)
             }
             Handler::Sample { user: true, .. } | Handler::User | Handler::Exit => Box::new(()),
-            Handler::Work | Handler::Echo { .. } | Handler::Request { .. } => {
+            Handler::RoundTrip { .. } | Handler::Echo { .. } | Handler::Request { .. } => {
                 unreachable!("it has a guest of its own")
             }
         })
@@ -606,16 +622,29 @@ impl Row {
 }
 
 /// Reads that are served by a program on the device's thread, by two eventfds.
-fn set_up_work() -> Result<Case, String> {
+fn set_up_round_trip(by_device: bool) -> Result<Case, String> {
     let guest = Guest::new();
-    let device = device::Device::new(guest.vm());
-    let mut insns = signal_insns()?;
-    insns.extend(ret(0));
-    let prog = Prog::load(ProgType::WORK, &insns);
     let eventfd = || EventFd::new(0).expect("eventfd");
     let (wake, done) = (eventfd(), eventfd());
-    device.set_irq(0, done.as_raw_fd());
-    device.set_work(0, &work(Some(&prog), Some(&wake)));
+    let clone = |eventfd: &EventFd| eventfd.try_clone().expect("a clone of an eventfd");
+    let other: Box<dyn Any> = if by_device {
+        let device = device::Device::new(guest.vm());
+        let mut insns = signal_insns()?;
+        insns.extend(ret(0));
+        let prog = Prog::load(ProgType::WORK, &insns);
+        device.set_irq(0, done.as_raw_fd());
+        device.set_work(0, &work(Some(&prog), Some(&wake)));
+        Box::new(device)
+    } else {
+        let done = clone(&done);
+        Box::new(Waiter::new(
+            clone(&wake),
+            || (),
+            move || {
+                done.write(1).expect("signalling an eventfd");
+            },
+        ))
+    };
     let serve = move |access: Access<'_>| {
         wake.write(1).expect("signalling an eventfd");
         done.read().expect("waiting for an eventfd");
@@ -626,7 +655,7 @@ fn set_up_work() -> Result<Case, String> {
         ..Default::default()
     };
     let target = Loop::new(guest.vcpu(0), Routine::ReadLoop, args, Box::new(serve));
-    Ok(Case::new(target, Box::new(device), guest, None))
+    Ok(Case::new(target, other, guest, None))
 }
 
 /// Gives every read the same answer.
@@ -732,8 +761,7 @@ fn load_sample(guest: &Guest, name: &str) -> ImageDevice {
     ImageDevice::new(device, Place::Memory(ADDR), image).expect("a sample device")
 }
 
-/// A thread that waits for an eventfd again and again, and runs as soon as it is signalled: on one
-/// CPU, too, and always.
+/// A thread that waits for an eventfd, and then does something, again and again.
 struct Waiter {
     eventfd: Arc<EventFd>,
     over: Arc<AtomicBool>,
@@ -741,15 +769,16 @@ struct Waiter {
 }
 
 impl Waiter {
-    fn new(eventfd: EventFd) -> Self {
+    fn new(eventfd: EventFd, first: fn(), then: impl Fn() + Send + 'static) -> Self {
         let eventfd = Arc::new(eventfd);
         let over = Arc::new(AtomicBool::new(false));
         let thread = {
             let (eventfd, over) = (Arc::clone(&eventfd), Arc::clone(&over));
             thread::spawn(move || {
-                run_at_once();
+                first();
                 while !over.load(Ordering::Relaxed) {
                     eventfd.read().expect("read of an eventfd");
+                    then();
                 }
             })
         };
