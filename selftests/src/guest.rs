@@ -68,6 +68,9 @@ pub enum Routine {
     AwaitInterrupts = 11,
     /// Counts an interrupt and writes `pair.1` to address `pair.0`, if not 0.
     InterruptHandler = 12,
+    /// Makes the call `value` of the hypervisor with one argument, `addr`.
+    #[cfg(target_arch = "aarch64")]
+    Call = 13,
     /// Reads 4 bytes, and has an exception whose stack is there.
     #[cfg(target_arch = "x86_64")]
     ExceptionOnStack = 13,
@@ -420,6 +423,19 @@ impl Guest {
     /// The same, for a thread that may not open `/dev/kvm` itself.
     pub fn on(kvm: Kvm) -> Self {
         let vm = arch::create_vm(&kvm);
+        Self::of(kvm, vm)
+    }
+
+    /// One whose memory is taken from the host page by page, as the guest touches it: then the host
+    /// may not touch it. Ends the test as ignored where the host has no such guests.
+    #[cfg(target_arch = "aarch64")]
+    pub fn protected() -> Self {
+        let kvm = Kvm::new().expect("open /dev/kvm");
+        let vm = arch::create_protected_vm(&kvm);
+        Self::of(kvm, vm)
+    }
+
+    fn of(kvm: Kvm, vm: VmFd) -> Self {
         let ram = Arc::new(Ram::new());
         arch::prepare_ram(&ram);
         ram.write(CODE as usize, code());
@@ -680,6 +696,33 @@ impl Vcpu {
             other => panic!("{routine:?} {args:x?}: wanted ports, got {other:x?}"),
         });
         (results, exits)
+    }
+
+    /// Has a protected guest give the host access to a page of its memory.
+    #[cfg(target_arch = "aarch64")]
+    #[track_caller]
+    pub fn share_page(&mut self, addr: u64) {
+        self.hypercall(arch::MEM_SHARE, addr);
+    }
+
+    /// And take it back.
+    #[cfg(target_arch = "aarch64")]
+    #[track_caller]
+    pub fn unshare_page(&mut self, addr: u64) {
+        self.hypercall(arch::MEM_UNSHARE, addr);
+    }
+
+    #[cfg(target_arch = "aarch64")]
+    #[track_caller]
+    fn hypercall(&mut self, value: u64, addr: u64) {
+        let args = Args {
+            value,
+            addr,
+            ..Default::default()
+        };
+        let (results, exits) = self.call(Routine::Call, args);
+        let got = (results.value as i64, exits);
+        assert_eq!(got, (0, vec![]), "call {value:#x} with {addr:#x}");
     }
 
     /// How often the vCPU has left the guest so far, for whatever reason.

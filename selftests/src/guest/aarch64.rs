@@ -3,6 +3,7 @@
 //! The bare guest on arm64: EL1, MMU off, so that every address without RAM is a device.
 
 use std::arch::{asm, global_asm};
+use std::fs;
 
 use kvm_bindings::{
     KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
@@ -12,7 +13,7 @@ use kvm_bindings::{
 use kvm_ioctls::{DeviceFd, Kvm, VcpuExit, VcpuFd, VmFd};
 
 use super::{Args, CODE, Ram, Results, Routine};
-use crate::harness::Errno;
+use crate::harness::{Errno, skip};
 
 // x0 = value, x1 = address, x2 = count, x3 and x4 = expected or acknowledge, x5 = where to say
 // "done". Registers of the GIC's CPU interface are named by their encoding.
@@ -103,6 +104,9 @@ kvm_bpf_guest:
         str x4, [x3]
 2:      msr s3_0_c12_c12_1, x6  // ICC_EOIR1_EL1
 3:      eret
+    routine 13      // a call: x0 is the function, x1 the argument
+        hvc #0
+        done
     routine 27      // loop of the call that always exits: SMCCC_VERSION
         mov x19, x2
 2:      mov w0, #0x80000000
@@ -197,6 +201,11 @@ kvm_bpf_guest_end:
 /// An address that no test gives a device: a store there ends a routine.
 const DONE: u64 = 0xf000_0000;
 
+/// Calls of a protected guest, `ARM_SMCCC_VENDOR_HYP_KVM_MEM_SHARE_FUNC_ID` and its opposite; the
+/// argument is the address of a page.
+pub(super) const MEM_SHARE: u64 = 0xc600_0003;
+pub(super) const MEM_UNSHARE: u64 = 0xc600_0004;
+
 /// `KVM_REG_ARM64 | KVM_REG_SIZE_U64 | KVM_REG_ARM_CORE`; the index counts 32-bit words.
 const CORE_REGISTER: u64 = 0x6030_0000_0010_0000;
 const PC: u64 = 32;
@@ -209,6 +218,22 @@ const IRQ_VECTOR: u64 = VECTORS + 0x280;
 /// which takes KVM seconds to take down under emulation.
 pub(super) fn create_vm(kvm: &Kvm) -> VmFd {
     kvm.create_vm_with_type(0).expect("KVM_CREATE_VM")
+}
+
+/// The same for a protected guest, which only hosts in protected mode have.
+pub(super) fn create_protected_vm(kvm: &Kvm) -> VmFd {
+    /// `KVM_VM_TYPE_ARM_PROTECTED`.
+    const PROTECTED: u64 = 1 << 31;
+
+    let words = fs::read_to_string("/proc/cmdline").expect("the kernel's command line");
+    let has_them = words.contains("kvm-arm.mode=protected");
+    match kvm.create_vm_with_type(PROTECTED) {
+        Ok(vm) => vm,
+        Err(error) if error.errno() == libc::EINVAL && !has_them => {
+            skip("the host has no protected guests")
+        }
+        Err(error) => panic!("KVM_CREATE_VM of a protected guest: {error}"),
+    }
 }
 
 /// Writes the one exception vector that is used: a branch to its routine.

@@ -26,6 +26,11 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
 
 use super::{ADDR, assert_errno, element};
+#[cfg(target_arch = "aarch64")]
+use protected::{protected_guest_shares_a_page, protected_guest_shares_while_programs_access};
+
+#[cfg(target_arch = "aarch64")]
+mod protected;
 
 tests!(
     bad_arguments,
@@ -46,6 +51,10 @@ tests!(
     slots_that_come_and_go,
     dirty_pages_are_marked,
     dirty_rings_without_bitmaps,
+    #[cfg(target_arch = "aarch64")]
+    protected_guest_shares_a_page,
+    #[cfg(target_arch = "aarch64")]
+    protected_guest_shares_while_programs_access,
     random_bytes,
 );
 
@@ -178,7 +187,10 @@ struct Setup {
 impl Setup {
     /// With so many pages at [`START`], in one slot, and no window.
     fn new(object: &str, pages: usize) -> Self {
-        let guest = Guest::new();
+        Self::of(Guest::new(), object, pages)
+    }
+
+    fn of(guest: Guest, object: &str, pages: usize) -> Self {
         let pages = Pages::new(pages);
         pages.slot(&guest, 1, 0, START, 0, pages.len);
         let device = plug(guest.vm(), ADDR, test_image(object));

@@ -512,18 +512,11 @@ fn the_host_decides() {
     assert_got!(value(&mut vcpu, ID, 8), identity(1));
 }
 
-/// Type of a protected guest's VM.
-#[cfg(target_arch = "aarch64")]
-const PROTECTED: u64 = 1 << 31;
-
 #[cfg(target_arch = "aarch64")]
 fn protected_guests_have_none() {
-    let kvm = kvm_ioctls::Kvm::new().expect("open /dev/kvm");
-    let Ok(vm) = kvm.create_vm_with_type(PROTECTED) else {
-        skip("the host has no protected guests");
-    };
-    let mut device = plug(&vm, ADDR, sample("pagebank"));
-    let why = device.set_read_page(&vm, 0, SLOT);
+    let guest = Guest::protected();
+    let mut device = plug(guest.vm(), ADDR, sample("pagebank"));
+    let why = device.set_read_page(guest.vm(), 0, SLOT);
     assert_got!(why, Err(NoSlot::NoReadOnlyMemory));
     let page = &device.read_pages()[0];
     assert_got!(

@@ -33,6 +33,8 @@ tests!(
     reset_forgets_all,
     reset_in_the_middle,
     bad_rings_need_a_reset,
+    #[cfg(target_arch = "aarch64")]
+    what_a_protected_guest_shares_is_enough,
     random_rings_as_the_model_says,
     two_vcpus_lose_no_request,
     the_rest_of_a_budget_is_done_later,
@@ -309,7 +311,10 @@ struct Setup {
 
 impl Setup {
     fn new(image: OpenImage) -> Self {
-        let guest = Guest::new();
+        Self::of(Guest::new(), image)
+    }
+
+    fn of(guest: Guest, image: OpenImage) -> Self {
         let pages = Pages::new(PAGES);
         pages.fill(std::iter::repeat(CANARY));
         pages.slot(&guest, 1, 0, START, 0, PAGES * PAGE);
@@ -968,6 +973,57 @@ fn reset_in_the_middle() {
     queue.offer(&setup.pages, 0);
     setup.registers.notify();
     assert_got!(queue.used(&setup.pages), [(0, 64)]);
+}
+
+/// A guest shares its rings and a buffer; a request with another buffer is a bad one, and so are
+/// rings that it does not share any more.
+#[cfg(target_arch = "aarch64")]
+fn what_a_protected_guest_shares_is_enough() {
+    const PRIVATE: usize = DATA + PAGE;
+    const UNTOUCHED: u64 = u64::from_ne_bytes([CANARY; 8]);
+
+    let mut setup = Setup::of(Guest::protected(), sample("virtio_rng"));
+    for page in (DESC..=PRIVATE).step_by(PAGE) {
+        let got = setup.registers.0.read(gpa(page), 8).value;
+        assert_got!(got, UNTOUCHED, "{page:#x}");
+        if page != PRIVATE {
+            setup.registers.0.share_page(gpa(page));
+        }
+    }
+    for buffer in [gpa(PRIVATE), gpa(PRIVATE) - 32] {
+        let mut queue = setup.start(8);
+        setup.interrupts();
+        queue.chain(&setup.pages, 0, &[(gpa(DATA), 64, true)]);
+        queue.offer(&setup.pages, 0);
+        setup.registers.notify();
+        assert_got!(queue.used(&setup.pages), [(0, 64)]);
+        assert_got!(setup.interrupts(), (1, RING));
+        let got = setup.registers.0.read(gpa(DATA), 8).value;
+        assert_got!(got.to_le_bytes(), setup.pages.bytes(DATA, 8)[..]);
+        assert_ne!(got, UNTOUCHED, "nothing has come");
+
+        queue.chain(&setup.pages, 1, &[(buffer, 64, true)]);
+        queue.offer(&setup.pages, 1);
+        setup.registers.notify();
+        assert_got!(queue.used(&setup.pages), [], "{buffer:#x}");
+        let status = setup.registers.get(STATUS);
+        assert_got!(status, good_status() | NEEDS_RESET, "{buffer:#x}");
+        assert_got!(setup.interrupts(), (1, CHANGED), "{buffer:#x}");
+        let got = setup.registers.0.read(gpa(PRIVATE), 8).value;
+        assert_got!(got, UNTOUCHED, "a buffer that is not shared");
+    }
+    // Without one of the rings it does nothing.
+    for ring in [DESC, USED] {
+        let mut queue = setup.start(8);
+        queue.chain(&setup.pages, 0, &[(gpa(DATA), 64, true)]);
+        queue.offer(&setup.pages, 0);
+        setup.registers.0.unshare_page(gpa(ring));
+        setup.registers.notify();
+        let status = setup.registers.get(STATUS);
+        assert_got!(status, good_status() | NEEDS_RESET, "{ring:#x}");
+        setup.registers.0.share_page(gpa(ring));
+        assert_got!(queue.used(&setup.pages), [], "{ring:#x}");
+    }
 }
 
 /// Rings that no driver makes, of both devices where it is theirs.
