@@ -605,6 +605,7 @@ impl Row {
                     serve = Box::new(move |access| match access {
                         Access::Read(addr, data) => model.read(0, addr - ADDR, data),
                         Access::Write(addr, data) => model.write(0, addr - ADDR, data),
+                        #[cfg(target_arch = "x86_64")]
                         access => panic!("wanted an access of memory, got {access:?}"),
                     });
                 }
