@@ -34,6 +34,8 @@ tests!(
     low_half_of_the_result_counts,
     memory_comes_first,
     rom_takes_loads_only,
+    #[cfg(target_arch = "aarch64")]
+    a_protected_guest_accesses_the_same,
     #[cfg(target_arch = "x86_64")]
     event_on_mmio_exits,
 );
@@ -52,7 +54,10 @@ fn setup(read: Option<&Prog>, write: Option<&Prog>) -> Setup {
 }
 
 fn setup_at(addr: u64, read: Option<&Prog>, write: Option<&Prog>) -> Setup {
-    let guest = Guest::new();
+    setup_on(Guest::new(), addr, read, write)
+}
+
+fn setup_on(guest: Guest, addr: u64, read: Option<&Prog>, write: Option<&Prog>) -> Setup {
     let vcpu = guest.vcpu(0);
     let device = Device::new(guest.vm());
     device.set_region(0, &region(addr, 2 * SIZE, read, write));
@@ -350,6 +355,43 @@ fn rom_takes_loads_only() {
     assert_got!(setup.vcpu.write(ADDR, 8, PATTERN), []);
     assert_got!(recorder.count(), 1, "runs of the programs");
     assert_read(&mut setup.vcpu, ADDR, 8, first, &[]);
+}
+
+/// Programs handle a protected guest's accesses, and user space those that they decline.
+#[cfg(target_arch = "aarch64")]
+fn a_protected_guest_accesses_the_same() {
+    for result in [0, 1] {
+        let (reads, writes) = (Recorder::new(), Recorder::new());
+        let mut setup = setup_on(
+            Guest::protected(),
+            ADDR,
+            Some(&reads.reads(PATTERN, result)),
+            Some(&writes.writes(result)),
+        );
+        for width in WIDTHS {
+            let (value, exits) = match result {
+                0 => (PATTERN, vec![]),
+                _ => (USER_ANSWER, vec![Exit::Read(ADDR, width)]),
+            };
+            assert_read(&mut setup.vcpu, ADDR, width, value & mask(width), &exits);
+            assert_got!(reads.of_len(width).count, 1, "{width}-byte reads");
+
+            let value = PATTERN & mask(width);
+            let exits = match result {
+                0 => vec![],
+                _ => vec![Exit::Write(ADDR + 8, width, value)],
+            };
+            assert_got!(setup.vcpu.write(ADDR + 8, width, PATTERN), exits);
+            let wanted = Record {
+                count: 1,
+                buf: value,
+                offset: 8,
+                len: width as u64,
+                vcpu_id: 0,
+            };
+            assert_got!(writes.of_len(width), wanted, "{width}-byte write");
+        }
+    }
 }
 
 /// A vCPU that pushes an exception's frame to MMIO exits to user space, also when KVM has seen the

@@ -43,6 +43,8 @@ tests!(
     only_our_programs_may_signal,
     context_cannot_be_forged,
     guest_takes_edge,
+    #[cfg(target_arch = "aarch64")]
+    protected_guest_takes_edge,
     guest_takes_level,
     guest_takes_msi,
     each_irq_has_its_line,
@@ -608,6 +610,15 @@ fn guest_takes_edge() {
         setup.guest.route_line(&mut vcpu, GSI, false);
         takes_each(&setup, &mut vcpu, GSI);
     }
+}
+
+#[cfg(target_arch = "aarch64")]
+fn protected_guest_takes_edge() {
+    let mut guest = Guest::protected();
+    guest.try_add_irqchip().expect("interrupt controllers");
+    let mut vcpu = guest.vcpu_with_interrupts();
+    guest.route_line(&mut vcpu, GSI, false);
+    takes_each(&Setup::on(guest, Prog::load), &mut vcpu, GSI);
 }
 
 /// The line stays up until the VMM has no more to deliver: it raises it again after each end of
