@@ -353,23 +353,24 @@ as_root() {
 
 is_static() { ! readelf -l "$1" 2>/dev/null | grep INTERP >/dev/null; }
 
-# find_busybox ARCH: a static busybox of the architecture: the one that
-# KVM_BPF_BUSYBOX names, the machine's own, or the distribution's.
-find_busybox() {
-	local arch=$1 own=$CACHE/busybox-$1 package=busybox-static deb
+# busybox_here ARCH: a static busybox of the architecture that is there already: the one
+# that KVM_BPF_BUSYBOX names, one that was found before, or the machine's own.
+busybox_here() {
 	if [[ -n ${KVM_BPF_BUSYBOX:-} ]]; then
 		say "$KVM_BPF_BUSYBOX"
-		return
-	fi
-	if [[ -x $own ]]; then
-		say "$own"
-		return
-	fi
-	if [[ $arch == "$(machine_arch)" ]]; then
-		if have busybox && is_static "$(command -v busybox)"; then
+	elif [[ -x $CACHE/busybox-$1 ]]; then
+		say "$CACHE/busybox-$1"
+	else
+		[[ $1 == "$(machine_arch)" ]] && have busybox && is_static "$(command -v busybox)" &&
 			command -v busybox
-			return
-		fi
+	fi
+}
+
+# find_busybox ARCH: the same, or the distribution's.
+find_busybox() {
+	local arch=$1 own=$CACHE/busybox-$1 package=busybox-static deb
+	busybox_here "$arch" && return
+	if [[ $arch == "$(machine_arch)" ]]; then
 		deb=$(apt_fetch "$CACHE/debs" "$package") || deb=
 	else
 		deb=$(APT_ARCH=$arch apt_fetch "$CACHE/debs" "$package" "$(os_release VERSION_CODENAME)") || deb=
