@@ -66,10 +66,49 @@ check_arch() {
 out_dir() { say "$CACHE/out/$1"; }
 kernel_dir() { say "$CACHE/out/$1-$2"; }
 
-# What takes long, in minutes on two processors: all that is fetched and installed
-# first, a kernel's first build, and that of the programs that run on it.
+# What takes long, in minutes on the two processors that CI has: all that is fetched and
+# installed first, a kernel's first build, and that of the programs that run on it.
 # shellcheck disable=SC2034
-FETCH_MINUTES=3 BUILD_MINUTES=15 DEBUG_BUILD_MINUTES=30 USER_MINUTES=2
+FETCH_MINUTES=3 BUILD_MINUTES=11 DEBUG_BUILD_MINUTES=30 USER_MINUTES=1
+
+# step WHAT MINUTES: a line of a plan, whose total is the caller's.
+step() {
+	say "  $1: $2 minute$( (($2 == 1)) || say s)"
+	total=$((total + $2))
+}
+
+# step_builds ARCH VARIANT: what will be built for a host, unless the caller has $seen it.
+step_builds() {
+	if [[ $seen != *" $1-$2 "* ]]; then
+		seen+="$1-$2 "
+		step_kernel "$1" "$2"
+	fi
+	if [[ $seen != *" $1-user "* ]]; then
+		seen+="$1-user "
+		[[ -d $(out_dir "$1")/bin ]] || step "user space for $1" $USER_MINUTES
+	fi
+}
+
+# step_kernel ARCH VARIANT: one that was built of something else than is there now needs
+# no more than a first build.
+step_kernel() {
+	local stamp what
+	stamp=$(kernel_dir "$1" "$2")/stamp
+	what="the $1 kernel ($2)"
+	if [[ -f $stamp ]]; then
+		[[ $(sed -n 2p "$stamp") != "$(kernel_recipe "$1" "$2")" ]] || return 0
+		what+=', as the series or its options have changed, at most'
+	fi
+	step "$what" "$(build_minutes "$2")"
+}
+
+build_minutes() { # VARIANT
+	if [[ $1 == debug ]]; then
+		say $DEBUG_BUILD_MINUTES
+	else
+		say $BUILD_MINUTES
+	fi
+}
 
 elapsed() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
 
@@ -230,6 +269,26 @@ series_sum() {
 	series_patches | while read -r patch; do
 		cat "$patch"
 	done | sha256sum | cut -d' ' -f1
+}
+
+# kernel_fragments ARCH VARIANT: the files of options that its configuration has.
+kernel_fragments() {
+	say "$TOP/Kconfig.fragment"
+	say "$TOP/Kconfig.$1"
+	if [[ $2 != default ]]; then
+		say "$TOP/Kconfig.$2"
+		[[ ! -f $TOP/Kconfig.$1-$2 ]] || say "$TOP/Kconfig.$1-$2"
+	fi
+}
+
+# kernel_recipe ARCH VARIANT: what this repository says of a kernel, in one number.
+kernel_recipe() {
+	local files
+	mapfile -t files < <(kernel_fragments "$1" "$2")
+	{
+		series_sum
+		cat "$TOP/patches/BASE" "${files[@]}"
+	} | sha256sum | cut -d' ' -f1
 }
 
 # The kernel tree's note of what was applied or exported: sum of the patches,
