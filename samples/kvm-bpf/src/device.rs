@@ -283,6 +283,9 @@ impl Device {
     /// in one step: each access runs the old ones or the new ones. The kernel
     /// keeps references of its own to the programs.
     ///
+    /// Then it waits until no vCPU runs the old programs, which may sleep: call it neither on a
+    /// thread that one of them waits for nor with a lock that such a thread wants.
+    ///
     /// Indices of regions at ports and at addresses are the same.
     pub fn set_region(
         &self,
@@ -312,6 +315,8 @@ impl Device {
     }
 
     /// Removes a region; accesses to its range exit to the VMM from then on.
+    ///
+    /// It waits as [`Self::set_region`] does.
     pub fn unset_region(&self, space: Space, index: u64) -> Result<()> {
         let none = kvm_bpf_user_region {
             addr: 0,
@@ -325,6 +330,9 @@ impl Device {
 
     /// Has an interrupt of the device signal `eventfd`, instead of an earlier one.
     ///
+    /// Where there was one, it waits until nobody signals that any more: for an RCU grace period,
+    /// but for no program that sleeps.
+    ///
     /// The device keeps the counter, not the file: where it is also an irqfd, keep `eventfd`
     /// open, as KVM ends an irqfd when its last file descriptor is closed.
     pub fn set_irq(&self, index: u64, eventfd: &EventFd) -> Result<()> {
@@ -336,7 +344,7 @@ impl Device {
             .map_err(|source| Error::SetIrq { index, source })
     }
 
-    /// Detaches an interrupt from its eventfd.
+    /// Detaches an interrupt from its eventfd. It waits as [`Self::set_irq`] does.
     pub fn unset_irq(&self, index: u64) -> Result<()> {
         let irq = kvm_bpf_user_irq {
             eventfd: -1,
@@ -348,7 +356,8 @@ impl Device {
 
     /// Lets the device's programs access guest memory, instead of an earlier window of that index.
     ///
-    /// A program's access has to lie inside one window. Programs that run see the one or the other.
+    /// A program's access has to lie inside one window. Programs that run see the one or the other;
+    /// it waits until those have ended that may see the old one, and they may sleep.
     pub fn set_window(&self, index: u64, window: Window) -> Result<()> {
         let right = |has, flag| if has { flag } else { 0 };
         let mem = kvm_bpf_user_mem {
@@ -369,7 +378,8 @@ impl Device {
             })
     }
 
-    /// Removes a window; when this returns, no program accesses it any more.
+    /// Removes a window; when this returns, no program accesses it any more. It waits as
+    /// [`Self::set_window`] does.
     pub fn unset_window(&self, index: u64) -> Result<()> {
         let none = kvm_bpf_user_mem::default();
         self.set_attr(KVM_DEV_BPF_ATTR_GROUP_MEM, index, &none)
@@ -381,6 +391,8 @@ impl Device {
     /// Set again with the same eventfd, the index goes over to the new program, and no signal is
     /// lost; with another one, signals that no program has seen yet are. The device takes the
     /// signals of the eventfd: nobody else may wait for it.
+    ///
+    /// It waits until the old program has ended where it runs.
     pub fn set_work(
         &self,
         index: u64,
@@ -501,6 +513,8 @@ impl ImageDevice {
     /// in `KVM_RUN`. When this returns, no callback of the old programs runs or is to run: the old
     /// WORK program `save`, and `replaced` or `restore` of the new ones, see to that.
     ///
+    /// It waits until no vCPU runs the old programs, as [`Device::set_region`] says.
+    ///
     /// On an error the device goes on as it was.
     pub fn replace(
         &mut self,
@@ -539,6 +553,8 @@ impl ImageDevice {
     ///
     /// Memory slots of read pages stay where the page's map is carried over. Of others they are
     /// taken away before and set with the new map after; in between, loads run the read program.
+    ///
+    /// It waits until no vCPU runs the old programs, as [`Device::set_region`] says.
     ///
     /// On an error the device goes on as it was, but for one of `replaced` or `restore` itself.
     pub fn swap(
