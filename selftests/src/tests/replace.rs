@@ -22,6 +22,7 @@ tests!(
     a_field_of_another_kind,
     one_field_more,
     other_flags,
+    another_extra,
     a_map_less,
     a_map_more,
     another_global_variable,
@@ -180,6 +181,38 @@ fn other_flags() {
     setup.assert_refused("carry_flags", "state", "flags 0x0, the new one flags 0x400");
     setup.assert_accepted("carry_flags", &["state"], &[]);
     setup.assert_state(1, &[FIRST, SECOND]);
+}
+
+/// What a map has beyond its sizes and flags, as the hashes of a filter: others would not find what
+/// it has.
+fn another_extra() {
+    const VALUE: u64 = 0x48;
+
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let mut device = plug(guest.vm(), ADDR, test_image("filter"));
+    let mut has = |wanted| {
+        let read = vcpu.read(ADDR + VALUE, 8);
+        assert_got!(
+            (read.value, read.exits),
+            (wanted, vec![]),
+            "seen {VALUE:#x}"
+        );
+        vcpu.write(ADDR, 8, VALUE)
+    };
+    assert_got!(has(0), []);
+    let changes = device.replace(test_image("filter"), OnLoss::Refuse, unpaused);
+    assert_got!(changes.expect("the same").carried, ["seen"], "carried");
+    assert_got!(has(1), []);
+    match device.replace(test_image("filter_hashes"), OnLoss::Refuse, unpaused) {
+        Err(Error::Image(image::Error::LostMap { map, why }))
+            if map == "seen" && why.contains("extra 0x3, the new one extra 0x5") => {}
+        result => panic!("wanted the number of hashes to be missed, got {result:#?}"),
+    }
+    assert_got!(has(1), []);
+    let changes = device.replace(test_image("filter_hashes"), OnLoss::Accept, unpaused);
+    assert_got!(changes.expect("accepted").fresh, ["seen"], "fresh");
+    assert_got!(has(0), []);
 }
 
 fn a_map_less() {
