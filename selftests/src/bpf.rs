@@ -52,6 +52,8 @@ const LDX_MEMSX: u8 = 0x81;
 const ST_MEM: u8 = 0x62;
 const STX_MEM: u8 = 0x63;
 const STX_ATOMIC: u8 = 0xc3;
+/// The kernel's own.
+const ST_NOSPEC: u8 = 0xc2;
 const ADD64_IMM: u8 = 0x07;
 const ADD64_REG: u8 = 0x0f;
 const SUB64_IMM: u8 = 0x17;
@@ -230,6 +232,11 @@ pub const fn call_helper(id: u32) -> Insn {
 /// Calls a kfunc of vmlinux.
 pub const fn call_kfunc(btf_id: i32) -> Insn {
     insn(CALL, R0, PSEUDO_KFUNC_CALL, 0, btf_id)
+}
+
+/// What the verifier puts where a CPU must not run ahead.  It takes none from a program.
+pub const fn speculation_barrier() -> Insn {
+    insn(ST_NOSPEC, R0, 0, 0, 0)
 }
 
 /// Returns `r0`.
