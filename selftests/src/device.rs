@@ -6,9 +6,10 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use kvm_bindings::{KVM_CREATE_DEVICE_TEST, kvm_create_device, kvm_device_attr};
 use kvm_bpf::uapi::{
-    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
-    KVM_DEV_BPF_ATTR_GROUP_RUN, KVM_DEV_BPF_ATTR_GROUP_WORK, KVM_DEV_TYPE_BPF, kvm_bpf_user_irq,
-    kvm_bpf_user_region, kvm_bpf_user_run, kvm_bpf_user_work,
+    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_MEM, KVM_DEV_BPF_ATTR_GROUP_PIO,
+    KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_BPF_ATTR_GROUP_RUN, KVM_DEV_BPF_ATTR_GROUP_WORK,
+    KVM_DEV_TYPE_BPF, kvm_bpf_user_irq, kvm_bpf_user_mem, kvm_bpf_user_region, kvm_bpf_user_run,
+    kvm_bpf_user_work,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
 use vmm_sys_util::errno;
@@ -229,6 +230,31 @@ impl Device {
         let irq = kvm_bpf_user_irq { eventfd, flags: 0 };
         let answer = self.try_set_irq(index, &irq);
         assert_eq!(answer, Ok(()), "setting irq {index} to fd {eventfd}");
+    }
+
+    /// Sets, replaces or (of size 0) removes a window of guest memory.
+    pub fn try_set_mem(&self, index: u64, mem: &kvm_bpf_user_mem) -> Answer {
+        let addr = (&raw const *mem) as u64;
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_MEM, index, addr)
+    }
+
+    /// The same, and the kernel must agree.
+    #[track_caller]
+    pub fn set_mem(&self, index: u64, mem: &kvm_bpf_user_mem) {
+        let answer = self.try_set_mem(index, mem);
+        assert_eq!(answer, Ok(()), "setting window {index} to {mem:x?}");
+    }
+
+    /// `KVM_GET_DEVICE_ATTR` of a window of guest memory.
+    pub fn mem(&self, index: u64) -> Result<kvm_bpf_user_mem, Errno> {
+        // It is to write all of it.
+        let mut mem = kvm_bpf_user_mem {
+            pad: 7,
+            ..Default::default()
+        };
+        let addr = (&raw mut mem) as u64;
+        // SAFETY: the kernel writes one window to the address.
+        unsafe { self.get_attr(KVM_DEV_BPF_ATTR_GROUP_MEM, index, addr) }.map(|()| mem)
     }
 
     /// Sets, swaps or removes a program that runs without an access.

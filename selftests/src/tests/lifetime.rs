@@ -13,7 +13,7 @@ use std::{env, io, thread};
 
 use Reg::{R0, R1, R6, R7};
 use kvm_bpf::Image;
-use kvm_bpf::uapi::{KVM_DEV_TYPE_BPF, kvm_bpf_user_region};
+use kvm_bpf::uapi::{KVM_BPF_MEM_READ, KVM_DEV_TYPE_BPF, kvm_bpf_user_mem, kvm_bpf_user_region};
 use kvm_bpf_selftests::bpf::{
     Census, Index, LOADERS, Load, Map, Prog, ProgType, Reg, add_imm, atomic_add, jump_if_ne,
     lookup, mov, mov_imm,
@@ -265,13 +265,13 @@ fn references_are_given_back() {
 }
 
 /// Calls of a function of the kernel while this lives, counted by a kprobe.
-struct Calls;
+pub(super) struct Calls;
 
 impl Calls {
     const EVENTS: &str = "/sys/kernel/tracing/kprobe_events";
     const NAME: &str = "kvm_bpf_test";
 
-    fn of(function: &str) -> Self {
+    pub(super) fn of(function: &str) -> Self {
         let event = format!("p:{0}/{0} {function}\n", Self::NAME);
         fs::write(Self::EVENTS, event).expect("a kprobe");
         let enable = format!("/sys/kernel/tracing/events/{0}/{0}/enable", Self::NAME);
@@ -279,7 +279,7 @@ impl Calls {
         Calls
     }
 
-    fn count(&self) -> u64 {
+    pub(super) fn count(&self) -> u64 {
         let profile = fs::read_to_string("/sys/kernel/tracing/kprobe_profile").expect("profile");
         let mut words = profile
             .lines()
@@ -353,7 +353,15 @@ fn getting_does_not_wait() {
         ..region(ADDR, SIZE, None, None)
     };
     let fast = |index: u64| region(ADDR + index * SIZE, SIZE, Some(&prog), None);
+    let window = kvm_bpf_user_mem {
+        addr: 0,
+        size: SIZE,
+        flags: KVM_BPF_MEM_READ,
+        pad: 0,
+    };
     let waits = Calls::of("synchronize_srcu_expedited");
+    device.set_mem(0, &window);
+    device.set_mem(1, &window);
     device.set_region(0, &slow);
     device.set_region(1, &fast(1));
     device.set_region(2, &fast(2));
@@ -364,20 +372,25 @@ fn getting_does_not_wait() {
         let before = waits.count();
         let replace = scope.spawn(|| device.set_region(0, &fast(0)));
         let remove = scope.spawn(|| device.set_region(1, &NO_REGION));
-        wait_for("calls that wait", before + 2, || waits.count());
+        let close = scope.spawn(|| device.set_mem(0, &kvm_bpf_user_mem::default()));
+        wait_for("calls that wait", before + 3, || waits.count());
         // The range is free before the wait.
         assert_got!(device.region(1).map(drop), Err(Errno(libc::ENOENT)));
         device.set_region(3, &fast(1));
         assert_got!(device.region(0).map(|region| region.addr), Ok(ADDR));
         assert_got!(device.region(3).map(|region| region.addr), Ok(ADDR + SIZE));
+        assert_got!(device.mem(0).map(drop), Err(Errno(libc::ENOENT)));
+        assert_got!(device.mem(1), Ok(window));
         device.set_irq(0, EventFd::new(0).expect("eventfd").as_raw_fd());
 
-        let waiting = (!replace.is_finished(), !remove.is_finished());
+        let calls = [replace, remove, close];
+        let waiting = calls.each_ref().map(|call| !call.is_finished());
         assert_got!(gate.words()[0], 1, "accesses inside");
-        assert_got!(waiting, (true, true), "calls that wait");
+        assert_got!(waiting, [true; 3], "calls that wait");
         gate.open();
-        replace.join().expect("replacing");
-        remove.join().expect("removing");
+        for call in calls {
+            call.join().expect("a call that waits");
+        }
         assert_got!(access.join().expect("the access"), []);
     });
 }

@@ -364,19 +364,8 @@ fn bad_arguments() {
 fn get_returns_what_was_set() {
     let guest = Guest::new();
     let device = Device::new(guest.vm());
-    let get = |index| {
-        let mut mem = kvm_bpf_user_mem {
-            pad: 7,
-            ..Default::default()
-        };
-        let addr = (&raw mut mem) as u64;
-        // SAFETY: the kernel writes one window there.
-        unsafe { device.get_attr(KVM_DEV_BPF_ATTR_GROUP_MEM, index, addr) }.map(|()| mem)
-    };
-    let set = |mem: &kvm_bpf_user_mem| {
-        device.set_attr(KVM_DEV_BPF_ATTR_GROUP_MEM, 31, (&raw const *mem) as u64)
-    };
-    assert_errno("a free index", get(31), libc::ENOENT);
+    let set = |mem: &kvm_bpf_user_mem| device.try_set_mem(31, mem);
+    assert_errno("a free index", device.mem(31), libc::ENOENT);
     for flags in [KVM_BPF_MEM_READ, KVM_BPF_MEM_WRITE] {
         let mem = kvm_bpf_user_mem {
             addr: 0x1234_5678_9abc_def1,
@@ -385,14 +374,15 @@ fn get_returns_what_was_set() {
             pad: 0,
         };
         assert_got!(set(&mem), Ok(()));
-        assert_got!(get(31), Ok(mem));
+        assert_got!(device.mem(31), Ok(mem));
         // A bad one changes nothing.
         set(&kvm_bpf_user_mem { flags: 0, ..mem }).expect_err("no flags");
-        assert_got!(get(31), Ok(mem));
+        assert_got!(device.mem(31), Ok(mem));
     }
     assert_got!(set(&kvm_bpf_user_mem::default()), Ok(()));
-    assert_errno("a removed one", get(31), libc::ENOENT);
-    assert_errno("past the last", get(KVM_DEV_BPF_MAX_MEMS), libc::ENXIO);
+    assert_errno("a removed one", device.mem(31), libc::ENOENT);
+    let answer = device.mem(KVM_DEV_BPF_MAX_MEMS);
+    assert_errno("past the last", answer, libc::ENXIO);
 }
 
 fn nothing_without_a_window() {
