@@ -17,6 +17,7 @@ use kvm_bpf_selftests::harness::{in_a_thread, skip, stay_on, wait_for};
 use kvm_bpf_selftests::programs::{plug, ret, test_image};
 use kvm_bpf_vmm::userspace::uclamp::{self, SchedAttr};
 
+use super::lifetime::Calls;
 use super::{ADDR, SIZE, assert_refused, element};
 
 tests!(
@@ -30,6 +31,7 @@ tests!(
     uclamp_not_of_a_deadline_task,
     uclamp_bad_arguments,
     uclamp_needs_a_sleepable_program,
+    clamping_is_on_before_programs_are,
     uclamp_not_from_a_timer,
     uclamp_not_from_a_work_queue,
     no_task_for_task_work,
@@ -353,6 +355,26 @@ fn uclamp_needs_a_sleepable_program() {
     let answer = Prog::try_load(ProgType::WRITE, &insns, LoadOptions::default());
     let what = "in a program that may not sleep";
     assert_refused(what, answer, "program must be sleepable");
+}
+
+/// A program must not be the one that switches it on, as that waits for the CPUs. The call that sets
+/// the region does, also where it looks as if it were on: another thread may be about to.
+fn clamping_is_on_before_programs_are() {
+    let guest = Guest::new();
+    let device = Device::new(guest.vm());
+    let sleeps = Prog::load_sleepable(ProgType::READ, &ret(0));
+    let does_not = Prog::load(ProgType::READ, &ret(0));
+    let switches = Calls::of("static_key_enable");
+    let mut regions = 0;
+    let mut count = |prog| {
+        let before = switches.count();
+        let range = region(ADDR + regions * SIZE, SIZE, Some(prog), None);
+        device.set_region(regions, &range);
+        regions += 1;
+        switches.count() - before
+    };
+    let counts = [count(&sleeps), count(&sleeps), count(&does_not)];
+    assert_got!(counts, [1, 1, 0], "times that it was switched on");
 }
 
 fn uclamp_not_from_a_timer() {
