@@ -8,7 +8,7 @@ use libbpf_rs::btf::Btf;
 use libbpf_rs::{AsRawLibbpf, MapType, OpenMap, OpenObject, libbpf_sys};
 
 use crate::image::Error;
-use crate::schema::Type;
+use crate::schema::{self, Line, Type};
 
 /// What to do where a new file would lose what the running device has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,7 +77,7 @@ const KERNELS: [&str; 7] = [
 pub(crate) struct Layout {
     /// Its name, or the section whose global data it holds.
     pub name: String,
-    facts: Vec<String>,
+    facts: Vec<Line>,
     /// What its values are, where the object says so.
     pub value: Type,
     pub entries: usize,
@@ -164,17 +164,23 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Why a map like this cannot go on with the content of one like `old`.
+    /// Why a map like this cannot go on with the content of one like `old`: by a field, where one
+    /// differs.
     pub fn difference(&self, old: &Self) -> Option<String> {
-        let none = "nothing".to_string();
-        let count = self.facts.len().max(old.facts.len());
-        (0..count)
-            .map(|at| (old.facts.get(at), self.facts.get(at)))
-            .find(|(old, new)| old != new)
-            .map(|(old, new)| {
-                let (old, new) = (old.unwrap_or(&none), new.unwrap_or(&none));
-                format!("it has {old}, the new one {new}")
-            })
+        let by = |has_parts| {
+            let [old, new] = [old, self].map(|layout| layout.texts(has_parts));
+            schema::difference(&old, &new)
+        };
+        by(false).or_else(|| by(true))
+    }
+
+    /// The facts that have parts, or those that have none.
+    fn texts(&self, has_parts: bool) -> Vec<&str> {
+        let facts = self.facts.iter();
+        facts
+            .filter(|fact| fact.has_parts == has_parts)
+            .map(|fact| fact.text.as_str())
+            .collect()
     }
 }
 
@@ -205,7 +211,7 @@ fn add_map(
     map: &OpenMap<'_>,
     btf: Option<&Btf<'_>>,
     prefix: &str,
-    facts: &mut Vec<String>,
+    facts: &mut Vec<Line>,
 ) -> Option<Vec<Type>> {
     let raw = map.as_libbpf_object().as_ptr();
     // SAFETY: `raw` is the map that `map` borrows; the calls only read from it.
@@ -218,14 +224,15 @@ fn add_map(
             libbpf_sys::bpf_map__inner_map(raw).as_ref(),
         )
     };
-    facts.extend([
+    let of_map = [
         format!("{prefix}type {:?} ({number})", map.map_type()),
         format!("{prefix}key of {} bytes", map.key_size()),
         format!("{prefix}value of {} bytes", map.value_size()),
         format!("{prefix}{} entries", map.max_entries()),
         format!("{prefix}flags {:#x}", map.map_flags()),
         format!("{prefix}extra {extra:#x}"),
-    ]);
+    ];
+    facts.extend(of_map.map(Line::whole));
     let mut values = vec![Type::bytes(map.value_size() as usize)];
     for (what, id) in [("key", key), ("value", value)] {
         // 0 is no type: the size has to do then.
@@ -264,25 +271,36 @@ mod tests {
     }
 
     #[test]
-    fn the_first_difference_is_told() {
-        let layout = |facts: &[&str]| Layout {
+    fn a_field_is_told_first() {
+        let layout = |facts: &[(&str, bool)]| Layout {
             name: "state".to_string(),
-            facts: facts.iter().map(|fact| fact.to_string()).collect(),
+            facts: facts
+                .iter()
+                .map(|&(text, has_parts)| Line {
+                    text: text.to_string(),
+                    has_parts,
+                })
+                .collect(),
             value: Type::bytes(8),
             entries: 1,
             is_state: false,
             runs_later: None,
         };
-        let old = layout(&["flags 0x0", "value: 8 bits, bool"]);
+        let old = layout(&[("8 bytes", true), ("value.a at bit 0", false)]);
         assert_eq!(old.difference(&old), None);
-        let new = layout(&["flags 0x400", "value: 8 bits, char"]);
+        let new = layout(&[
+            ("16 bytes", true),
+            ("value.a at bit 0", false),
+            ("value.b at bit 64", false),
+        ]);
         let why = new.difference(&old).unwrap();
-        assert_eq!(why, "it has flags 0x0, the new one flags 0x400");
-        // More or less of them.
-        let new = layout(&["flags 0x0"]);
+        assert_eq!(why, "it lacks value.b at bit 64, which the new one has");
+        let why = old.difference(&new).unwrap();
+        assert_eq!(why, "it has value.b at bit 64, which the new one lacks");
+        // The rest, where all fields are the same.
+        let new = layout(&[("16 bytes", true), ("value.a at bit 0", false)]);
         let why = new.difference(&old).unwrap();
-        assert_eq!(why, "it has value: 8 bits, bool, the new one nothing");
-        assert!(old.difference(&new).is_some());
+        assert_eq!(why, "it has 8 bytes, the new one 16 bytes");
     }
 
     #[test]

@@ -141,27 +141,31 @@ impl Type {
     /// Adds a line for each part of it, in order, with its place: the same lines say the same type.
     ///
     /// `what` is `path` with its place in what it is part of.
-    pub fn describe(&self, path: &str, what: &str, lines: &mut Vec<String>) {
+    pub fn describe(&self, path: &str, what: &str, lines: &mut Vec<Line>) {
         let size = self.size;
         match &self.kind {
-            Kind::Int { bits, encoding } => lines.push(format!("{what}: {bits} bits, {encoding}")),
+            Kind::Int { bits, encoding } => {
+                lines.push(Line::part(format!("{what}: {bits} bits, {encoding}")));
+            }
             Kind::Enum { values, .. } => {
-                lines.push(format!("{what}: enum of {size} bytes"));
+                lines.push(Line::part(format!("{what}: enum of {size} bytes")));
                 for Enumerator { name, value } in values {
-                    lines.push(format!("{path}: {name} is {value}"));
+                    lines.push(Line::part(format!("{path}: {name} is {value}")));
                 }
             }
             Kind::Array { count, element } => {
-                lines.push(format!("{what}: array of {count}"));
+                lines.push(Line::part(format!("{what}: array of {count}")));
                 let path = format!("{path}[]");
                 element.describe(&path, &path, lines);
             }
             Kind::Struct { name, fields } => {
-                lines.push(format!("{what}: struct {name} of {size} bytes"));
+                let text = format!("{what}: struct {name} of {size} bytes");
+                lines.push(Line::whole(text));
                 describe_members(fields, path, lines);
             }
             Kind::Union { name, fields } => {
-                lines.push(format!("{what}: union {name} of {size} bytes"));
+                let text = format!("{what}: union {name} of {size} bytes");
+                lines.push(Line::whole(text));
                 describe_members(fields, path, lines);
             }
             Kind::Section(variables) => {
@@ -171,16 +175,57 @@ impl Type {
                     variable.ty.describe(&path, &what, lines);
                 }
             }
-            Kind::Pointer { to, .. } => lines.push(format!("{what}: pointer to {to}")),
-            Kind::Bytes(name) => lines.push(format!("{what}: {name}")),
+            Kind::Pointer { to, .. } => {
+                lines.push(Line::part(format!("{what}: pointer to {to}")));
+            }
+            Kind::Bytes(name) => lines.push(Line::part(format!("{what}: {name}"))),
         }
         if !self.tags.is_empty() {
-            lines.push(format!("{what}: tags {}", self.tags));
+            lines.push(Line::part(format!("{what}: tags {}", self.tags)));
         }
     }
 }
 
-fn describe_members(fields: &[Field], path: &str, lines: &mut Vec<String>) {
+/// What there is to say of a map or a type, of which another may differ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Line {
+    pub text: String,
+    /// Whether other lines tell of what is inside: a difference there tells more.
+    pub has_parts: bool,
+}
+
+impl Line {
+    fn part(text: String) -> Self {
+        let has_parts = false;
+        Line { text, has_parts }
+    }
+
+    pub fn whole(text: String) -> Self {
+        let has_parts = true;
+        Line { text, has_parts }
+    }
+}
+
+/// The first that one of two lists has and the other has not there, in words.
+pub(crate) fn difference<S: AsRef<str> + PartialEq>(old: &[S], new: &[S]) -> Option<String> {
+    let same = old.iter().zip(new).take_while(|(old, new)| old == new);
+    let same = same.count();
+    let (old, new) = (&old[same..], &new[same..]);
+    let (first, other) = match (old.first(), new.first()) {
+        // What is one's own stands before what both have.
+        (Some(first), other) if new.contains(first) => (None, other),
+        (first, Some(other)) if old.contains(other) => (first, None),
+        firsts => firsts,
+    };
+    Some(match (first.map(S::as_ref), other.map(S::as_ref)) {
+        (Some(old), Some(new)) => format!("it has {old}, the new one {new}"),
+        (Some(old), None) => format!("it has {old}, which the new one lacks"),
+        (None, Some(new)) => format!("it lacks {new}, which the new one has"),
+        (None, None) => return None,
+    })
+}
+
+fn describe_members(fields: &[Field], path: &str, lines: &mut Vec<Line>) {
     for field in fields {
         let path = format!("{path}.{}", field.name);
         let what = match field.bits {
@@ -202,13 +247,19 @@ impl fmt::Display for Encoding {
     }
 }
 
-/// The hash of a map's content, as text: of what its entries are and how many there are.
-pub(crate) fn hash(ty: &Type, entries: usize) -> String {
-    let mut lines = vec![format!("{entries} entries of {} bytes", ty.size)];
+/// What a map's entries are, and how many there are.
+pub(crate) fn lines(ty: &Type, entries: usize) -> Vec<Line> {
+    let first = format!("{entries} entries of {} bytes", ty.size);
+    let mut lines = vec![Line::whole(first)];
     ty.describe("value", "value", &mut lines);
+    lines
+}
+
+/// The hash of these lines, as text.
+pub(crate) fn hash(lines: &[Line]) -> String {
     let mut hash = Sha256::new();
     for line in lines {
-        hash.update(line);
+        hash.update(&line.text);
         hash.update("\n");
     }
     format!("sha256:{:x}", hash.finalize())
@@ -437,6 +488,7 @@ pub(crate) mod tests {
             of("a", 0, pointer),
             Type::bytes(8),
         ];
+        let hash = |ty: &Type, entries| hash(&lines(ty, entries));
         let hashes: Vec<_> = all.iter().map(|ty| hash(ty, 1)).collect();
         for (at, one) in hashes.iter().enumerate() {
             assert!(!hashes[..at].contains(one), "{:?}", all[at]);
@@ -445,6 +497,34 @@ pub(crate) mod tests {
         assert_ne!(hash(&all[0], 1), hash(&all[0], 2));
         // It is the same wherever it is made.
         assert_eq!(hash(&all[0].clone(), 1), hashes[0]);
+    }
+
+    #[test]
+    fn the_first_difference_is_told() {
+        let (a, b, c) = ("a at 0", "b at 4", "c at 4");
+        assert_eq!(difference(&[a, b], &[a, b]), None);
+        for (old, new, wanted) in [
+            (
+                &[a, b][..],
+                &[a, c][..],
+                "it has b at 4, the new one c at 4",
+            ),
+            (&[a], &[a, b], "it lacks b at 4, which the new one has"),
+            (&[a, b], &[a], "it has b at 4, which the new one lacks"),
+            // In the middle.
+            (
+                &[a, c],
+                &[a, b, c],
+                "it lacks b at 4, which the new one has",
+            ),
+            (
+                &[a, b, c],
+                &[a, c],
+                "it has b at 4, which the new one lacks",
+            ),
+        ] {
+            assert_eq!(difference(old, new).unwrap(), wanted, "{old:?}, {new:?}");
+        }
     }
 
     #[test]

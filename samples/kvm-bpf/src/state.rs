@@ -15,7 +15,12 @@
 //!   "device": { "compatible": ["kvm-bpf,test"], "nr_irqs": 1, "regions": [{ "region": 0, "size": 4096, "space": "memory" }], "state_version": 2 },
 //!   "format": "kvm-bpf-state",
 //!   "maps": [
-//!     { "name": ".bss", "schema": "sha256:b1c5...", "values": [{ "count": 7, "mode": "IDLE", "serial": "0011aaff" }] }
+//!     {
+//!       "name": ".bss",
+//!       "schema": "sha256:b1c5...",
+//!       "types": ["variable count at byte 0: 32 bits, unsigned", "..."],
+//!       "values": [{ "count": 7, "mode": "IDLE", "serial": "0011aaff" }]
+//!     }
 //!   ],
 //!   "version": 1,
 //!   "zeroes": ["IDLE"]
@@ -28,11 +33,13 @@
 //! of bytes are hexadecimal digits, two per byte, and so are unions and floats; other arrays are
 //! lists. Members of anonymous structs count as those of what these are in; an anonymous union goes by
 //! the names of its members, with `|` in between. Pointers and padding are not saved. Maps and fields
-//! are sorted: the same state has the same text.
+//! are sorted: the same state has the same text. `types` is for people, and for the error that names
+//! a field which has become another: nothing else depends on it.
 //!
 //! A state is not to be trusted: it may come from anywhere. Sizes are limited, and it is restored as
 //! a whole or not at all.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Write};
@@ -187,6 +194,8 @@ pub struct Region {
 pub struct MapState {
     /// Hash of the types of what is in it, as `sha256:` and digits.
     pub schema: String,
+    /// What its fields are and where, in words; none if nobody has written it down.
+    pub types: Vec<String>,
     /// The value of each entry.
     pub values: Vec<Value>,
 }
@@ -225,15 +234,18 @@ struct Envelope {
 struct NamedMap {
     name: String,
     schema: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    types: Vec<String>,
     values: Vec<Value>,
 }
 
 impl From<State> for Envelope {
     fn from(state: State) -> Self {
-        let named = |(name, MapState { schema, values })| NamedMap {
+        let named = |(name, map): (_, MapState)| NamedMap {
             name,
-            schema,
-            values,
+            schema: map.schema,
+            types: map.types,
+            values: map.values,
         };
         Envelope {
             clock: state.clock,
@@ -259,16 +271,16 @@ impl TryFrom<Envelope> for State {
             ));
         }
         let mut maps = BTreeMap::new();
-        for NamedMap {
-            name,
-            schema,
-            values,
-        } in envelope.maps
-        {
-            if maps.contains_key(&name) {
-                return Err(format!("map {name:?} twice"));
-            }
-            maps.insert(name, MapState { schema, values });
+        for map in envelope.maps {
+            let state = MapState {
+                schema: map.schema,
+                types: map.types,
+                values: map.values,
+            };
+            match maps.entry(map.name) {
+                Entry::Vacant(entry) => entry.insert(state),
+                Entry::Occupied(entry) => return Err(format!("map {:?} twice", entry.key())),
+            };
         }
         Ok(State {
             clock: envelope.clock,
@@ -504,6 +516,7 @@ struct Shape {
     ty: Type,
     entries: usize,
     schema: String,
+    types: Vec<String>,
     /// What it has in a new device; zeroes behind that.
     initial: Vec<u8>,
 }
@@ -519,9 +532,15 @@ impl StateMap {
 
 impl Shape {
     fn new(name: &str, ty: Type, entries: usize, initial: &[u8]) -> Self {
+        let lines = schema::lines(&ty, entries);
         Shape {
             name: name.to_string(),
-            schema: schema::hash(&ty, entries),
+            schema: schema::hash(&lines),
+            types: lines
+                .into_iter()
+                .filter(|line| !line.has_parts)
+                .map(|line| line.text)
+                .collect(),
             ty,
             entries,
             initial: initial.to_vec(),
@@ -552,7 +571,24 @@ impl Shape {
         }
         Ok(MapState {
             schema: self.schema.clone(),
+            types: self.types.clone(),
             values,
+        })
+    }
+
+    /// How it differs from a saved map of another schema: by a field, where one differs.
+    fn difference(&self, saved: &MapState) -> String {
+        let by_field = match saved.types.is_empty() {
+            true => None,
+            false => schema::difference(&saved.types, &self.types),
+        };
+        let count = saved.values.len();
+        by_field.unwrap_or_else(|| match count == self.entries {
+            true => format!(
+                "it has schema {}, the new one {}",
+                saved.schema, self.schema
+            ),
+            false => format!("it has {count} values, the new one {}", self.entries),
         })
     }
 
@@ -563,9 +599,8 @@ impl Shape {
         let convert = zeroes.filter(|_| !is_same);
         if !is_same && convert.is_none() {
             return Err(fault(format!(
-                "its fields are not those that were saved, and the device loads no others \
-                 (schema {} instead of {})",
-                self.schema, saved.schema
+                "{}; the device loads no state of other types",
+                self.difference(saved)
             )));
         }
         let count = saved.values.len();
@@ -1432,11 +1467,9 @@ mod tests {
         let json = state.to_json().unwrap();
         let hash = &state.maps[".bss"].schema;
         let wanted = format!(
-            r#"{{"clock":{{"boottime_ns":1,"monotonic_ns":2,"realtime_ns":"18446744073709551615"}},"device":{{"compatible":["a,b"],"nr_irqs":1,"regions":[{{"region":0,"size":4096,"space":"memory"}},{{"region":2,"size":8,"space":"ports"}}],"state_version":0}},"format":"kvm-bpf-state","maps":[{{"name":".bss","schema":"{hash}","values":[5]}}],"version":1}}"#
+            r#"{{"clock":{{"boottime_ns":1,"monotonic_ns":2,"realtime_ns":"18446744073709551615"}},"device":{{"compatible":["a,b"],"nr_irqs":1,"regions":[{{"region":0,"size":4096,"space":"memory"}},{{"region":2,"size":8,"space":"ports"}}],"state_version":0}},"format":"kvm-bpf-state","maps":[{{"name":".bss","schema":"{hash}","types":["value: 64 bits, unsigned"],"values":[5]}}],"version":1}}"#
         );
-        let mut text = String::from_utf8(json.clone()).unwrap();
-        text.retain(|letter| !letter.is_ascii_whitespace());
-        assert_eq!(text, wanted);
+        assert_eq!(serde_json::to_string(&state).unwrap(), wanted);
         assert_eq!(State::from_json(&json).unwrap(), state);
         assert_eq!(State::from_json(wanted.as_bytes()).unwrap(), state);
 
@@ -1514,6 +1547,46 @@ mod tests {
             lost.unwrap_err().to_string(),
             ".bss[1]: there is no such entry any more"
         );
+    }
+
+    #[test]
+    fn a_field_of_another_type_is_named() {
+        let field = |name, byte, size| field(name, byte, int(size, Encoding::Unsigned));
+        let of = |fields, entries| Shape::new("map", structure(fields, 16), entries, &[]);
+        let old = of(vec![field("a", 0, 4), field("b", 4, 4)], 1);
+        let mut saved = old.save(&[0; 16], &mut Found::default()).unwrap();
+        for (fields, entries, why) in [
+            (
+                vec![field("a", 0, 4), field("b", 4, 2)],
+                1,
+                "it has value.b at bit 32: 32 bits, unsigned, \
+                 the new one value.b at bit 32: 16 bits, unsigned",
+            ),
+            (
+                vec![field("a", 0, 4)],
+                1,
+                "it has value.b at bit 32: 32 bits, unsigned, which the new one lacks",
+            ),
+            (
+                vec![field("a", 0, 4), field("b", 4, 4), field("c", 8, 8)],
+                1,
+                "it lacks value.c at bit 64: 64 bits, unsigned, which the new one has",
+            ),
+            (
+                vec![field("a", 0, 4), field("b", 4, 4)],
+                2,
+                "it has 1 values, the new one 2",
+            ),
+        ] {
+            let error = of(fields, entries).restore(&saved, None).unwrap_err();
+            let wanted = format!("map: {why}; the device loads no state of other types");
+            assert_eq!(error.to_string(), wanted);
+        }
+        // Nobody has said what the types were.
+        saved.types.clear();
+        let error = of(vec![field("a", 0, 4)], 1).restore(&saved, None);
+        let error = error.unwrap_err().to_string();
+        assert!(error.starts_with("map: it has schema sha256:"), "{error}");
     }
 
     /// A field that is gone had a name which only the device that was saved knows.

@@ -805,6 +805,7 @@ mod tests {
         let mut state = state();
         let map = MapState {
             schema: String::new(),
+            types: vec![],
             values: vec![Value::Number(0); VALUES_MAX],
         };
         state.maps.insert("many".to_string(), map);

@@ -170,7 +170,8 @@ fn a_field_of_another_kind() {
 
 fn one_field_more() {
     let mut setup = Setup::new();
-    setup.assert_refused("carry_grown", "state", "value of 8 bytes");
+    let reason = "it lacks value.third at bit 64: 32 bits, unsigned, which the new one has";
+    setup.assert_refused("carry_grown", "state", reason);
     setup.assert_accepted("carry_grown", &["state"], &[]);
     setup.assert_state(1, &[FIRST, SECOND]);
 }

@@ -316,7 +316,8 @@ fn of_another_layout() {
     set(&mut state, "removed", Number(0));
     set(&mut state, "name", Text("01020304".to_string()));
 
-    let reason = "changing: its fields are not those that were saved";
+    let reason = "changing: it has value.count at bit 0: 32 bits, unsigned, \
+                  the new one value.count at bit 0: 64 bits, unsigned";
     Setup::new("state_changed").assert_refused(&state, reason);
 
     let mut second = Setup::new("state_v2");
