@@ -17,7 +17,7 @@ use crate::image::{self, Image, OpenImage, Work};
 use crate::maps::{MapChanges, OnLoss};
 use crate::note::{Note, Range, Space};
 use crate::page::{NoSlot, ReadPage};
-use crate::state::{self, State};
+use crate::state::{self, Clocks, State};
 use crate::uapi::{
     KVM_BPF_MEM_READ, KVM_BPF_MEM_WRITE, KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_MEM,
     KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_BPF_ATTR_GROUP_RUN,
@@ -480,6 +480,8 @@ pub struct ImageDevice {
     image: Image,
     /// By the name of the WORK program, what also runs it.
     eventfds: BTreeMap<String, EventFd>,
+    /// What a saved state tells of the time.
+    clocks: Clocks,
 }
 
 impl ImageDevice {
@@ -500,6 +502,7 @@ impl ImageDevice {
             place,
             image,
             eventfds,
+            clocks: Clocks::new(),
         };
         device.set_works()?;
         device.set_region()?;
@@ -741,9 +744,10 @@ impl ImageDevice {
             let map = map.to_string();
             return Err(state::Error::TimersWithoutSave { map, what }.into());
         }
-        let saved = self
-            .run("save", 0)
-            .and_then(|_| Ok(state::save(self.image.note(), self.image.states())?));
+        let saved = self.run("save", 0).and_then(|_| {
+            let (note, maps) = (self.image.note(), self.image.states());
+            Ok(state::save(note, maps, &self.clocks)?)
+        });
         if saved.is_err() {
             // What kept the state from being saved is the news.
             let _ = self.resume();

@@ -48,6 +48,7 @@
 //! without takes file descriptors of programs from a process that has them, with
 //! [`Device::set_region`].
 
+pub mod clock;
 pub mod device;
 pub mod image;
 mod mapping;

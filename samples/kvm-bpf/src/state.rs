@@ -52,6 +52,7 @@ use serde::de::value::SeqAccessDeserializer;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
+use crate::clock::HostClock;
 use crate::image::read_start;
 use crate::mapping::Mapping;
 use crate::maps::Layout;
@@ -87,9 +88,6 @@ pub enum Error {
     /// The text is no JSON, or not of a state.
     #[error("not the state of a device")]
     Json(#[source] serde_json::Error),
-    /// A clock of the host cannot be read.
-    #[error("cannot read the host's clocks")]
-    Clock(#[source] io::Error),
     /// Something in a map would be lost: the device cannot say what it is.
     #[error(
         "map {map} has a {what}, and the device no WORK program \"save\" that saves what it is for"
@@ -147,7 +145,8 @@ pub struct State {
 /// Names that are 0: so who does not know an enum can tell.
 pub type Zeroes = BTreeSet<String>;
 
-/// The host's clocks, in nanoseconds.
+/// The host's clocks, in nanoseconds: what programs see, too, whatever time namespace the process
+/// is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Clock {
@@ -458,25 +457,31 @@ pub fn check_size(json: &[u8], max_values: usize) -> Result<()> {
     }
 }
 
-impl Clock {
-    /// The host's clocks now.
-    pub fn now() -> Result<Self> {
-        let read = |clock| {
-            let mut time = libc::timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            };
-            // SAFETY: the kernel writes no more than the structure.
-            match unsafe { libc::clock_gettime(clock, &mut time) } {
-                0 => Ok(time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64),
-                _ => Err(Error::Clock(io::Error::last_os_error())),
-            }
-        };
-        Ok(Clock {
-            boottime_ns: read(libc::CLOCK_BOOTTIME)?,
-            monotonic_ns: read(libc::CLOCK_MONOTONIC)?,
-            realtime_ns: read(libc::CLOCK_REALTIME)?,
-        })
+/// What [`Clock`] is read from, without opening a file each time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Clocks {
+    boottime: HostClock,
+    monotonic: HostClock,
+    realtime: HostClock,
+}
+
+impl Clocks {
+    /// In the time namespace of this process, which it cannot leave while it has threads.
+    pub fn new() -> Self {
+        Clocks {
+            boottime: HostClock::new(libc::CLOCK_BOOTTIME),
+            monotonic: HostClock::new(libc::CLOCK_MONOTONIC),
+            realtime: HostClock::new(libc::CLOCK_REALTIME),
+        }
+    }
+
+    fn now(&self) -> Clock {
+        let read = |clock: &HostClock| clock.now().as_nanos() as u64;
+        Clock {
+            boottime_ns: read(&self.boottime),
+            monotonic_ns: read(&self.monotonic),
+            realtime_ns: read(&self.realtime),
+        }
     }
 }
 
@@ -625,14 +630,14 @@ impl Shape {
 }
 
 /// What the state maps have now.
-pub(crate) fn save(note: &Note, maps: &[StateMap]) -> Result<State> {
+pub(crate) fn save(note: &Note, maps: &[StateMap], clocks: &Clocks) -> Result<State> {
     let mut found = Found::default();
     let mut saved = BTreeMap::new();
     for StateMap { shape, memory } in maps {
         saved.insert(shape.name.clone(), shape.save(&memory.copy(), &mut found)?);
     }
     Ok(State {
-        clock: Clock::now()?,
+        clock: clocks.now(),
         device: Identity::of_note(note),
         maps: saved,
         zeroes: found.zeroes,

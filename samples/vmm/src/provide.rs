@@ -12,7 +12,7 @@
 use std::fs;
 
 use kvm_bpf::Image;
-use kvm_bpf_vmm::userspace::time_of_day_offset_ns;
+use kvm_bpf::clock::time_of_day_offset_ns;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 
 /// Entries of a table of frequencies.

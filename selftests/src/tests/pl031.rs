@@ -8,6 +8,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 use std::{fs, io};
 
+use kvm_bpf::clock::{HostClock, time_of_day_offset_ns};
 use kvm_bpf::{Device, Image, ImageDevice, OnLoss, Place, State};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
@@ -15,7 +16,6 @@ use kvm_bpf_selftests::harness::{
     Errno, Random, in_a_process, meanwhile, number_from_env, unpaused,
 };
 use kvm_bpf_selftests::programs::{loaded, sample};
-use kvm_bpf_vmm::userspace::{HostClock, time_of_day_offset_ns};
 use kvm_ioctls::VmFd;
 use libbpf_rs::{MapCore, MapFlags};
 use vm_superio::Rtc;
@@ -44,6 +44,7 @@ tests!(
     closed_with_alarm,
     swapped_with_alarm,
     restored_elsewhere,
+    restored_with_ten_days_less_uptime,
     restored_alarm_rings_by_itself,
     restored_after_the_alarm,
     saved_and_resumed,
@@ -388,11 +389,23 @@ fn in_a_time_namespace() {
                 (own..own + 10 * LATE).contains(&clock),
                 "wanted {own:?} or a bit more since the host's boot, got {clock:?}"
             );
-            let (before, got, after) = read_between(&mut Clock::new());
+            let mut clock = Clock::new();
+            let (before, got, after) = read_between(&mut clock);
             assert!(
                 (before..=after).contains(&got.into()),
                 "wanted {before} to {after}, got {got}"
             );
+            // Nor does a state tell of the namespace.
+            let saved = clock.device.save().expect("saving").clock;
+            for (saved, id) in [
+                (saved.boottime_ns, libc::CLOCK_BOOTTIME),
+                (saved.monotonic_ns, libc::CLOCK_MONOTONIC),
+                (saved.realtime_ns, libc::CLOCK_REALTIME),
+            ] {
+                let now = HostClock::new(id).now();
+                let off = Duration::from_nanos(saved).abs_diff(now);
+                assert!(off < 10 * LATE, "clock {id} of the state is {off:?} off");
+            }
         });
     });
 }
@@ -738,6 +751,42 @@ fn restored_elsewhere() {
     assert_got!(clock.read(LR), 5000, "LR");
     assert_got!(clock.status(), (0, 0));
     clock.alarm_in(1);
+    clock.expect_alarm();
+}
+
+/// On a host that has booted ten days later, by its own clock and by what the state says of the
+/// first one's: what leads from the time since boot to the time of day is ten days more there.
+fn restored_with_ten_days_less_uptime() {
+    const DAYS: Duration = Duration::from_secs(10 * 24 * 60 * 60);
+    const AHEAD: Duration = Duration::from_secs(6);
+
+    let mut clock = Clock::with_alarm();
+    let less = time_of_day_offset_ns() - DAYS.as_nanos() as u64;
+    set_clock(clock.device.image(), less);
+    let (before, got, after) = read_between(&mut clock);
+    let wanted = before - DAYS.as_secs()..=after - DAYS.as_secs();
+    assert!(wanted.contains(&got.into()), "wanted {wanted:?}, got {got}");
+    clock.alarm_in((DAYS + AHEAD).as_secs() as u32);
+    let match_at = clock.read(MR);
+    let mut state = clock.device.save().expect("saving");
+    drop(clock);
+    for ns in [&mut state.clock.boottime_ns, &mut state.clock.monotonic_ns] {
+        *ns += DAYS.as_nanos() as u64;
+    }
+
+    let mut clock = restored(&state.to_json().expect("the state's text"));
+    let (before, got, after) = read_between(&mut clock);
+    assert!(
+        (before..=after).contains(&got.into()),
+        "wanted {before} to {after}, got {got}"
+    );
+    assert_got!(clock.read(MR), match_at, "MR");
+    assert!(clock.signalled_within(AHEAD + LATE), "no alarm");
+    let rang = host_time().as_secs();
+    assert!(
+        (u64::from(match_at)..u64::from(match_at) + LATE.as_secs()).contains(&rang),
+        "wanted the alarm at {match_at}, got it at {rang}"
+    );
     clock.expect_alarm();
 }
 

@@ -2,10 +2,11 @@
 
 //! The register bank of `samples/devices`: the same accesses on the model in user space.
 
+use kvm_bpf::clock::HostClock;
 use kvm_bpf_selftests::guest::{Guest, mask};
 use kvm_bpf_selftests::harness::{Random, number_from_env};
 use kvm_bpf_selftests::programs::{plug, sample};
-use kvm_bpf_vmm::userspace::{HostClock, MmioDevice, RegisterBank};
+use kvm_bpf_vmm::userspace::{MmioDevice, RegisterBank};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{ADDR, assert_described, element, taken};

@@ -5,7 +5,6 @@
 //! Each does what the device of the same name in `samples/devices` does, or says where it does
 //! not.
 
-mod clock;
 mod pl031;
 mod regbank;
 pub mod uclamp;
@@ -13,7 +12,6 @@ mod vcpufreq;
 
 use vmm_sys_util::eventfd::EventFd;
 
-pub use clock::{HostClock, time_of_day_offset_ns};
 pub use pl031::Pl031;
 pub use regbank::RegisterBank;
 pub use vcpufreq::VcpuFreq;

@@ -4,9 +4,10 @@
 //!
 //! It does with every access what the programs do, so that the two can be compared.
 
+use kvm_bpf::clock::HostClock;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Description, HostClock, MmioDevice};
+use super::{Description, MmioDevice};
 
 const ID: u64 = 0x4b42_5042;
 const VERSION: u64 = 1;

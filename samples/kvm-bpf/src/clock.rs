@@ -11,7 +11,7 @@ const TRIES: u32 = 10;
 /// A clock of the kernel, such as `CLOCK_MONOTONIC`.
 ///
 /// A time namespace shifts the clocks that run since boot for its processes, but not for programs
-/// in the kernel. Here they are as without one.
+/// in the kernel. Here they are as without one, if `/proc` is there to tell.
 #[derive(Clone, Copy, Debug)]
 pub struct HostClock {
     id: libc::clockid_t,
