@@ -1,15 +1,30 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
-/* A timer whose callback takes a while and starts it again. */
+/*
+ * A timer whose callback takes a while and starts it again.  The other one of its name
+ * includes it with the state in other types.
+ */
 #include "kvm_bpf.h"
 
+#ifndef WORD
+#define WORD __u32
+#endif
+
 #define CLOCK_MONOTONIC 1
+/* Long enough to be found at work; the verifier goes through all of them. */
 #define ROUNDS 4000
 
 KVM_BPF_MMIO_DEVICE(0x1000, 0, "kvm-bpf,timer");
+#ifdef STATE_VERSION
+KVM_BPF_STATE_VERSION(STATE_VERSION, 0);
+#endif
 
+/* Whose callbacks count: the test sets it before it loads the programs. */
+const volatile __u32 generation;
+
+/* By generation. */
 struct progress {
-	__u64 begun;
-	__u64 ended;
+	WORD begun[2];
+	WORD ended[2];
 };
 
 struct {
@@ -38,12 +53,26 @@ static int on_timer(void *map, __u32 *key, struct alarm *alarm)
 
 	if (!p)
 		return 0;
-	__sync_fetch_and_add(&p->begun, 1);
+	__sync_fetch_and_add(&p->begun[generation & 1], 1);
 	for (int round = 0; round < ROUNDS; round++)
-		asm volatile("");
-	__sync_fetch_and_add(&p->ended, 1);
+		bpf_ktime_get_ns();
+	__sync_fetch_and_add(&p->ended[generation & 1], 1);
 	bpf_timer_start(&alarm->timer, 0, 0);
 	return 0;
+}
+
+static __always_inline struct alarm *the_alarm(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&alarms, &zero);
+}
+
+static __always_inline void start(struct alarm *alarm)
+{
+	bpf_timer_init(&alarm->timer, &alarms, CLOCK_MONOTONIC);
+	bpf_timer_set_callback(&alarm->timer, on_timer);
+	bpf_timer_start(&alarm->timer, 0, 0);
 }
 
 KVM_IO_READ
@@ -55,8 +84,7 @@ int timer_read(struct bpf_kvm_io_ctx *ctx)
 KVM_IO_WORK(0, save)
 int timer_save(struct bpf_kvm_io_ctx *ctx)
 {
-	__u32 zero = 0;
-	struct alarm *alarm = bpf_map_lookup_elem(&alarms, &zero);
+	struct alarm *alarm = the_alarm();
 
 	if (alarm)
 		bpf_timer_cancel(&alarm->timer);
@@ -66,14 +94,23 @@ int timer_save(struct bpf_kvm_io_ctx *ctx)
 KVM_IO_WORK(1, restore)
 int timer_restore(struct bpf_kvm_io_ctx *ctx)
 {
-	__u32 zero = 0;
-	struct alarm *alarm = bpf_map_lookup_elem(&alarms, &zero);
+	struct alarm *alarm = the_alarm();
+
+	if (alarm)
+		start(alarm);
+	return 0;
+}
+
+KVM_IO_WORK(2, replaced)
+int timer_replaced(struct bpf_kvm_io_ctx *ctx)
+{
+	struct alarm *alarm = the_alarm();
 
 	if (!alarm)
 		return 0;
-	bpf_timer_init(&alarm->timer, &alarms, CLOCK_MONOTONIC);
-	bpf_timer_set_callback(&alarm->timer, on_timer);
-	bpf_timer_start(&alarm->timer, 0, 0);
+	/* An old callback may be running. */
+	bpf_timer_cancel(&alarm->timer);
+	start(alarm);
 	return 0;
 }
 

@@ -10,8 +10,9 @@ use kvm_bpf::device::Error;
 use kvm_bpf::{Image, ImageDevice, MapChanges, OnLoss, OpenImage, image, state};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Args, Exit, Guest, Routine, Vcpu};
-use kvm_bpf_selftests::harness::{meanwhile, unpaused, wait_for};
+use kvm_bpf_selftests::harness::{in_a_thread, meanwhile, stay_on, unpaused, wait_for};
 use kvm_bpf_selftests::programs::{plug, test_image, test_path};
+use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use super::ADDR;
 
@@ -31,6 +32,7 @@ tests!(
     converted_under_load,
     converted_or_not_at_all,
     what_runs_on_is_refused,
+    no_old_callback_runs,
 );
 
 const FIRST: u64 = 0x00;
@@ -406,4 +408,83 @@ fn what_runs_on_is_refused() {
     let changes = device.replace(test_image("state_timer"), OnLoss::Accept, unpaused);
     let changes = changes.unwrap_or_else(|error| panic!("wanted it accepted, got {error:#?}"));
     assert_got!(changes.carried, [".bss", "alarm"]);
+}
+
+/// The programs of `progs/work_timer.bpf.c`, whose callbacks count as those of a generation.
+fn timer(file: &str, generation: u32) -> OpenImage {
+    let mut image = test_image(file);
+    let mut constants = image.map_mut(".rodata").expect("the generation");
+    constants
+        .set_initial_value(&generation.to_ne_bytes())
+        .expect("setting the generation");
+    image
+}
+
+/// How many callbacks of a generation have begun and ended, in a map of that kind.
+fn callbacks(progress: &MapHandle, generation: usize) -> [u64; 2] {
+    let value = progress.lookup(&[0; 4], MapFlags::ANY);
+    let value = value.expect("BPF_MAP_LOOKUP_ELEM").expect("element 0");
+    let word = value.len() / 4;
+    [generation, 2 + generation].map(|at| {
+        let mut bytes = [0; 8];
+        bytes[..word].copy_from_slice(&value[at * word..][..word]);
+        u64::from_le_bytes(bytes)
+    })
+}
+
+/// Callbacks run on one CPU all the time while another one replaces their programs: when that is
+/// done, the last old one has ended, new ones run, and nothing is left of the old programs.
+fn no_old_callback_runs() {
+    /// Those of a file; of the maps, the census knows that of the timer.
+    const PROGRAMS: usize = 4;
+    const MAPS: usize = 1;
+
+    in_a_thread(|| {
+        for (file, is_converted) in [("work_timer", false), ("work_timer_v2", true)] {
+            let census = Census::now();
+            for round in 0..6 {
+                let guest = Guest::new();
+                let mut device = plug(guest.vm(), ADDR, timer("work_timer", 0));
+                let progress = |device: &ImageDevice| {
+                    let map = device.image().map("progress").expect("the map");
+                    MapHandle::try_from(map).expect("another handle of the map")
+                };
+                // The callbacks come where the timer has been started.
+                stay_on(0);
+                device.resume().expect("starting the timer");
+                stay_on(1);
+                let old = progress(&device);
+                wait_for("old callbacks", true, || callbacks(&old, 0)[0] > 2);
+
+                let mut pauses = 0;
+                let changes = device.replace(timer(file, 1), OnLoss::Refuse, |swap| {
+                    pauses += 1;
+                    swap();
+                });
+                let [begun, ended] = callbacks(&old, 0);
+                assert_got!(
+                    ended,
+                    begun,
+                    "{file}: old callbacks that have ended, {round}"
+                );
+                let changes = changes.expect("replacing");
+                let converted: &[&str] = if is_converted { &["progress"] } else { &[] };
+                assert_got!(changes.converted, converted, "{file}: converted");
+                assert_got!(pauses, converted.len(), "{file}: pauses");
+
+                let new = progress(&device);
+                let [before, _] = callbacks(&new, 1);
+                wait_for("new callbacks", true, || callbacks(&new, 1)[0] > before + 2);
+                // Nor does the new map have any that the old programs have not told "save".
+                for map in [&old, &new] {
+                    let got = callbacks(map, 0);
+                    assert_got!(got, [begun, ended], "{file}: old callbacks, {round}");
+                }
+                assert_got!(callbacks(&old, 1)[0] == 0, is_converted, "{file}: one map");
+                census.wait_for_newer(PROGRAMS, MAPS);
+                drop((old, new, device, guest));
+                census.wait_for_newer(0, 0);
+            }
+        }
+    });
 }
