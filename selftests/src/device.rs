@@ -2,7 +2,7 @@
 
 //! The device's ioctls as they are: every call gives the kernel's answer.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use kvm_bindings::{KVM_CREATE_DEVICE_TEST, kvm_create_device, kvm_device_attr};
 use kvm_bpf::uapi::{
@@ -95,6 +95,20 @@ pub const NO_WORK: kvm_bpf_user_work = kvm_bpf_user_work {
 /// A device; dropping it closes its fd.
 #[allow(missing_debug_implementations)]
 pub struct Device(DeviceFd);
+
+impl AsRawFd for Device {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// One that another process has created.
+impl From<OwnedFd> for Device {
+    fn from(fd: OwnedFd) -> Self {
+        // SAFETY: it is open, and nobody else's from here.
+        Device(unsafe { DeviceFd::from_raw_fd(fd.into_raw_fd()) })
+    }
+}
 
 impl Device {
     /// Creates one that must come into being.

@@ -4,6 +4,7 @@
 
 use std::env;
 use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::process::Command;
 
 use kvm_bpf::{Image, Note};
@@ -179,6 +180,24 @@ fn element(image: &Image, map: &str) -> Vec<u8> {
     MapCore::lookup(map, &[0; 4], MapFlags::ANY)
         .expect("BPF_MAP_LOOKUP_ELEM")
         .expect("element 0")
+}
+
+/// A system call that returns a file descriptor.
+fn system_call(name: &str, number: libc::c_long, args: [usize; 5]) -> OwnedFd {
+    let [a, b, c, d, e] = args;
+    // SAFETY: those here take numbers and strings only.
+    let fd = unsafe { libc::syscall(number, a, b, c, d, e) };
+    assert!(fd >= 0, "{name}: {:?}", Errno::last());
+    // SAFETY: the kernel has just given it to us.
+    unsafe { OwnedFd::from_raw_fd(fd as i32) }
+}
+
+/// A file descriptor that another process has open, by its number there.
+fn fd_of(process: u32, number: RawFd) -> OwnedFd {
+    let args = [process as usize, 0, 0, 0, 0];
+    let process = system_call("pidfd_open", libc::SYS_pidfd_open, args);
+    let args = [process.as_raw_fd() as usize, number as usize, 0, 0, 0];
+    system_call("pidfd_getfd", libc::SYS_pidfd_getfd, args)
 }
 
 /// Takes what was signalled so far; 0 if nothing was. The eventfd must not block.

@@ -4,7 +4,7 @@
 
 use std::ffi::{CStr, c_char};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::{fs, ptr};
@@ -21,7 +21,7 @@ use kvm_bpf_selftests::programs::{
 };
 use kvm_ioctls::Kvm;
 
-use super::{ADDR, PATTERN, SIZE, assert_errno, beside_this_program};
+use super::{ADDR, PATTERN, SIZE, assert_errno, beside_this_program, fd_of, system_call};
 
 tests!(
     kernel_has_the_device,
@@ -307,14 +307,7 @@ fn load_with_a_token(types: &CStr, attach_types: &CStr, wanted: Result<(), Errno
     // The namespace makes the file system, but who delegates is the host's root.
     let mut number = [0; 4];
     ours.read_exact(&mut number).expect("the child's word");
-    let child_fd = system_call(
-        "pidfd_open",
-        libc::SYS_pidfd_open,
-        [child as usize, 0, 0, 0, 0],
-    );
-    let number = u32::from_ne_bytes(number) as usize;
-    let args = [child_fd.as_raw_fd() as usize, number, 0, 0, 0];
-    let context = system_call("pidfd_getfd", libc::SYS_pidfd_getfd, args);
+    let context = fd_of(child as u32, RawFd::from_ne_bytes(number));
     for (option, value) in [
         (c"delegate_cmds", c"prog_load"),
         (c"delegate_progs", types),
@@ -369,16 +362,6 @@ fn configure(context: &OwnedFd, command: usize, key: *const c_char, value: *cons
     // SAFETY: key and value are strings, or not there.
     let result = unsafe { libc::syscall(libc::SYS_fsconfig, fd, command, key, value, 0) };
     assert_got!(result, 0, "fsconfig {command}");
-}
-
-/// A system call that returns a file descriptor.
-fn system_call(name: &str, number: libc::c_long, args: [usize; 5]) -> OwnedFd {
-    let [a, b, c, d, e] = args;
-    // SAFETY: those above take numbers and strings only.
-    let fd = unsafe { libc::syscall(number, a, b, c, d, e) };
-    assert!(fd >= 0, "{name}: {:?}", Errno::last());
-    // SAFETY: the kernel has just given it to us.
-    unsafe { OwnedFd::from_raw_fd(fd as i32) }
 }
 
 /// `tools/testing/selftests/kvm/bpf_device_test` of the series.

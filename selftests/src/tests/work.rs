@@ -2,9 +2,9 @@
 
 //! Programs that run without a guest's access: by a call, or when an eventfd is signalled.
 
-use std::fs;
-use std::io;
-use std::os::fd::AsRawFd;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -31,7 +31,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
 use super::irq::call_with_context;
 use super::kfunc::required;
-use super::{ADDR, SIZE, assert_errno, assert_refused, element, taken};
+use super::{ADDR, SIZE, assert_errno, assert_refused, element, fd_of, taken};
 
 tests!(
     bad_arguments,
@@ -747,14 +747,14 @@ fn closed_in_every_order() {
         Guest,
         Prog,
     }
+    const PARTS: [Part; 4] = [Part::Device, Part::Eventfd, Part::Guest, Part::Prog];
+    let is_order = |order: &[Part; 4]| PARTS.iter().all(|part| order.contains(part));
+    // Each digit of a number is a part.
+    let orders = (0..256).map(|number| [0, 2, 4, 6].map(|shift| PARTS[number >> shift & 3]));
+    let orders: Vec<_> = orders.filter(is_order).collect();
+    assert_got!(orders.len(), 24);
     let census = Census::now();
-    for order in [
-        [Part::Device, Part::Eventfd, Part::Guest, Part::Prog],
-        [Part::Eventfd, Part::Prog, Part::Guest, Part::Device],
-        [Part::Guest, Part::Device, Part::Prog, Part::Eventfd],
-        [Part::Prog, Part::Guest, Part::Eventfd, Part::Device],
-        [Part::Guest, Part::Prog, Part::Device, Part::Eventfd],
-    ] {
+    for order in orders {
         let recorder = Recorder::new();
         let mut guest = Some(Guest::new());
         let mut device = guest.as_ref().map(|guest| Device::new(guest.vm()));
@@ -1106,20 +1106,24 @@ fn thread_is_in_the_vmms_cgroup() {
     }
 }
 
-/// A process whose thread always has more to do, and others that run it, is killed.
+/// A process whose thread always has more to do, and others that run it, is killed. What another one
+/// has of it then does nothing any more, and keeps nobody waiting.
 fn killed_process() {
+    /// The process's device and an eventfd of it.
+    const NUMBERS: [RawFd; 2] = [100, 101];
+
     if std::env::var_os(VARIABLE).is_some() {
         let guest = Guest::new();
         let device = Device::new(guest.vm());
         keep_busy(&device);
         let slow_counts = Map::new(1, 4);
-        device.set_work(
-            1,
-            &work(
-                Some(&slow(&slow_counts, ROUNDS)),
-                Some(&eventfd_of(&device)),
-            ),
-        );
+        let wake = eventfd_of(&device);
+        for (fd, number) in [device.as_raw_fd(), wake.as_raw_fd()].iter().zip(NUMBERS) {
+            // SAFETY: no pointers, and the numbers are free.
+            let duplicate = unsafe { libc::dup2(*fd, number) };
+            assert_eq!(duplicate, number, "dup2: {}", io::Error::last_os_error());
+        }
+        device.set_work(1, &work(Some(&slow(&slow_counts, ROUNDS)), Some(&wake)));
         thread::scope(|scope| {
             for index in [0, 0, 1, 1] {
                 let device = &device;
@@ -1131,22 +1135,43 @@ fn killed_process() {
             }
         });
     }
-    let census = Census::now();
-    let mut victim = Victim::new("work::killed_process", "work");
-    let task = format!("/proc/{}/task", victim.0.id());
-    wait_for("programs and threads of the process", true, || {
-        let tasks = fs::read_dir(&task).map_or(0, Iterator::count);
-        census.newer().0 == 2 && tasks >= 7
-    });
-    thread::sleep(Duration::from_millis(50));
-    victim.0.kill().expect("SIGKILL");
-    let status = victim.0.wait().expect("waiting for the process");
-    assert_got!(
-        status.signal(),
-        Some(libc::SIGKILL),
-        "how the process ended"
-    );
-    census.wait_for_newer(0, 0);
+    for is_held in [false, true] {
+        let census = Census::now();
+        let mut victim = Victim::new("work::killed_process", "work");
+        let task = format!("/proc/{}/task", victim.0.id());
+        wait_for("programs and threads of the process", true, || {
+            let tasks = fs::read_dir(&task).map_or(0, Iterator::count);
+            census.newer().0 == 2 && tasks >= 7
+        });
+        let held = is_held.then(|| NUMBERS.map(|number| fd_of(victim.0.id(), number)));
+        thread::sleep(Duration::from_millis(50));
+        victim.0.kill().expect("SIGKILL");
+        let status = victim.0.wait().expect("waiting for the process");
+        assert_got!(
+            status.signal(),
+            Some(libc::SIGKILL),
+            "how the process ended"
+        );
+        if let Some([device, wake]) = held {
+            let start = Instant::now();
+            let device = Device::from(device);
+            let wake = File::from(wake);
+            let signal = |count: u64| (&wake).write(&count.to_ne_bytes()).expect("a signal");
+            signal(1);
+            // It is the VM's creator's, whoever has the descriptor.
+            assert_errno("running it", device.run(0, 0), libc::EIO);
+            assert_errno("running it", device.run(1, 0), libc::EIO);
+            let removed = device.try_set_work(1, &NO_WORK);
+            assert_errno("removing it", removed, libc::EIO);
+            signal(1);
+            assert_got!(census.newer().0, 2, "programs of a device that is held");
+            drop(device);
+            signal(1);
+            let took = start.elapsed();
+            assert!(took < Duration::from_secs(5), "all that took {took:?}");
+        }
+        census.wait_for_newer(0, 0);
+    }
 }
 
 /// An eventfd that a device's interrupt signals.
