@@ -111,6 +111,7 @@ pub fn all() -> Vec<Trial> {
         object::all(),
         replace::all(),
         state::all(),
+        state::slow(),
         page::all(),
         lifetime::all(),
         irq::all(),

@@ -174,6 +174,8 @@ enum By {
     Access,
     /// The test, by its name.
     Run,
+    /// The device's thread, which an eventfd wakes.
+    Signal,
 }
 
 /// A guest with a device whose programs do what they are asked to.
@@ -223,6 +225,16 @@ impl Setup {
                 self.device.run("work", 0).expect("a run"),
                 "no such program"
             ),
+            By::Signal => {
+                let wake = EventFd::new(0).expect("eventfd");
+                let set = self.device.set_work_eventfd("work", Some(&wake));
+                set.expect("the program's eventfd");
+                wake.write(1).expect("signalling it");
+                let served = || result(self.device.image(), data.len()).1;
+                wait_for("a request that is served", done + 1, served);
+                let unset = self.device.set_work_eventfd("work", None);
+                unset.expect("no eventfd");
+            }
         }
         let (result, now, data) = result(self.device.image(), data.len());
         assert_got!(now, done + 1, "requests that were served");
@@ -782,7 +794,7 @@ fn pages_that_come_late() {
                 let mut vcpu = vcpu;
                 match by {
                     By::Access => assert_got!(vcpu.write(ADDR, 4, 0), []),
-                    By::Run => assert!(device.run("work", 0).expect("a run"), "no program"),
+                    _ => assert!(device.run("work", 0).expect("a run"), "no program"),
                 }
             });
             late.wait();
@@ -961,7 +973,7 @@ fn slots_that_come_and_go() {
 fn dirty_pages_are_marked() {
     const PAGES: usize = 70;
 
-    for by in [By::Access, By::Run] {
+    for by in [By::Access, By::Run, By::Signal] {
         for op in [WRITE, WRITE_NOFAULT] {
             let mut setup = Setup::new("mem", PAGES);
             setup.pages.fill(std::iter::repeat(1));

@@ -3,15 +3,17 @@
 //! What is saved of a device, and restored elsewhere.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use kvm_bpf::device::Error;
 use kvm_bpf::{Image, ImageDevice, OnLoss, State, image, state};
 use kvm_bpf_selftests::guest::Guest;
 use kvm_bpf_selftests::harness::{
-    Errno, Random, number_from_env, skip, status_of_a_process, unpaused,
+    Errno, Random, number_from_env, skip, status_of_a_process, trial_within, unpaused,
 };
 use kvm_bpf_selftests::programs::{plug, test_image};
 use libbpf_rs::{MapCore, MapFlags};
+use libtest_mimic::Trial;
 use serde_json::{Map, Value, json};
 
 use super::{ADDR, beside_this_program};
@@ -27,6 +29,12 @@ tests!(
     timers_need_a_program,
     work_has_a_name,
 );
+
+/// What a debug kernel needs more time for.
+pub(super) fn slow() -> Vec<Trial> {
+    let limit = Duration::from_secs(1200);
+    [trial_within("state::undone", limit, undone)].into()
+}
 
 /// The maps with state and how many entries they have.
 const MAPS: [(&str, u32); 6] = [
@@ -544,7 +552,8 @@ fn forbid_bpf() -> Result<(), Errno> {
     }
 }
 
-/// When all is loaded, saving, restoring and a swap are without bpf(2).
+/// When all is loaded, saving, restoring and a swap are without bpf(2), with WORK programs and a
+/// conversion of the state.
 fn without_bpf() {
     let status = status_of_a_process(|| match forbid_bpf() {
         // SAFETY: the kernel kills the process.
@@ -564,6 +573,11 @@ fn without_bpf() {
             .device
             .load(test_image("state"), OnLoss::Refuse)
             .expect("the same programs");
+        let mut works = Setup::new("convert");
+        let converting = works
+            .device
+            .load(test_image("convert_v2"), OnLoss::Refuse)
+            .expect("programs with other types");
         forbid_bpf().expect("a filter");
         let state = setup.save();
         let text = state.to_json().expect("text of the state");
@@ -571,6 +585,23 @@ fn without_bpf() {
         setup.device.swap(replacement, unpaused).expect("the swap");
         assert_got!(json_of(&setup.save()), json_of(&state), "after the swap");
         setup.restore(&state);
+
+        let counts = |works: &Setup, names: [&str; 3]| {
+            let json = json_of(&works.save());
+            names.map(|name| json["maps"][0]["values"][0][name].as_u64())
+        };
+        let names = ["saved", "restored", "replaced"];
+        assert_got!(counts(&works, names), [Some(1), Some(0), Some(0)]);
+        works.device.resume().expect("a run of \"restore\"");
+        let mut pauses = 0;
+        let changes = works.device.swap(converting, |swap| {
+            pauses += 1;
+            swap();
+        });
+        assert_got!(changes.expect("a conversion").converted, ["counts"]);
+        assert_got!(pauses, 1, "pauses");
+        // "save" of the old programs, "restore" and "save" of the new ones.
+        assert_got!(counts(&works, names), [Some(3), Some(2), Some(0)]);
     });
     assert_got!(status, 0, "the process under a filter");
 }
@@ -595,4 +626,26 @@ fn work_has_a_name() {
         Err(image::Error::MissingWork(name)) if name == "reset" => {}
         other => panic!("wanted MissingWork, got {other:#?}"),
     }
+}
+
+/// A device whose "restore" does not end, as the library finds after a million runs, keeps what its
+/// maps had, whatever that program has put there.
+fn undone() {
+    let mut random = Random::new(1);
+    let other = Setup::new("state");
+    other.fill(&mut random);
+    let state = other.save();
+    let mut endless = Setup::new("state_endless");
+    endless.fill(&mut random);
+    let before = contents(endless.device.image());
+    match endless.device.restore(&state) {
+        Err(Error::Endless(name)) if name == "restore" => {}
+        result => panic!("wanted a restore without an end, got {result:#?}"),
+    }
+    assert_got!(contents(endless.device.image()), before, "maps");
+    // It has run, and seen what was restored.
+    let seen = super::element(endless.device.image(), "scratch");
+    let count = get(&state, "changing", "count");
+    let wanted = state::Value::Number(i64::from_ne_bytes(seen.try_into().expect("8 bytes")));
+    assert_got!(count, Some(&wanted), "what \"restore\" has seen");
 }
