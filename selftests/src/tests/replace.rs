@@ -442,7 +442,7 @@ fn no_old_callback_runs() {
     in_a_thread(|| {
         for (file, is_converted) in [("work_timer", false), ("work_timer_v2", true)] {
             let census = Census::now();
-            for round in 0..6 {
+            for round in 0..4 {
                 let guest = Guest::new();
                 let mut device = plug(guest.vm(), ADDR, timer("work_timer", 0));
                 let progress = |device: &ImageDevice| {
