@@ -114,7 +114,28 @@ pub enum Routine {
     Requests = 40,
     /// The same, and idles until the interrupt comes.
     RequestsIdle = 42,
+    /// `count` requests of a disk, `value` of them at a time: copies them from [`QUEUE_TEMPLATE`] into
+    /// the queue at `pair.1`, makes them available, notifies at `addr`, waits for an interrupt,
+    /// reads the status behind and acknowledges it, until all are used. `pair.0` is 0.
+    Disk = 44,
+    /// The same, and idles until the interrupt comes.
+    DiskIdle = 48,
+    /// `count` times: makes the next `value` entries of the queue at `pair.1` available, as they are,
+    /// and notifies at `addr`.
+    Notifications = 52,
 }
+
+/// What the routines for a disk have in the queue's page; numbers are those in the assembly. Request
+/// *n* has the descriptors from 4 *n* on, in place of the fourth its header.
+pub const QUEUE_AVAIL: u64 = 0x800;
+/// The device's part.
+pub const QUEUE_USED: u64 = 0xa00;
+/// In the page behind: what is copied to the descriptors.
+pub const QUEUE_TEMPLATE: u64 = 0x1000;
+/// Entries of the queue of [`Routine::Disk`].
+pub const QUEUE_ENTRIES: u16 = 32;
+/// How many descriptors each request has there.
+pub const QUEUE_PER_REQUEST: u16 = 4;
 
 impl Routine {
     /// Distance of a routine from the first.
@@ -310,50 +331,51 @@ impl Drop for Ram {
     }
 }
 
-/// A page of memory that a guest, the host's threads and other processes may all have.
+/// Memory that a guest, the host's threads and other processes may all have.
 #[derive(Debug)]
-pub struct SharedPage {
+pub struct SharedMemory {
     file: File,
-    page: *mut AtomicU32,
+    size: usize,
+    words: *mut AtomicU32,
 }
 
 // SAFETY: all accesses are atomic.
-unsafe impl Send for SharedPage {}
+unsafe impl Send for SharedMemory {}
 // SAFETY: as above.
-unsafe impl Sync for SharedPage {}
+unsafe impl Sync for SharedMemory {}
 
-impl SharedPage {
-    const SIZE: usize = 0x1000;
-
-    /// A new one, all 0.
-    pub fn new() -> Self {
+impl SharedMemory {
+    /// A new one of so many pages, all 0.
+    pub fn new(pages: usize) -> Self {
         // SAFETY: the name is a string with its end; the new fd is nobody else's.
         let file = unsafe {
-            let fd = libc::memfd_create(c"shared page".as_ptr(), libc::MFD_CLOEXEC);
+            let fd = libc::memfd_create(c"shared memory".as_ptr(), libc::MFD_CLOEXEC);
             assert!(fd >= 0, "memfd_create");
             File::from_raw_fd(fd)
         };
-        file.set_len(Self::SIZE as u64).expect("ftruncate");
+        file.set_len(0x1000 * pages as u64).expect("ftruncate");
         Self::of(file)
     }
 
     /// One that another process has made.
     pub fn of(file: File) -> Self {
+        let size = file.metadata().expect("fstat").len() as usize;
         // SAFETY: a new mapping touches no other memory.
-        let page = unsafe {
+        let words = unsafe {
             libc::mmap(
                 ptr::null_mut(),
-                Self::SIZE,
+                size,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED,
                 file.as_raw_fd(),
                 0,
             )
         };
-        assert_ne!(page, libc::MAP_FAILED, "mmap of a shared page");
-        SharedPage {
+        assert_ne!(words, libc::MAP_FAILED, "mmap of shared memory");
+        SharedMemory {
             file,
-            page: page.cast(),
+            size,
+            words: words.cast(),
         }
     }
 
@@ -364,29 +386,23 @@ impl SharedPage {
 
     /// A word of it.
     pub fn word(&self, index: usize) -> &AtomicU32 {
-        assert!(index < Self::SIZE / 4, "word {index} is outside the page");
+        assert!(index < self.size / 4, "word {index} is outside");
         // SAFETY: checked just above; the mapping lives as long as the borrow.
-        unsafe { &*self.page.add(index) }
+        unsafe { &*self.words.add(index) }
     }
 
     /// Eight bytes of it.
     pub fn double_word(&self, index: usize) -> &AtomicU64 {
         let first = ptr::from_ref(self.word(2 * index));
-        // SAFETY: the page is aligned and has a multiple of 8 bytes; all of it is shared memory.
+        // SAFETY: a page is aligned and has a multiple of 8 bytes; all of it is shared memory.
         unsafe { &*first.cast() }
     }
 }
 
-impl Default for SharedPage {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl Drop for SharedPage {
+impl Drop for SharedMemory {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, and each VM and vCPU holds a count on it.
-        unsafe { libc::munmap(self.page.cast(), Self::SIZE) };
+        unsafe { libc::munmap(self.words.cast(), self.size) };
     }
 }
 
@@ -408,7 +424,7 @@ pub struct Guest {
     vm: VmFd,
     ram: Arc<Ram>,
     irqchip: Option<arch::Irqchip>,
-    shared: Option<Arc<SharedPage>>,
+    shared: Option<Arc<SharedMemory>>,
     /// One of its vCPUs has run.
     has_run: Arc<AtomicBool>,
     paging: bool,
@@ -506,18 +522,18 @@ impl Guest {
             })
     }
 
-    /// Has the guest see a shared page at an address; before its first vCPU.
-    pub fn add_shared(&mut self, addr: u64, page: &Arc<SharedPage>) {
+    /// Has the guest see shared memory at an address; before its first vCPU.
+    pub fn add_shared(&mut self, addr: u64, memory: &Arc<SharedMemory>) {
         let slot = kvm_userspace_memory_region {
             slot: 2,
             guest_phys_addr: addr,
-            memory_size: SharedPage::SIZE as u64,
-            userspace_addr: page.page as u64,
+            memory_size: memory.size as u64,
+            userspace_addr: memory.words as u64,
             ..Default::default()
         };
         // SAFETY: the mapping lives as long as the VM and its vCPUs, which share it.
         unsafe { self.vm.set_user_memory_region(slot) }.expect("KVM_SET_USER_MEMORY_REGION");
-        self.shared = Some(Arc::clone(page));
+        self.shared = Some(Arc::clone(memory));
     }
 
     /// A VM with KVM's own interrupt controllers, for one vCPU that takes interrupts.
@@ -620,7 +636,7 @@ impl Default for Guest {
 pub struct Vcpu {
     fd: VcpuFd,
     _ram: Arc<Ram>,
-    _shared: Option<Arc<SharedPage>>,
+    _shared: Option<Arc<SharedMemory>>,
     has_run: Arc<AtomicBool>,
 }
 

@@ -111,13 +111,6 @@ pub fn save(path: &Path, host: &str, row: &str, phases: &BTreeMap<Phase, f64>) -
 
 pub fn draw(data: &Path, svg: &Path) -> Result<()> {
     let bars = parse(data)?;
-    let drawn = picture(&bars, svg);
-    drawn.map_err(|error| Error::Chart(error.to_string()))
-}
-
-fn picture(bars: &[Bar], svg: &Path) -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let mut hosts: Vec<&str> = bars.iter().map(|bar| bar.host.as_str()).collect();
-    hosts.dedup();
     let used: Vec<usize> = (0..Phase::ALL.len())
         .filter(|&index| {
             let name = Phase::ALL[index].name();
@@ -125,74 +118,119 @@ fn picture(bars: &[Bar], svg: &Path) -> std::result::Result<(), Box<dyn std::err
                 .any(|bar| bar.phases.get(name).is_some_and(|count| *count >= 0.5))
         })
         .collect();
-    let legend_rows = used.len().div_ceil(5) as i32;
-    let height = 40 + legend_rows * 22 + hosts.len() as i32 * 34 + bars.len() as i32 * STEP + 12;
-    let most = bars
+    let legend = used
         .iter()
-        .map(|bar| bar.phases.values().sum::<f64>())
-        .fold(1.0, f64::max);
-    let scale = f64::from(WIDTH - LEFT - RIGHT) / most;
-
-    let area = SVGBackend::new(svg, (WIDTH as u32, height as u32)).into_drawing_area();
-    area.fill(&WHITE)?;
-    let text = |size: i32| ("sans-serif", size).into_font().color(&BLACK);
-    let middle = |style: TextStyle<'static>, h| style.pos(Pos::new(h, VPos::Center));
-    let put = |words: String, x, y, style: &TextStyle<'_>| {
-        area.draw(&Text::new(words, (x, y), style.clone()))
+        .map(|&index| (Phase::ALL[index].name().to_string(), COLOURS[index]))
+        .collect();
+    let mut chart = Chart {
+        title: "Instructions of the host per access".to_string(),
+        legend,
+        groups: Vec::new(),
     };
-
-    let (title, label) = (text(19), text(16));
-    put(
-        "Instructions of the host per access".to_string(),
-        12,
-        12,
-        &title,
-    )?;
-    for (place, &index) in used.iter().enumerate() {
-        let x = 12 + (place % 5) as i32 * 185;
-        let y = 42 + (place / 5) as i32 * 22;
-        area.draw(&Rectangle::new(
-            [(x, y), (x + 14, y + 14)],
-            COLOURS[index].filled(),
-        ))?;
-        let name = Phase::ALL[index].name().to_string();
-        put(name, x + 20, y + 7, &middle(label.clone(), HPos::Left))?;
+    for bar in bars {
+        let parts = used.iter().enumerate().map(|(at, &index)| {
+            let count = bar.phases.get(Phase::ALL[index].name()).copied();
+            (at, count.unwrap_or(0.0))
+        });
+        chart.add(bar.host, bar.row, parts.collect());
     }
+    write(svg, &chart.svg()?)
+}
 
-    let mut y = 40 + legend_rows * 22;
-    for host in hosts {
-        put(host.to_string(), 12, y + 10, &title)?;
-        y += 34;
-        for bar in bars.iter().filter(|bar| bar.host == host) {
-            put(
-                bar.row.clone(),
-                LEFT - 10,
-                y + BAR / 2,
-                &middle(label.clone(), HPos::Right),
-            )?;
-            let mut sum = 0.0;
-            for (index, phase) in Phase::ALL.iter().enumerate() {
-                let count = bar.phases.get(phase.name()).copied().unwrap_or(0.0);
-                if count <= 0.0 {
-                    continue;
-                }
-                let ends = [sum, sum + count].map(|sum| LEFT + (sum * scale).round() as i32);
-                let corners = [(ends[0], y), (ends[1], y + BAR)];
-                area.draw(&Rectangle::new(corners, COLOURS[index].filled()))?;
-                sum += count;
-            }
-            let x = LEFT + (sum * scale).round() as i32 + 6;
-            put(
-                format!("{sum:.0}"),
-                x,
-                y + BAR / 2,
-                &middle(label.clone(), HPos::Left),
-            )?;
-            y += STEP;
+/// Bars in groups, one below the other.
+pub struct Chart {
+    pub title: String,
+    /// What the parts of bars are, and their colours.
+    pub legend: Vec<(String, RGBColor)>,
+    groups: Vec<Group>,
+}
+
+/// What the group is called, and its bars: what they are called, and their parts of the legend.
+type Group = (String, Vec<(String, Vec<(usize, f64)>)>);
+
+impl Chart {
+    pub fn new(title: &str, legend: &[(&str, RGBColor)]) -> Self {
+        let legend = legend.iter();
+        Chart {
+            title: title.to_string(),
+            legend: legend
+                .map(|&(name, colour)| (name.to_string(), colour))
+                .collect(),
+            groups: Vec::new(),
         }
     }
-    area.present()?;
-    Ok(())
+
+    /// Adds a bar to the last group, or to a new one of another name.
+    pub fn add(&mut self, group: String, bar: String, parts: Vec<(usize, f64)>) {
+        if !matches!(self.groups.last(), Some((name, _)) if *name == group) {
+            self.groups.push((group, Vec::new()));
+        }
+        if let Some((_, bars)) = self.groups.last_mut() {
+            bars.push((bar, parts));
+        }
+    }
+
+    /// The picture.
+    pub fn svg(&self) -> Result<String> {
+        let mut text = String::new();
+        let drawn = self.draw(&mut text);
+        drawn.map_err(|error| Error::Chart(error.to_string()))?;
+        Ok(text)
+    }
+
+    fn draw(&self, svg: &mut String) -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let bars = || self.groups.iter().flat_map(|(_, bars)| bars);
+        let legend_rows = self.legend.len().div_ceil(5) as i32;
+        let heads = self.groups.len() as i32 * 34;
+        let height = 40 + legend_rows * 22 + heads + bars().count() as i32 * STEP + 12;
+        let sum = |parts: &[(usize, f64)]| parts.iter().map(|(_, count)| count).sum::<f64>();
+        let most = bars().map(|(_, parts)| sum(parts)).fold(1.0, f64::max);
+        let scale = f64::from(WIDTH - LEFT - RIGHT) / most;
+
+        let area = SVGBackend::with_string(svg, (WIDTH as u32, height as u32)).into_drawing_area();
+        area.fill(&WHITE)?;
+        let text = |size: i32| ("sans-serif", size).into_font().color(&BLACK);
+        let middle = |style: TextStyle<'static>, h| style.pos(Pos::new(h, VPos::Center));
+        let put = |words: &str, x, y, style: &TextStyle<'_>| {
+            area.draw(&Text::new(words.to_string(), (x, y), style.clone()))
+        };
+
+        let (title, label) = (text(19), text(16));
+        put(&self.title, 12, 12, &title)?;
+        for (place, (name, colour)) in self.legend.iter().enumerate() {
+            let x = 12 + (place % 5) as i32 * 185;
+            let y = 42 + (place / 5) as i32 * 22;
+            area.draw(&Rectangle::new([(x, y), (x + 14, y + 14)], colour.filled()))?;
+            put(name, x + 20, y + 7, &middle(label.clone(), HPos::Left))?;
+        }
+
+        let mut y = 40 + legend_rows * 22;
+        for (group, bars) in &self.groups {
+            put(group, 12, y + 10, &title)?;
+            y += 34;
+            for (bar, parts) in bars {
+                let right = middle(label.clone(), HPos::Right);
+                put(bar, LEFT - 10, y + BAR / 2, &right)?;
+                let mut sum = 0.0;
+                for &(part, count) in parts {
+                    if count <= 0.0 {
+                        continue;
+                    }
+                    let ends = [sum, sum + count].map(|sum| LEFT + (sum * scale).round() as i32);
+                    let corners = [(ends[0], y), (ends[1], y + BAR)];
+                    area.draw(&Rectangle::new(corners, self.legend[part].1.filled()))?;
+                    sum += count;
+                }
+                let x = LEFT + (sum * scale).round() as i32 + 6;
+                let left = middle(label.clone(), HPos::Left);
+                put(&format!("{sum:.0}"), x, y + BAR / 2, &left)?;
+                y += STEP;
+            }
+        }
+        area.present()?;
+        drop(area);
+        Ok(())
+    }
 }
 
 #[cfg(test)]

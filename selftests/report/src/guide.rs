@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use crate::{Error, Result, lines, read, table, write};
+use crate::{Error, Result, disk, lines, read, table, write};
 
 /// The file's first lines.
 const HEAD: &str =
@@ -17,13 +17,13 @@ const BEGIN: &str = "<!-- tables: scripts/cost choosing writes them -->\n";
 const END: &str = "<!-- end of the tables -->\n";
 
 /// What is counted of a row.
-const INSTRUCTIONS: &str = "instructions";
-const EXITS: &str = "exits";
-const SWITCHES: &str = "switches";
+pub const INSTRUCTIONS: &str = "instructions";
+pub const EXITS: &str = "exits";
+pub const SWITCHES: &str = "switches";
 const LINES: &str = "lines";
 
 /// Hosts, and what the guide calls them.
-const HOSTS: [(&str, &str); 2] = [("x86_64", "x86-64"), ("arm64", "arm64")];
+pub const HOSTS: [(&str, &str); 2] = [("x86_64", "x86-64"), ("arm64", "arm64")];
 
 /// Parts of the kernel whose lines are counted, as "host" `kernel`.
 const KERNEL: &str = "kernel";
@@ -111,7 +111,7 @@ const WAYS: [Way; 5] = [
 
 /// Numbers by host, row and what they count.
 #[derive(Debug, Default)]
-struct Data(BTreeMap<[String; 3], f64>);
+pub struct Data(BTreeMap<[String; 3], f64>);
 
 impl Data {
     fn read(path: &Path) -> Result<Self> {
@@ -137,12 +137,12 @@ impl Data {
         Ok(data)
     }
 
-    fn set(&mut self, host: &str, row: &str, what: &str, number: f64) {
+    pub fn set(&mut self, host: &str, row: &str, what: &str, number: f64) {
         let key = [host, row, what].map(str::to_string);
         self.0.insert(key, number);
     }
 
-    fn get(&self, host: &str, row: &str, what: &str) -> Option<f64> {
+    pub fn get(&self, host: &str, row: &str, what: &str) -> Option<f64> {
         let key = [host, row, what].map(str::to_string);
         self.0.get(&key).copied()
     }
@@ -161,8 +161,13 @@ impl Data {
     }
 }
 
-/// The names of the rows, those with an interrupt behind those without.
+/// The names of all rows.
 pub fn rows() -> impl Iterator<Item = String> {
+    echo_rows().chain(disk::rows())
+}
+
+/// Those of the small device, with an interrupt behind those without.
+fn echo_rows() -> impl Iterator<Item = String> {
     WAYS.iter()
         .flat_map(|way| [way.row.to_string(), format!("{}{IRQ}", way.row)])
 }
@@ -197,30 +202,44 @@ pub fn save_lines(path: &Path, part: &str, files: &[PathBuf]) -> Result<bool> {
     Ok(true)
 }
 
-/// Writes the tables into the guide, or says whether they are there as they would be; and whether
-/// the numbers are as the guide says.
+/// Writes the tables into the guide and draws its picture, or says whether they are there as they
+/// would be; and whether the numbers are as the guide says.
 pub fn guide(data: &Path, guide: &Path, check: bool) -> Result<bool> {
     let numbers = Data::read(data)?;
-    let text = read(guide)?;
-    let parts = text.split_once(BEGIN).and_then(|(before, rest)| {
-        let (tables, after) = rest.split_once(END)?;
-        Some([before, tables, after])
-    });
-    let [before, tables, after] =
-        parts.ok_or_else(|| Error::Content(guide.into(), "no place for tables".to_string()))?;
-    let wanted = render(&numbers);
-    let mut good = true;
-    if check && tables != wanted {
-        println!("the tables are not those of {}", data.display());
-        good = false;
-    } else if !check {
-        write(guide, &[before, BEGIN, &wanted, END, after].concat())?;
+    let mut text = read(guide)?;
+    for (begin, end, wanted) in [
+        (BEGIN, END, render(&numbers)),
+        (disk::BEGIN, disk::END, disk::render(&numbers)),
+    ] {
+        text = with_part(&text, begin, end, &wanted)
+            .ok_or_else(|| Error::Content(guide.into(), "no place for tables".to_string()))?;
     }
-    for wrong in disorder(&numbers) {
+    let mut good = true;
+    let picture = guide.with_extension("svg");
+    for (path, wanted) in [(guide, text), (&picture, disk::picture(&numbers)?)] {
+        if !check {
+            write(path, &wanted)?;
+        } else if read(path)? != wanted {
+            let [path, data] = [path, data].map(Path::display);
+            println!("{path} is not what {data} says");
+            good = false;
+        }
+    }
+    for wrong in disorder(&numbers)
+        .into_iter()
+        .chain(disk::disorder(&numbers))
+    {
         println!("{wrong}");
         good = false;
     }
     Ok(good)
+}
+
+/// The text with another part between two lines, if they are there.
+fn with_part(text: &str, begin: &str, end: &str, part: &str) -> Option<String> {
+    let (before, rest) = text.split_once(begin)?;
+    let (_, after) = rest.split_once(end)?;
+    Some([before, begin, part, end, after].concat())
 }
 
 /// What the guide says in words, where the numbers say otherwise.
@@ -228,7 +247,7 @@ fn disorder(data: &Data) -> Vec<String> {
     let mut wrong = Vec::new();
     for (host, _) in HOSTS {
         let mut say = |what: String| wrong.push(format!("{host}: {what}"));
-        for row in rows() {
+        for row in echo_rows() {
             for what in [INSTRUCTIONS, EXITS, SWITCHES] {
                 if data.get(host, &row, what).is_none() {
                     say(format!("no {what} of {row}"));

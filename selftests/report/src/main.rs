@@ -4,6 +4,7 @@
 
 mod chart;
 mod counts;
+mod disk;
 mod guide;
 mod lines;
 mod phase;
@@ -102,13 +103,13 @@ enum Command {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
-    /// Writes the guide's tables; fails if the numbers are not in the order that it says.
+    /// Writes the guide's tables and draws its picture; fails if the numbers are not in the order that it says.
     Guide {
         /// The data.
         data: PathBuf,
         /// The guide.
         guide: PathBuf,
-        /// Only compares: fails if the tables are others.
+        /// Only compares: fails if they are others.
         #[arg(long)]
         check: bool,
     },

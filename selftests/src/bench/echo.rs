@@ -13,18 +13,19 @@
 
 use std::any::Any;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::net::UnixDatagram;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-use kvm_bpf_selftests::guest::{Access, Args, Guest, Routine, SharedPage};
+use kvm_bpf_selftests::guest::{Access, Args, Guest, Routine, SharedMemory};
 use kvm_bpf_selftests::peer::{self, Peer};
 use kvm_bpf_selftests::programs::{plug, test_image};
 use kvm_ioctls::IoEventAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::block;
 use crate::host::run_at_once;
 use crate::rows::{ADDR, Case, Handler, Loop, Serve, register};
 
@@ -120,7 +121,7 @@ impl Registers {
 /// The device where it is a doorbell.
 struct Doorbell {
     rung: EventFd,
-    page: Arc<SharedPage>,
+    page: Arc<SharedMemory>,
     irq: Option<EventFd>,
 }
 
@@ -151,7 +152,7 @@ pub fn clone(eventfd: &EventFd) -> EventFd {
 /// A guest whose device is served so.
 pub fn set_up(server: Server, irq: bool) -> Case {
     let mut guest = Guest::with_irqchip();
-    let page = Arc::new(SharedPage::new());
+    let page = Arc::new(SharedMemory::new(1));
     if matches!(server, Server::Thread | Server::Process) {
         guest.add_shared(PAGE, &page);
     }
@@ -293,7 +294,7 @@ const DOORBELL: &str = "doorbell";
 const MESSAGES: &str = "messages";
 
 /// Another process that has what serving takes, and is ready.
-fn ready_peer(role: &str, fds: &[RawFd]) -> Peer {
+pub fn ready_peer(role: &str, fds: &[RawFd]) -> Peer {
     let peer = Peer::new(role, fds);
     peer.socket().recv(&mut [0]).expect("its start");
     peer
@@ -306,7 +307,7 @@ pub fn serve_as(role: &str) -> io::Result<()> {
     run_at_once();
     match role {
         DOORBELL => {
-            let page = Arc::new(SharedPage::of(next()?));
+            let page = Arc::new(SharedMemory::of(next()?));
             let rung = peer::eventfd(next()?);
             let irq = next().ok().map(peer::eventfd);
             socket.send(&[0])?;
@@ -317,6 +318,11 @@ pub fn serve_as(role: &str) -> io::Result<()> {
             let irq = next().ok().map(peer::eventfd);
             socket.send(&[0])?;
             serve_messages(&socket, Registers { result: 0, irq })
+        }
+        block::AT_ONCE | block::IDLE => {
+            let listener = UnixListener::from(OwnedFd::from(next()?));
+            socket.send(&[0])?;
+            block::serve_vhost(listener, role == block::IDLE)
         }
         _ => Err(io::Error::other(format!("no such role: '{role}'"))),
     }

@@ -99,14 +99,21 @@ pub fn switches(other: Option<u32>) -> u64 {
     own + other.map_or(0, switches_of)
 }
 
-/// The same of another process, which has one thread.
+/// The same of another process, whose threads stay.
 fn switches_of(pid: u32) -> u64 {
-    let path = format!("/proc/{pid}/status");
-    let status = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
-    status
-        .lines()
-        .filter(|line| line.contains("ctxt_switches:"))
-        .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
+    let path = format!("/proc/{pid}/task");
+    let threads = fs::read_dir(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    threads
+        .map(|thread| {
+            let path = thread.expect("a thread").path().join("status");
+            let status = fs::read_to_string(&path);
+            let status = status.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            status
+                .lines()
+                .filter(|line| line.contains("ctxt_switches:"))
+                .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
+                .sum::<u64>()
+        })
         .sum()
 }
 

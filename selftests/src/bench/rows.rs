@@ -22,6 +22,7 @@ use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use libbpf_rs::{MapCore, MapFlags};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::block;
 use crate::echo::{self, Server};
 use crate::host::{self, run_at_once};
 use crate::request::{self, Way};
@@ -103,6 +104,8 @@ pub enum Handler {
         way: Way,
         at_once: bool,
     },
+    /// A disk in memory, served in several ways.
+    Block(block::Kind),
     /// The sample device with a page that the guest reads itself; or does not, all the same.
     Page {
         slot: bool,
@@ -325,6 +328,9 @@ pub fn all() -> Vec<Row> {
     for (name, what, handler) in echo::rows().chain(request::rows()) {
         add(name, what, handler, Write, Machine::Plain);
     }
+    for (name, what, handler) in block::rows() {
+        add(&name, what, handler, Write, Machine::Plain);
+    }
     for (name, what, slot) in [
         ("page", "pagebank, SCRATCH", true),
         ("page-trapped", "the same without a slot", false),
@@ -367,6 +373,12 @@ impl Loop {
             round: 1,
             serve,
         }
+    }
+
+    /// Has the loop run a multiple of so often only.
+    pub fn in_rounds_of(mut self, round: u64) -> Self {
+        self.round = round;
+        self
     }
 
     /// Runs the loop so often; accesses that reach user space are served there.
@@ -430,7 +442,10 @@ impl Row {
     pub fn default_accesses(&self) -> u64 {
         match self.handler {
             // More than half of the rounds have no tick of the host's clock within.
-            Handler::RoundTrip { .. } | Handler::Echo { .. } | Handler::Request { .. }
+            Handler::RoundTrip { .. }
+            | Handler::Echo { .. }
+            | Handler::Request { .. }
+            | Handler::Block(_)
                 if host::counts_instructions() =>
             {
                 host::default_accesses() / 10
@@ -443,7 +458,10 @@ impl Row {
     pub fn set_up(&self, vcpus: u32) -> Result<Case, String> {
         let has_own_guest = matches!(
             self.handler,
-            Handler::Echo { .. } | Handler::Request { .. } | Handler::RoundTrip { .. }
+            Handler::Echo { .. }
+                | Handler::Request { .. }
+                | Handler::Block(_)
+                | Handler::RoundTrip { .. }
         );
         if has_own_guest && vcpus != 1 {
             return Err("its guest has one vCPU".to_string());
@@ -451,6 +469,7 @@ impl Row {
         match self.handler {
             Handler::Echo { server, irq } => return Ok(echo::set_up(server, irq)),
             Handler::Request { way, at_once } => return Ok(request::set_up(way, at_once)),
+            Handler::Block(kind) => return Ok(block::set_up(kind)),
             Handler::RoundTrip { device } => return set_up_round_trip(device),
             _ => (),
         }
@@ -565,7 +584,10 @@ impl Row {
                 Box::new(device)
             }
             Handler::Sample { user: true, .. } | Handler::User | Handler::Exit => Box::new(()),
-            Handler::RoundTrip { .. } | Handler::Echo { .. } | Handler::Request { .. } => {
+            Handler::RoundTrip { .. }
+            | Handler::Echo { .. }
+            | Handler::Request { .. }
+            | Handler::Block(_) => {
                 unreachable!("it has a guest of its own")
             }
         })

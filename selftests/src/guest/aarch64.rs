@@ -191,7 +191,69 @@ kvm_bpf_guest:
     .endm
     requests 40, 0
     requests 42, 1
-    routine 44
+    // x0 requests of a disk at a time: see "Routine::Disk".
+    .macro disk number, idle
+    routine \number
+        mov x8, #0
+        take_interrupts
+2:      add x9, x4, #0x1000
+        mov x10, x4
+        add x11, x4, x0, lsl #6
+5:      ldr x12, [x9], #8
+        str x12, [x10], #8
+        cmp x10, x11
+        b.lo 5b
+        ldrh w12, [x4, #0x802]
+        mov w9, #0
+6:      and w10, w12, #31
+        add x10, x4, w10, uxtw #1
+        strh w9, [x10, #0x804]
+        add w12, w12, #1
+        add w9, w9, #4
+        cmp w9, w0, lsl #2
+        b.lo 6b
+        and w12, w12, #0xffff
+        dmb ishst
+        strh w12, [x4, #0x802]
+        dmb ishst
+        str wzr, [x1]
+7:      add x8, x8, #1
+3:
+        .if \idle
+        msr daifset, #2
+        cmp x7, x8
+        b.hs 4f
+        wfi
+        msr daifclr, #2
+        b 3b
+4:      msr daifclr, #2
+        .else
+        cmp x7, x8
+        b.lo 3b
+        .endif
+        ldr w9, [x1, #0x10]
+        str w9, [x1, #0x14]
+        ldrh w9, [x4, #0xa02]
+        cmp w9, w12
+        b.ne 7b
+        subs x2, x2, x0
+        b.hi 2b
+        msr daifset, #2
+        done
+    .endm
+    disk 44, 0
+    disk 48, 1
+    routine 52      // x0 entries more, and a notification
+2:      ldrh w9, [x4, #0x802]
+        add w9, w9, w0
+        dmb ishst
+        strh w9, [x4, #0x802]
+        dmb ishst
+        str wzr, [x1]
+        subs x2, x2, #1
+        b.ne 2b
+        done
+    routine 53
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection

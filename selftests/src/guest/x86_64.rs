@@ -223,7 +223,64 @@ kvm_bpf_guest:
     .endm
     requests 40, 0
     requests 42, 1
-    routine 44
+    // eax requests of a disk at a time: see "Routine::Disk".
+    .macro disk number, idle
+    routine \number
+        xor r12d, r12d
+        xor esi, esi
+2:      sti
+        lea edi, [8 * rax]
+        xor edx, edx
+5:      mov r10, [r9 + 8 * rdx + 0x1000]
+        mov [r9 + 8 * rdx], r10
+        inc edx
+        cmp edx, edi
+        jb 5b
+        movzx edx, word ptr [r9 + 0x802]
+        xor r10d, r10d
+6:      mov edi, edx
+        and edi, 31
+        mov [r9 + 2 * rdi + 0x804], r10w
+        inc edx
+        add r10d, 4
+        lea edi, [4 * rax]
+        cmp r10d, edi
+        jb 6b
+        mov [r9 + 0x802], dx
+        mov dword ptr [rbx], 0
+7:      inc rsi
+3:
+        .if \idle
+        cli
+        cmp r12, rsi
+        jae 4f
+        sti
+        hlt
+        jmp 3b
+4:      sti
+        .else
+        pause
+        cmp r12, rsi
+        jb 3b
+        .endif
+        mov edi, [rbx + 0x10]
+        mov [rbx + 0x14], edi
+        cmp [r9 + 0xa02], dx
+        jne 7b
+        sub ecx, eax
+        ja 2b
+        cli
+        done
+    .endm
+    disk 44, 0
+    disk 48, 1
+    routine 52      // eax entries more, and a notification
+2:      add [r9 + 0x802], ax
+        mov dword ptr [rbx], 0
+        dec ecx
+        jnz 2b
+        done
+    routine 53
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use kvm_bpf::ImageDevice;
-use kvm_bpf_selftests::guest::{Args, Guest, Routine, SharedPage, Vcpu, mask};
+use kvm_bpf_selftests::guest::{Args, Guest, Routine, SharedMemory, Vcpu, mask};
 use kvm_bpf_selftests::harness::{number_from_env, set_capabilities, wait_for};
 use kvm_bpf_selftests::peer::{self, Peer};
 use kvm_bpf_selftests::programs::{plug, sample};
@@ -137,7 +137,7 @@ pub fn be_the_peer(role: &str) -> io::Result<()> {
     // All that it may is what it was sent.
     set_capabilities(&[]);
     let (socket, mut fds) = peer::connect()?;
-    let mut page = || fds.next().map(SharedPage::of);
+    let mut page = || fds.next().map(SharedMemory::of);
     let (Some(values), Some(completions)) = (page(), page()) else {
         return Err(io::Error::other("wanted two maps"));
     };

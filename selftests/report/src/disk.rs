@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The disk of `Documentation/choosing.md`: what the benchmark's rows `block-` cost, and the bounds
+//! that a disk of a program has.
+
+use plotters::style::RGBColor;
+
+use crate::Result;
+use crate::chart::Chart;
+use crate::guide::{Data, EXITS, HOSTS, INSTRUCTIONS, SWITCHES};
+
+/// Between these lines of the guide is its part.
+pub const BEGIN: &str = "<!-- disk: scripts/cost choosing writes this -->\n";
+pub const END: &str = "<!-- end of the disk -->\n";
+
+/// A way to serve the disk: rows of the benchmark, with the name of what a guest asks for in between.
+struct Way {
+    row: [&'static str; 2],
+    title: &'static str,
+    /// Exits to user space per notification.
+    exits: f64,
+}
+
+const WAYS: [Way; 6] = [
+    Way {
+        row: ["block-program-", ""],
+        title: "a program",
+        exits: 0.0,
+    },
+    Way {
+        row: ["block-vcpu-", ""],
+        title: "the VMM's vCPU thread",
+        exits: 3.0,
+    },
+    Way {
+        row: ["block-thread-", ""],
+        title: "ioeventfd, a thread, at once",
+        exits: 2.0,
+    },
+    Way {
+        row: ["block-thread-", "-idle"],
+        title: "the same, the guest idles",
+        exits: 2.0,
+    },
+    Way {
+        row: ["block-process-", ""],
+        title: "vhost-user, at once",
+        exits: 2.0,
+    },
+    Way {
+        row: ["block-process-", "-idle"],
+        title: "the same, the guest idles",
+        exits: 2.0,
+    },
+];
+
+/// What the guest asks for: its name in rows and in the guide, and how many requests a notification
+/// has.
+const WORKS: [(&str, &str, f64); 3] = [
+    ("read", "read", 1.0),
+    ("write", "write", 1.0),
+    ("write-8", "write, 8 at a time", 8.0),
+];
+
+/// Colours that people who see fewer of them can tell apart.
+const COLOURS: [RGBColor; WORKS.len()] = [
+    RGBColor(0x5b, 0x7d, 0xa8),
+    RGBColor(0xd5, 0x5e, 0x00),
+    RGBColor(0x00, 0x9e, 0x73),
+];
+
+/// A notification, and an empty write.
+const NOTIFY: [&str; 2] = ["block-notify-read", "block-notify-write"];
+const SECTOR: &str = "-512";
+const EMPTY: &str = "ebpf-write";
+const LONGEST: [&str; 2] = ["block-longest", "rng-longest"];
+
+/// What a notification may cost above an empty write, but for the copy of 4096 bytes.
+const MOST_ABOVE: f64 = 3500.0;
+/// What the longest one may cost.
+const MOST: f64 = 1_000_000.0;
+/// Parts of what a thread of the VMM's costs that a program may, with one request at a time.
+const SHARE: f64 = 0.5;
+
+fn row(way: &Way, work: &str) -> String {
+    let [before, behind] = way.row;
+    format!("{before}{work}{behind}")
+}
+
+/// The names of the rows.
+pub fn rows() -> impl Iterator<Item = String> {
+    let requests = WAYS
+        .iter()
+        .flat_map(|way| WORKS.iter().map(|(work, _, _)| row(way, work)));
+    let notifications = NOTIFY
+        .iter()
+        .flat_map(|name| [name.to_string(), format!("{name}{SECTOR}")]);
+    let others = [EMPTY].into_iter().chain(LONGEST).map(str::to_string);
+    requests.chain(notifications).chain(others)
+}
+
+/// Instructions of a row.
+fn cost(data: &Data, host: &str, row: &str) -> f64 {
+    data.get(host, row, INSTRUCTIONS).unwrap_or(f64::NAN)
+}
+
+/// Instructions of copying 4096 bytes: those of 3584 by one call more.
+fn copy(data: &Data, host: &str, notify: &str) -> f64 {
+    let less = cost(data, host, &format!("{notify}{SECTOR}"));
+    (cost(data, host, notify) - less) * 4096.0 / 3584.0
+}
+
+/// Of a notification of 4096 bytes above an empty write, without the copy.
+fn above(data: &Data, host: &str, notify: &str) -> f64 {
+    cost(data, host, notify) - copy(data, host, notify) - cost(data, host, EMPTY)
+}
+
+/// Where the numbers are not as they have to be.
+pub fn disorder(data: &Data) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (host, _) in HOSTS {
+        let mut say = |what: String| wrong.push(format!("{host}: {what}"));
+        // A number that is not there is none below a bound.
+        let mut below = |what: &str, number: f64, most: f64| {
+            if number.is_nan() || number > most {
+                say(format!("{what}: {number:.0}, more than {most:.0}"));
+            }
+        };
+        for (work, _, depth) in WORKS {
+            let program = cost(data, host, &row(&WAYS[0], work));
+            for way in &WAYS[1..] {
+                let name = row(way, work);
+                let share = if depth == 1.0 { SHARE } else { 1.0 };
+                let most = cost(data, host, &name) * share;
+                below(&format!("a program against {name}"), program, most);
+            }
+        }
+        for notify in NOTIFY {
+            let above = above(data, host, notify);
+            below(&format!("{notify} without copy"), above, MOST_ABOVE);
+        }
+        for name in LONGEST {
+            below(name, cost(data, host, name), MOST);
+        }
+        for way in &WAYS {
+            for (work, _, depth) in WORKS {
+                let name = row(way, work);
+                let exits = data.get(host, &name, EXITS).unwrap_or(f64::NAN);
+                let wanted = way.exits / depth;
+                // The table has one digit.
+                if exits.is_nan() || (exits - wanted).abs() > 0.06 {
+                    say(format!("{name} has {exits} exits, not {wanted}"));
+                }
+            }
+        }
+        for name in NOTIFY.into_iter().chain(LONGEST) {
+            let counts = [EXITS, SWITCHES].map(|what| data.get(host, name, what));
+            if counts != [Some(0.0); 2] {
+                say(format!("{name} has exits or switches: {counts:?}"));
+            }
+        }
+    }
+    wrong
+}
+
+/// The guide's part.
+pub fn render(data: &Data) -> String {
+    let mut text = String::new();
+    let mut line = |words: String| {
+        text.push_str(&words);
+        text.push('\n');
+    };
+    let heads = HOSTS.map(|(_, name)| {
+        WORKS
+            .map(|(_, work, _)| format!("{name}, {work}"))
+            .join(" | ")
+    });
+    line(format!(
+        "| served by | {} | exits per notification | context switches |",
+        heads.join(" | ")
+    ));
+    line(format!(
+        "| --- {}| --- | --- |",
+        "| --- ".repeat(HOSTS.len() * WORKS.len())
+    ));
+    for way in &WAYS {
+        let costs = HOSTS.map(|(host, _)| {
+            let costs = WORKS.map(|(work, _, _)| {
+                let name = row(way, work);
+                let least = cost(data, host, &row(&WAYS[0], work));
+                let cost = cost(data, host, &name);
+                format!("{cost:.0} (× {:.2})", cost / least)
+            });
+            costs.join(" | ")
+        });
+        let switches = HOSTS.map(|(host, _)| data.get(host, &row(way, WORKS[0].0), SWITCHES));
+        let mut switches = switches
+            .map(|count| count.unwrap_or(f64::NAN).round().to_string())
+            .to_vec();
+        switches.dedup();
+        line(format!(
+            "| {} | {} | {} | {} |",
+            way.title,
+            costs.join(" | "),
+            way.exits,
+            switches.join("; ")
+        ));
+    }
+    line(String::new());
+    line(format!(
+        "| a notification of a program | {} |",
+        HOSTS.map(|(_, name)| name).join(" | ")
+    ));
+    line("| --- | --- | --- |".to_string());
+    let mut numbers = |what: &str, of: &dyn Fn(&str) -> f64| {
+        let numbers = HOSTS.map(|(host, _)| format!("{:.0}", of(host)));
+        line(format!("| {what} | {} |", numbers.join(" | ")));
+    };
+    numbers("an empty write", &|host| cost(data, host, EMPTY));
+    for (notify, what) in NOTIFY.into_iter().zip(["a read", "a write"]) {
+        numbers(&format!("{what} of 4 KiB, all"), &|host| {
+            cost(data, host, notify)
+        });
+        numbers("of these the copy", &|host| copy(data, host, notify));
+        numbers("above an empty write, without the copy", &|host| {
+            above(data, host, notify)
+        });
+    }
+    numbers("the longest of a disk", &|host| {
+        cost(data, host, LONGEST[0])
+    });
+    numbers("the longest of random numbers", &|host| {
+        cost(data, host, LONGEST[1])
+    });
+    text
+}
+
+/// The picture.
+pub fn picture(data: &Data) -> Result<String> {
+    let mut legend = WORKS.map(|(_, what, _)| (what, RGBColor(0, 0, 0)));
+    for (entry, colour) in legend.iter_mut().zip(COLOURS) {
+        entry.1 = colour;
+    }
+    let mut chart = Chart::new(
+        "Instructions of guest and host per request of 4 KiB",
+        &legend,
+    );
+    for (host, name) in HOSTS {
+        for way in &WAYS {
+            for (at, (work, _, _)) in WORKS.iter().enumerate() {
+                let title = if at == 0 { way.title } else { "" };
+                let cost = cost(data, host, &row(way, work));
+                chart.add(name.to_string(), title.to_string(), vec![(at, cost)]);
+            }
+        }
+    }
+    chart.svg()
+}
