@@ -9,6 +9,7 @@
  *	VIRTIO_QUEUE_MAX	the most entries of a queue, a power of 2, at most 256
  *	VIRTIO_FEATURES		the bits of its kind, 0 to 23 and 50 to 63; an expression
  *	VIRTIO_CONFIG		the type of its configuration, where it has one
+ *	VIRTIO_BUDGET_BYTES	the budget of a notification, where 64 KiB take too long
  *
  * then includes this, and then has
  *
@@ -77,7 +78,9 @@ KVM_BPF_DOORBELL(VIRTIO_DOORBELL, 0);
  * No request is begun in a notification, or in a run of "queues", that has copied so
  * many bytes or taken so many descriptors.
  */
+#ifndef VIRTIO_BUDGET_BYTES
 #define VIRTIO_BUDGET_BYTES (64 * 1024)
+#endif
 #define VIRTIO_BUDGET_DESCS 256
 
 /*

@@ -8,6 +8,8 @@
 #define VIRTIO_QUEUES 1
 #define VIRTIO_QUEUE_MAX 64
 #define VIRTIO_FEATURES 0ULL
+/* A byte costs more than fifty instructions. */
+#define VIRTIO_BUDGET_BYTES 4096
 #include "virtio_bpf.h"
 
 /* What goes over the stack at once, and how often for one request. */
@@ -46,7 +48,7 @@ __noinline int rng_fill(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u64 addr,
 __noinline int virtio_request(struct bpf_kvm_io_ctx *ctx __arg_ctx,
 			      struct virtq_chain *chain __arg_nonnull)
 {
-	__u32 i;
+	__u32 written, i;
 
 	bpf_for(i, 0, VIRTIO_CHAIN_ENDS)
 	{
@@ -68,7 +70,10 @@ __noinline int virtio_request(struct bpf_kvm_io_ctx *ctx __arg_ctx,
 		if (filled % CHUNK || filled < chain->desc.len)
 			break;
 	}
-	return chain->bytes;
+	written = chain->bytes;
+	/* A part of a chunk costs what a whole one does. */
+	chain->bytes = (written + CHUNK - 1) / CHUNK * CHUNK;
+	return written;
 }
 
 char _license[] SEC("license") = "Dual BSD/GPL";

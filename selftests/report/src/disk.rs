@@ -73,7 +73,14 @@ const COLOURS: [RGBColor; WORKS.len()] = [
 const NOTIFY: [&str; 2] = ["block-notify-read", "block-notify-write"];
 const SECTOR: &str = "-512";
 const EMPTY: &str = "ebpf-write";
-const LONGEST: [&str; 2] = ["block-longest", "rng-longest"];
+const LONGEST: [(&str, &str); 3] = [
+    ("block-longest", "the longest notification of a disk"),
+    ("rng-longest", "the longest of random numbers"),
+    (
+        "block-reset-busy",
+        "a reset while someone is in a request that does not end",
+    ),
+];
 
 /// What a notification may cost above an empty write, but for the copy of 4096 bytes.
 const MOST_ABOVE: f64 = 3500.0;
@@ -95,7 +102,10 @@ pub fn rows() -> impl Iterator<Item = String> {
     let notifications = NOTIFY
         .iter()
         .flat_map(|name| [name.to_string(), format!("{name}{SECTOR}")]);
-    let others = [EMPTY].into_iter().chain(LONGEST).map(str::to_string);
+    let others = [EMPTY]
+        .into_iter()
+        .chain(LONGEST.map(|(row, _)| row))
+        .map(str::to_string);
     requests.chain(notifications).chain(others)
 }
 
@@ -139,7 +149,7 @@ pub fn disorder(data: &Data) -> Vec<String> {
             let above = above(data, host, notify);
             below(&format!("{notify} without copy"), above, MOST_ABOVE);
         }
-        for name in LONGEST {
+        for (name, _) in LONGEST {
             below(name, cost(data, host, name), MOST);
         }
         for way in &WAYS {
@@ -153,7 +163,7 @@ pub fn disorder(data: &Data) -> Vec<String> {
                 }
             }
         }
-        for name in NOTIFY.into_iter().chain(LONGEST) {
+        for name in NOTIFY.into_iter().chain(LONGEST.map(|(row, _)| row)) {
             let counts = [EXITS, SWITCHES].map(|what| data.get(host, name, what));
             if counts != [Some(0.0); 2] {
                 say(format!("{name} has exits or switches: {counts:?}"));
@@ -208,7 +218,7 @@ pub fn render(data: &Data) -> String {
     }
     line(String::new());
     line(format!(
-        "| a notification of a program | {} |",
+        "| an access of a program's device | {} |",
         HOSTS.map(|(_, name)| name).join(" | ")
     ));
     line("| --- | --- | --- |".to_string());
@@ -226,12 +236,9 @@ pub fn render(data: &Data) -> String {
             above(data, host, notify)
         });
     }
-    numbers("the longest of a disk", &|host| {
-        cost(data, host, LONGEST[0])
-    });
-    numbers("the longest of random numbers", &|host| {
-        cost(data, host, LONGEST[1])
-    });
+    for (row, what) in LONGEST {
+        numbers(what, &|host| cost(data, host, row));
+    }
     text
 }
 

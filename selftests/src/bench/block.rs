@@ -25,6 +25,7 @@ use kvm_bpf_selftests::guest::{
 use kvm_bpf_selftests::peer::Peer;
 use kvm_bpf_selftests::programs::{loaded, sample};
 use kvm_ioctls::IoEventAddress;
+use libbpf_rs::{MapCore, MapFlags};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{Frontend, Listener, VhostUserFrontend, VhostUserVirtioFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -100,6 +101,8 @@ pub enum Kind {
     Notification(Work),
     /// The longest notification of a disk, or of random numbers.
     Longest { disk: bool },
+    /// A reset of a disk that does not become idle.
+    Reset,
 }
 
 const WAYS: [(Server, &str, &str); 4] = [
@@ -142,6 +145,8 @@ pub fn rows() -> Vec<(String, &'static str, Handler)> {
     for (name, disk) in [("block-longest", true), ("rng-longest", false)] {
         add(name.to_string(), what, Kind::Longest { disk });
     }
+    let what = "a reset of a program's device, in which someone else is";
+    add("block-reset-busy".to_string(), what, Kind::Reset);
     rows
 }
 
@@ -151,6 +156,7 @@ pub fn set_up(kind: Kind) -> Case {
         Kind::Requests { server, work, idle } => requests(server, work, idle),
         Kind::Notification(work) => notifications(work),
         Kind::Longest { disk } => longest(disk),
+        Kind::Reset => reset(),
     }
 }
 
@@ -181,7 +187,7 @@ fn requests(server: Server, work: Work, idle: bool) -> Case {
             let status = AtomicU32::new(0);
             let mut disk = Disk::new();
             let mut queue = queue();
-            let memory = memory.clone();
+            let (memory, irq) = (memory.clone(), clone(&irq));
             serve = Box::new(move |access| {
                 serve_registers(access, &status, || {
                     if disk.serve(&mut queue, &memory) {
@@ -195,7 +201,7 @@ fn requests(server: Server, work: Work, idle: bool) -> Case {
         Server::Thread => {
             let status = Arc::new(AtomicU32::new(0));
             let thread = ServerThread::new(clone(&notified), {
-                let (status, memory) = (Arc::clone(&status), memory.clone());
+                let (status, memory, irq) = (Arc::clone(&status), memory.clone(), clone(&irq));
                 move |is_over| {
                     run(idle);
                     let mut disk = Disk::new();
@@ -234,7 +240,8 @@ fn requests(server: Server, work: Work, idle: bool) -> Case {
     let depth = work.depth.into();
     let mut target = queue_loop(vcpu, routine, work.depth, serve).in_rounds_of(depth);
     check(&memory, QUEUE_TEMPLATE, work, || target.run(depth));
-    Case::new(target, Box::new((handler, shared)), guest, peer)
+    // An irqfd ends with the last descriptor of its eventfd.
+    Case::new(target, Box::new((handler, irq, shared)), guest, peer)
 }
 
 /// How the thread runs that serves the queue.
@@ -271,16 +278,17 @@ fn notifications(work: Work) -> Case {
 fn longest(disk: bool) -> Case {
     /// The budget of `samples/devices/virtio_bpf.h`: with one less spent, another request is begun.
     const DESCRIPTORS: u16 = 256;
-    const BYTES: u32 = 64 * 1024;
-    /// Of one request of random numbers.
-    const MOST: u32 = 4096;
+    /// That of `samples/devices/virtio_rng.bpf.c`, of which each request takes this at least.
+    const BYTES: u32 = 4096;
+    const CHUNK: u32 = 64;
 
-    // Requests of two descriptors and one of all that there may be; or all of the same length.
+    // As many small requests as there may be before the last one, which is as large as it may be.
     let (name, entries, count) = match disk {
         true => ("virtio_blk", 128, DESCRIPTORS / 2),
-        false => ("virtio_rng", 64, (BYTES / MOST) as u16 + 1),
+        false => ("virtio_rng", 64, (BYTES / CHUNK) as u16),
     };
     let (mut target, memory, rest, guest) = alone(name, entries, count);
+    put(&memory, QUEUE_AVAIL + 4 + 2 * u64::from(count - 1), 1_u16);
     if disk {
         let table = |index: u64, chain: &[Buffer]| {
             let at = TABLES + PAGE * index;
@@ -301,7 +309,6 @@ fn longest(disk: bool) -> Case {
         all.extend(sectors.map(|at| (DATA + at, SECTOR as u32, true)));
         all.push(result(read));
         table(1, &all);
-        put(&memory, QUEUE_AVAIL + 4 + 2 * u64::from(count - 1), 1_u16);
         for (_, at) in [flush, read] {
             put(&memory, RESULTS + at, u8::MAX);
         }
@@ -310,11 +317,35 @@ fn longest(disk: bool) -> Case {
             assert_eq!(get::<u8>(&memory, RESULTS + at), VIRTIO_BLK_S_OK as u8);
         }
     } else {
-        put_chain(&memory, 0, 0, &[(DATA, MOST - 64, true)]);
+        for (index, len) in [(0, 1), (1, BYTES)] {
+            put_chain(&memory, 0, index, &[(DATA, len, true)]);
+        }
         target.run(1);
     }
     assert_eq!(get::<u16>(&memory, QUEUE_USED + 2), count, "requests");
     Case::new(target, rest, guest, None)
+}
+
+/// The queue is someone's for ever.
+fn reset() -> Case {
+    let guest = Guest::new();
+    let irq = EventFd::new(0).expect("eventfd");
+    let device = program(&guest, "virtio_blk", &irq);
+    let map = device.image().map("virtio_run").expect("the map");
+    let mut run = MapCore::lookup(map, &[0; 4], MapFlags::ANY)
+        .expect("BPF_MAP_LOOKUP_ELEM")
+        .expect("an element");
+    // `busy` of the queue.
+    run[0] = 1;
+    map.update(&[0; 4], &run, MapFlags::ANY)
+        .expect("BPF_MAP_UPDATE_ELEM");
+    let args = Args {
+        addr: ADDR + u64::from(VIRTIO_MMIO_STATUS),
+        ..Default::default()
+    };
+    let serve = Box::new(|access: Access<'_>| panic!("wanted no exit, got {access:x?}"));
+    let target = Loop::new(guest.vcpu(0), Routine::WriteLoop, args, serve);
+    Case::new(target, Box::new((device, irq)), guest, None)
 }
 
 /// A program's device that nobody but the guest knows of, and a loop of notifications, each of so
