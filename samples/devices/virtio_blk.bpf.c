@@ -100,6 +100,26 @@ struct blk_request {
 	__u32 written;
 };
 
+/* Copy a page or a sector; 0, or negative. */
+static __always_inline int blk_copy_one(struct bpf_kvm_io_ctx *ctx,
+					__u64 sector, __u64 addr,
+					_Bool whole_page, __u32 to_guest)
+{
+	__u32 offset = sector % BLK_SECTORS_PER_PAGE * BLK_SECTOR;
+	__u32 index = sector / BLK_SECTORS_PER_PAGE;
+	__u8 *page = bpf_map_lookup_elem(&disk, &index);
+
+	if (!page)
+		return -1;
+	if (whole_page && to_guest)
+		return bpf_kvm_mem_write(ctx, addr, page, BLK_PAGE);
+	if (whole_page)
+		return bpf_kvm_mem_read(ctx, addr, page, BLK_PAGE);
+	if (to_guest)
+		return bpf_kvm_mem_write(ctx, addr, page + offset, BLK_SECTOR);
+	return bpf_kvm_mem_read(ctx, addr, page + offset, BLK_SECTOR);
+}
+
 /* Copy data between the disk and the guest, whole sectors; 0, or negative. */
 __noinline int blk_copy(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u64 sector,
 			__u64 addr, __u32 len, __u32 to_guest)
@@ -108,32 +128,17 @@ __noinline int blk_copy(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u64 sector,
 	__u32 count = pages ? len / BLK_PAGE : len / BLK_SECTOR;
 	__u32 i;
 
+	/* What drivers have most often takes no loop, which has a price. */
+	if (pages && count == 1)
+		return blk_copy_one(ctx, sector, addr, 1, to_guest);
 	bpf_for(i, 0, BLK_BYTES_MAX / BLK_SECTOR)
 	{
 		__u64 at = sector + (pages ? i * BLK_SECTORS_PER_PAGE : i);
-		__u32 index = at / BLK_SECTORS_PER_PAGE;
-		__u32 offset = at % BLK_SECTORS_PER_PAGE * BLK_SECTOR;
-		__u8 *page;
-		int error;
 
 		if (i >= count)
 			return 0;
-		page = bpf_map_lookup_elem(&disk, &index);
-		if (!page)
-			return -1;
-		if (pages && to_guest)
-			error = bpf_kvm_mem_write(ctx, addr + i * BLK_PAGE,
-						  page, BLK_PAGE);
-		else if (pages)
-			error = bpf_kvm_mem_read(ctx, addr + i * BLK_PAGE, page,
-						 BLK_PAGE);
-		else if (to_guest)
-			error = bpf_kvm_mem_write(ctx, addr + i * BLK_SECTOR,
-						  page + offset, BLK_SECTOR);
-		else
-			error = bpf_kvm_mem_read(ctx, addr + i * BLK_SECTOR,
-						 page + offset, BLK_SECTOR);
-		if (error)
+		if (blk_copy_one(ctx, at, addr + (at - sector) * BLK_SECTOR,
+				 pages, to_guest))
 			return -1;
 	}
 	return count > BLK_BYTES_MAX / BLK_SECTOR ? -1 : 0;

@@ -456,8 +456,8 @@ __noinline int virtq_run(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u32 index)
 		return 0;
 	q = &v->queues[index];
 	busy = &run->busy[index];
-	bpf_for(i, 0, VIRTIO_ROUNDS)
-	{
+	/* Few enough for the verifier; bpf_for() calls the kernel for each. */
+	for (i = 0; i < VIRTIO_ROUNDS; i++) {
 		int more = 0;
 
 		if (!VIRTIO_LOAD(q->pending) || VIRTIO_LOAD(run->paused))

@@ -263,3 +263,74 @@ pub fn picture(data: &Data) -> Result<String> {
     }
     chart.svg()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers that are as they have to be.
+    fn data() -> Data {
+        let mut data = Data::default();
+        for (host, _) in HOSTS {
+            for (at, way) in WAYS.iter().enumerate() {
+                for (work, _, depth) in WORKS {
+                    let name = row(way, work);
+                    data.set(
+                        host,
+                        &name,
+                        INSTRUCTIONS,
+                        [100.0, 200.0][usize::from(at > 0)],
+                    );
+                    data.set(host, &name, EXITS, way.exits / depth);
+                    data.set(host, &name, SWITCHES, 0.0);
+                }
+            }
+            for name in rows().filter(|name| !name.ends_with("-8") && !name.contains("idle")) {
+                if data.get(host, &name, INSTRUCTIONS).is_none() {
+                    data.set(host, &name, INSTRUCTIONS, 3000.0);
+                    data.set(host, &name, EXITS, 0.0);
+                    data.set(host, &name, SWITCHES, 0.0);
+                }
+            }
+            for notify in NOTIFY {
+                // 3500 above an empty write, and 4096 to copy.
+                data.set(host, notify, INSTRUCTIONS, 3000.0 + 3500.0 + 4096.0);
+                let sector = format!("{notify}{SECTOR}");
+                data.set(host, &sector, INSTRUCTIONS, 3000.0 + 3500.0 + 512.0);
+            }
+        }
+        data
+    }
+
+    #[test]
+    fn bounds() {
+        assert_eq!(disorder(&data()), [""; 0]);
+        for (row, what, number) in [
+            ("block-program-read", INSTRUCTIONS, 101.0),
+            ("block-thread-write", INSTRUCTIONS, 199.0),
+            ("block-vcpu-write-8", INSTRUCTIONS, 99.0),
+            ("block-program-write", EXITS, 0.1),
+            ("block-process-read-idle", EXITS, 3.0),
+            ("block-notify-read", INSTRUCTIONS, 10_500.0),
+            ("block-notify-write-512", INSTRUCTIONS, 7013.0),
+            ("block-notify-write", SWITCHES, 1.0),
+            ("block-longest", INSTRUCTIONS, 1_000_001.0),
+            ("rng-longest", INSTRUCTIONS, f64::NAN),
+        ] {
+            let mut data = data();
+            data.set("arm64", row, what, number);
+            assert!(!disorder(&data).is_empty(), "{row}: {what} {number}");
+        }
+    }
+
+    #[test]
+    fn parts() {
+        let data = data();
+        assert_eq!(copy(&data, "arm64", NOTIFY[0]), 4096.0);
+        assert_eq!(above(&data, "arm64", NOTIFY[1]), 3500.0);
+        let text = render(&data);
+        let wanted = "| of these the copy | 4096 | 4096 |";
+        assert!(text.lines().any(|line| line == wanted), "{text}");
+        assert!(picture(&data).unwrap().contains("vhost-user, at once"));
+    }
+}
