@@ -129,8 +129,8 @@ __noinline int blk_copy(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u64 sector,
 	__u32 i;
 
 	/* What drivers have most often takes no loop, which has a price. */
-	if (pages && count == 1)
-		return blk_copy_one(ctx, sector, addr, 1, to_guest);
+	if (count == 1)
+		return blk_copy_one(ctx, sector, addr, pages, to_guest);
 	bpf_for(i, 0, BLK_BYTES_MAX / BLK_SECTOR)
 	{
 		__u64 at = sector + (pages ? i * BLK_SECTORS_PER_PAGE : i);

@@ -348,8 +348,8 @@ __noinline int virtq_drain(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u32 index,
 	if (bpf_kvm_mem_read(ctx, q->avail + 2, &avail, sizeof(avail)) ||
 	    (__u16)(avail - q->next_avail) > q->num)
 		bad = 1;
-	bpf_for(i, 0, bad ? 0 : VIRTIO_QUEUE_MAX)
-	{
+	/* Few enough rounds for the verifier; bpf_for() calls the kernel for each. */
+	for (i = 0; i < VIRTIO_QUEUE_MAX && !bad; i++) {
 		if (q->next_avail == avail ||
 		    VIRTIO_LOAD(q->ready) != VIRTQ_RUNS)
 			break;
@@ -456,7 +456,7 @@ __noinline int virtq_run(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u32 index)
 		return 0;
 	q = &v->queues[index];
 	busy = &run->busy[index];
-	/* Few enough for the verifier; bpf_for() calls the kernel for each. */
+	/* As above. */
 	for (i = 0; i < VIRTIO_ROUNDS; i++) {
 		int more = 0;
 
