@@ -354,12 +354,12 @@ impl SharedMemory {
             File::from_raw_fd(fd)
         };
         file.set_len(0x1000 * pages as u64).expect("ftruncate");
-        Self::of(file)
+        Self::of(file, pages)
     }
 
-    /// One that another process has made.
-    pub fn of(file: File) -> Self {
-        let size = file.metadata().expect("fstat").len() as usize;
+    /// One that another process has made, or the kernel: a map's file has no length.
+    pub fn of(file: File, pages: usize) -> Self {
+        let size = 0x1000 * pages;
         // SAFETY: a new mapping touches no other memory.
         let words = unsafe {
             libc::mmap(

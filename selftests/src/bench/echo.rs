@@ -307,7 +307,7 @@ pub fn serve_as(role: &str) -> io::Result<()> {
     run_at_once();
     match role {
         DOORBELL => {
-            let page = Arc::new(SharedMemory::of(next()?));
+            let page = Arc::new(SharedMemory::of(next()?, 1));
             let rung = peer::eventfd(next()?);
             let irq = next().ok().map(peer::eventfd);
             socket.send(&[0])?;

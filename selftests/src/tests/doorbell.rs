@@ -137,7 +137,7 @@ pub fn be_the_peer(role: &str) -> io::Result<()> {
     // All that it may is what it was sent.
     set_capabilities(&[]);
     let (socket, mut fds) = peer::connect()?;
-    let mut page = || fds.next().map(SharedMemory::of);
+    let mut page = || fds.next().map(|file| SharedMemory::of(file, 1));
     let (Some(values), Some(completions)) = (page(), page()) else {
         return Err(io::Error::other("wanted two maps"));
     };
