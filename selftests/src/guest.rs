@@ -114,19 +114,19 @@ pub enum Routine {
     Requests = 40,
     /// The same, and idles until the interrupt comes.
     RequestsIdle = 42,
-    /// `count` requests of a disk, `value` of them at a time: copies them from [`QUEUE_TEMPLATE`] into
-    /// the queue at `pair.1`, makes them available, notifies at `addr`, waits for an interrupt,
+    /// `count` requests of a disk, `value` of them at a time: copies them from [`QUEUE_TEMPLATE`]
+    /// into the queue at `pair.1`, makes them available, notifies at `addr`, waits for an interrupt,
     /// reads the status behind and acknowledges it, until all are used. `pair.0` is 0.
     Disk = 44,
     /// The same, and idles until the interrupt comes.
     DiskIdle = 48,
-    /// `count` times: makes the next `value` entries of the queue at `pair.1` available, as they are,
-    /// and notifies at `addr`.
+    /// `count` times: makes the next `value` entries of the queue at `pair.1` available, as they
+    /// are, and notifies at `addr`.
     Notifications = 52,
 }
 
-/// What the routines for a disk have in the queue's page; numbers are those in the assembly. Request
-/// *n* has the descriptors from 4 *n* on, in place of the fourth its header.
+/// What the routines for a disk have in the queue's page; numbers are those in the assembly.
+/// Request *n* has the descriptors from 4 *n* on, in place of the fourth its header.
 pub const QUEUE_AVAIL: u64 = 0x800;
 /// The device's part.
 pub const QUEUE_USED: u64 = 0xa00;

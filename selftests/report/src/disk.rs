@@ -86,8 +86,8 @@ const LONGEST: [(&str, &str); 3] = [
 const MOST_ABOVE: f64 = 3500.0;
 /// What the longest one may cost.
 const MOST: f64 = 1_000_000.0;
-/// What part of a thread's cost, or another process's, a program may have with one request at a time,
-/// by host. On x86-64 it is not half: KVM's emulator, the same for all, is most of a program's cost.
+/// What part of a thread's cost, or another process's, a program may have with one request at a
+/// time, by host. On x86-64 it is not half: KVM's emulator, the same for all, is most of the cost.
 const SHARES: [(&str, f64); 2] = [("x86_64", 0.7), ("arm64", 0.5)];
 
 fn row(way: &Way, work: &str) -> String {
@@ -115,8 +115,8 @@ fn cost(data: &Data, host: &str, row: &str) -> f64 {
     data.get(host, row, INSTRUCTIONS).unwrap_or(f64::NAN)
 }
 
-/// Instructions of copying 4096 bytes, by those of 3584 more in the same call; none where a processor
-/// has an instruction for it.
+/// Instructions of copying 4096 bytes, by those of 3584 more in the same call; none where a
+/// processor has an instruction for it.
 fn copy(data: &Data, host: &str, notify: &str) -> f64 {
     let less = cost(data, host, &format!("{notify}{SECTOR}"));
     (cost(data, host, notify) - less).max(0.0) * 4096.0 / 3584.0

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! A disk in memory behind virtio-mmio, served in several ways: what a request costs. The guest
-//! fills descriptors, notifies, waits for the interrupt, and reads and acknowledges its status. Each
-//! way copies the data once, between the guest's memory and the disk.
+//! fills descriptors, notifies, waits for the interrupt, and reads and acknowledges its status.
+//! Each way copies the data once, between the guest's memory and the disk.
 //!
 //! A process that serves the queue signals the interrupt itself, and does not know of its status,
 //! which is always that of the queue there.

@@ -10,8 +10,8 @@
 //! round of 2 ACCESSES less one of ACCESSES, each the median of several; so what a round costs by
 //! itself and a tick of the host's clock in between do not count. Behind the numbers are exits to
 //! user space and switches between threads, per access. An access of the rows `echo-` is an
-//! operation, a command and its result; one of `request-` is what a driver of virtio does per request,
-//! and one of `block-` is a request of a disk.
+//! operation, a command and its result; one of `request-` is what a driver of virtio does per
+//! request, and one of `block-` is a request of a disk.
 //!
 //! * `--row NAME` selects a row, with commas several, and may be given again; `--list` lists them.
 //! * `--scale` measures accesses per second of 1 to n vCPUs, each on a CPU of its own.
