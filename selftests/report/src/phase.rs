@@ -147,6 +147,8 @@ const RULES: &[(Phase, &[&str])] = &[
         Phase::Program,
         &[
             "bpf_*",
+            "kvm_copy_guest",
+            "kvm_copy_pages",
             "array_map_*",
             "htab_*",
             "__htab_map_*",
