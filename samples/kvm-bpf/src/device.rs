@@ -755,7 +755,8 @@ impl ImageDevice {
         saved
     }
 
-    /// Has the device go on after [`Self::save`], with its WORK program `restore` where it has one.
+    /// Has the device go on after [`Self::save`] or [`Self::prepare`], with its WORK program
+    /// `restore` where it has one.
     pub fn resume(&self) -> Result<()> {
         self.run("restore", 0).map(drop)
     }
@@ -772,6 +773,15 @@ impl ImageDevice {
             state::undo(maps, &before);
             return Err(error);
         }
+        Ok(())
+    }
+
+    /// The first half of [`Self::restore`]: puts the state into the maps. [`Self::resume`] is the other.
+    ///
+    /// So the device does nothing yet, while it is not certain that the guest goes on here: from
+    /// `restore` on it may access guest memory, which may still be another's too.
+    pub fn prepare(&mut self, state: &State) -> Result<()> {
+        state::restore(self.image.note(), self.image.states(), state)?;
         Ok(())
     }
 

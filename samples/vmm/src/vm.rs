@@ -572,6 +572,7 @@ impl Vm {
         let own_table = args.perf_table.is_some();
         if let (Some(path), Some(saved)) = (&args.restore, saved) {
             vm.restore(path, &saved, own_table, shared_memory)?;
+            vm.access_memory()?;
         }
         if let Some(path) = &args.take_over {
             // The guest stands still from here on.
@@ -581,6 +582,8 @@ impl Vm {
             let source = Source::receive(&stream).map_err(failed)?;
             vm.restore(path, &source, own_table, shared_memory)?;
             snapshot::take(&stream).map_err(failed)?;
+            // Until now the guest's memory was the other's.
+            vm.access_memory()?;
         }
         Ok(vm)
     }
@@ -676,7 +679,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Makes a VM that has not run go on with a saved guest.
+    /// Makes a VM that has not run go on with a saved guest, all but [`Self::access_memory`].
     ///
     /// Frequencies are the saved VM's, if they are not the command line's own.
     fn restore(
@@ -716,6 +719,15 @@ impl Vm {
             .platform
             .restore_clock(&self.vm, &self.vcpus)
             .map_err(Error::RestorePlatform)
+    }
+
+    /// Has the devices go on that access the memory of a restored guest: with requests of it, say.
+    fn access_memory(&self) -> Result<(), Error> {
+        let mut devices = self.bpf_devices.iter();
+        devices.try_for_each(|device| match device.accesses_memory() {
+            true => device.resume(),
+            false => Ok(()),
+        })
     }
 
     /// Gives `take` all of the guest but its memory, when its vCPUs have stopped. Where that fails,
@@ -1108,11 +1120,19 @@ impl BpfDevice {
         self.device.resume().map_err(|source| self.error(source))
     }
 
-    /// Has its programs go on from a state, with what they cannot know on this host.
+    /// Has its programs go on from a state, with what they cannot know on this host. Those that
+    /// access guest memory go on with [`Self::resume`].
     fn restore(&mut self, provided: &Provided, state: &State) -> Result<(), Error> {
         provide_to(&self.name, self.device.image(), provided)?;
-        let restored = self.device.restore(state);
+        let restored = match self.accesses_memory() {
+            true => self.device.prepare(state),
+            false => self.device.restore(state),
+        };
         restored.map_err(|source| self.error(source))
+    }
+
+    fn accesses_memory(&self) -> bool {
+        self.device.image().note().window.is_some()
     }
 
     fn read_pages(&self) -> Vec<ReadPage> {
