@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use libbpf_rs::{
-    AsRawLibbpf, MapCore, MapHandle, ObjectBuilder, OpenMap, OpenMapMut, OpenObject,
+    AsRawLibbpf, MapCore, MapHandle, MapType, ObjectBuilder, OpenMap, OpenMapMut, OpenObject,
     OpenProgramMut, libbpf_sys,
 };
 
@@ -129,6 +129,14 @@ pub enum Error {
         /// libbpf's error.
         #[source]
         source: libbpf_rs::Error,
+    },
+    /// A map of others cannot be one of the device.
+    #[error("map {map} cannot be shared: {why}")]
+    ShareMap {
+        /// The device's map.
+        map: String,
+        /// What is wrong.
+        why: String,
     },
     /// A map cannot be what the note says, a page that the guest may read.
     #[error("map {map} cannot be a read page: {why}")]
@@ -296,6 +304,43 @@ impl OpenImage {
             .find(|map| is_named(&map.name().to_string_lossy(), name))
     }
 
+    /// Has the device use `map`, which others use too, instead of a map of its own of that name.
+    ///
+    /// It has the same type, and keys and values of the same sizes, but may have any number of
+    /// entries. It is no state of the device: it is neither saved nor restored. The device goes on
+    /// with it when its programs are replaced.
+    pub fn share_map(&mut self, name: &str, map: &impl MapCore) -> Result<(), Error> {
+        let failed = |why: String| Error::ShareMap {
+            map: name.to_string(),
+            why,
+        };
+        let mut layouts = match self.layouts.take() {
+            Some(layouts) => layouts,
+            None => Layout::of_object(&mut self.object)?,
+        };
+        let layout = layouts.iter_mut().find(|layout| layout.name == name);
+        let own = self.map_mut(name);
+        let shared = match (layout, own) {
+            (Some(layout), Some(mut own)) => {
+                let sizes = |ty: MapType, key: u32, value: u32| {
+                    format!("{ty:?} with keys of {key} bytes and values of {value}")
+                };
+                let here = sizes(own.map_type(), own.key_size(), own.value_size());
+                let there = sizes(map.map_type(), map.key_size(), map.value_size());
+                match here == there {
+                    false => Err(failed(format!("it is {there}, and should be {here}"))),
+                    true => own
+                        .reuse_fd(map.as_fd())
+                        .map(|()| layout.share())
+                        .map_err(|error| failed(error.to_string())),
+                }
+            }
+            _ => Err(failed("the device has none of that name".to_string())),
+        };
+        self.layouts = Some(layouts);
+        shared
+    }
+
     /// Prepares to replace a loaded image: goes on with its maps, so that state survives a change
     /// of programs.
     ///
@@ -314,7 +359,13 @@ impl OpenImage {
             }
         }
 
-        let layouts = Layout::of_object(&mut self.object)?;
+        let mut layouts = Layout::of_object(&mut self.object)?;
+        for layout in &mut layouts {
+            let mut old = from.layouts.iter().filter(|old| old.is_shared);
+            if old.any(|old| old.name == layout.name) {
+                layout.share();
+            }
+        }
         let mut changes = MapChanges::default();
         let loads = self.note.loads_state_of(&from.note);
         for old in &from.layouts {

@@ -83,6 +83,8 @@ pub(crate) struct Layout {
     pub entries: usize,
     /// Whether it is state that user space saves: it can map it.
     pub is_state: bool,
+    /// Whether others have it too.
+    pub is_shared: bool,
     /// What in its values runs later by itself.
     pub runs_later: Option<&'static str>,
 }
@@ -156,12 +158,19 @@ impl Layout {
             facts,
             entries: map.max_entries() as usize,
             is_state: is_array && map.map_flags() & libbpf_sys::BPF_F_MMAPABLE != 0,
+            is_shared: false,
             runs_later,
             value: value.unwrap_or_else(|| Type::bytes(size)),
         };
         // The kernel makes such a map with the flag, but lets nobody map it.
         layout.is_state &= layout.is_plain();
         Ok(layout)
+    }
+
+    /// Has it be a map that others have too, and so no state of the device.
+    pub fn share(&mut self) {
+        self.is_shared = true;
+        self.is_state = false;
     }
 
     /// Why a map like this cannot go on with the content of one like `old`: by a field, where one
@@ -284,6 +293,7 @@ mod tests {
             value: Type::bytes(8),
             entries: 1,
             is_state: false,
+            is_shared: false,
             runs_later: None,
         };
         let old = layout(&[("8 bytes", true), ("value.a at bit 0", false)]);

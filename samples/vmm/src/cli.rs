@@ -54,10 +54,12 @@ pub struct Args {
     /// give all ones and writes are dropped. On x86-64, pio:PORT instead of ADDR is for a device at
     /// ports. A ring buffer "output" of a device ns16550a is written to standard output, or to FILE.
     /// Lines "LINE LEVEL" of a pipe or regular FILE drive the inputs of a device with a WORK program
-    /// "input". The first interrupt of a device with a WORK program "resample" is level-triggered.
+    /// "input". The first interrupt of a device with a WORK program "resample" is level-triggered. With
+    /// map=MAP:FILE (repeatable) the device's map MAP is the one that is pinned at FILE, on a file system
+    /// of type bpf: others may use it too, and it is not saved.
     #[arg(
         long,
-        value_name = "DEVICE.o@ADDR[,fallback=NAME][,output=FILE][,input=FILE]"
+        value_name = "DEVICE.o@ADDR[,fallback=NAME][,output=FILE][,input=FILE][,map=MAP:FILE]"
     )]
     pub bpf: Vec<Bpf>,
 
@@ -188,7 +190,7 @@ fn split_options(text: &str) -> (&str, impl Iterator<Item = &str>) {
     (at, options)
 }
 
-/// A device of eBPF programs: `FILE@ADDR[,fallback=NAME][,output=FILE][,input=FILE]`.
+/// A device of eBPF programs: `FILE@ADDR[,fallback=NAME][,output=FILE][,input=FILE][,map=MAP:FILE]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bpf {
     /// File and address.
@@ -199,6 +201,8 @@ pub struct Bpf {
     pub output: Option<PathBuf>,
     /// What drives its inputs.
     pub input: Option<PathBuf>,
+    /// Its maps that others use too, and where these are pinned.
+    pub maps: Vec<(String, PathBuf)>,
 }
 
 impl FromStr for Bpf {
@@ -211,6 +215,11 @@ impl FromStr for Bpf {
             fallback: None,
             output: None,
             input: None,
+            maps: Vec::new(),
+        };
+        let map = |text: &str| {
+            let (name, file) = text.split_once(':')?;
+            (!name.is_empty() && !file.is_empty()).then(|| (name.to_string(), file.into()))
         };
         for option in options {
             let twice = match option.split_once('=') {
@@ -223,9 +232,16 @@ impl FromStr for Bpf {
                 Some(("input", file)) if !file.is_empty() => {
                     bpf.input.replace(file.into()).is_some()
                 }
+                Some(("map", text)) => {
+                    let wrong = || format!("{option:?} is not map=MAP:FILE");
+                    let (name, file) = map(text).ok_or_else(wrong)?;
+                    let twice = bpf.maps.iter().any(|(other, _)| *other == name);
+                    bpf.maps.push((name, file));
+                    twice
+                }
                 _ => {
                     return Err(format!(
-                        "{option:?} is not fallback=NAME, output=FILE or input=FILE"
+                        "{option:?} is not fallback=NAME, output=FILE, input=FILE or map=MAP:FILE"
                     ));
                 }
             };
@@ -357,8 +373,16 @@ mod tests {
         assert_eq!(bpf.input.as_deref(), Some("/tmp/y".as_ref()));
         assert_eq!(bpf.fallback.as_deref(), Some("b"));
         assert_eq!(bpf.output.as_deref(), Some("/tmp/x".as_ref()));
+        let bpf: Bpf = "a.o@1,map=disk:/b:c,map=.bss:d".parse().unwrap();
+        let maps = [("disk", "/b:c"), (".bss", "d")];
+        let maps = maps.map(|(name, file)| (name.to_string(), file.into()));
+        assert_eq!(bpf.maps, maps);
         for bad in [
             "a.o@1,",
+            "a.o@1,map=disk",
+            "a.o@1,map=disk:",
+            "a.o@1,map=:x",
+            "a.o@1,map=disk:x,map=disk:y",
             "a.o@1,fallback",
             "a.o@1,fallback=",
             "a.o@1,x=y",

@@ -24,6 +24,7 @@ use kvm_bpf::{
     Device, Image, ImageDevice, OnLoss, OpenImage, Place, Replacement, State, Window, Words,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuExit, VcpuFd, VmFd};
+use libbpf_rs::MapHandle;
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_QUEUE_NOTIFY};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
@@ -65,6 +66,13 @@ pub enum Error {
     Device(String, #[source] kvm_bpf::device::Error),
     #[error("{0}: user-space devices, fallbacks too, are for memory, not for ports")]
     NoUserspacePorts(String),
+    #[error("{}: cannot use it as a map of {device}", .path.display())]
+    PinnedMap {
+        device: String,
+        path: PathBuf,
+        #[source]
+        source: libbpf_rs::Error,
+    },
     #[error("{0}: no output, as it is no ns16550a with a ring buffer \"output\"")]
     NoOutput(String),
     #[error("{}: cannot write its output there", .0.display())]
@@ -326,7 +334,7 @@ impl Vm {
         let images = args
             .bpf
             .iter()
-            .map(|bpf| open_image(&bpf.at.what))
+            .map(open_device)
             .collect::<Result<Vec<_>, _>>()?;
         let mut devices = Vec::new();
         for (bpf, image) in args.bpf.iter().zip(&images) {
@@ -1194,6 +1202,23 @@ fn open_at_most(path: &Path, memory: u64) -> Result<File, Error> {
 fn open_image(name: &str) -> Result<OpenImage, Error> {
     OpenImage::open_file(Path::new(name))
         .map_err(|source| Error::Device(name.to_string(), source.into()))
+}
+
+/// Opens the file of a device, which has the maps that the command line says.
+fn open_device(bpf: &Bpf) -> Result<OpenImage, Error> {
+    let name = &bpf.at.what;
+    let mut image = open_image(name)?;
+    for (map, path) in &bpf.maps {
+        let pinned = MapHandle::from_pinned_path(path).map_err(|source| Error::PinnedMap {
+            device: name.clone(),
+            path: path.clone(),
+            source,
+        })?;
+        image
+            .share_map(map, &pinned)
+            .map_err(|source| Error::Device(name.clone(), source.into()))?;
+    }
+    Ok(image)
 }
 
 /// Opens a file that serves registers of a virtio device.
