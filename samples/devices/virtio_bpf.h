@@ -15,12 +15,12 @@
  *
  *	int virtio_request(struct bpf_kvm_io_ctx *ctx, struct virtq_chain *chain)
  *
- * which takes the descriptors of one request by virtq_next(), does what they say,
- * adds to chain->bytes what it copies, and returns how many bytes it wrote for the
- * driver; or a negative number if the driver broke the rules, whereupon the device
- * does nothing more until it is reset.  One request copies a few hundred KiB at
- * most.  Where there is a configuration, virtio_config() fills it; the driver
- * cannot write to it.
+ * which takes the descriptors of one request of queue chain->queue by virtq_next(),
+ * does what they say, adds to chain->bytes what it copies, and returns how many bytes
+ * it wrote for the driver; or a negative number if the driver broke the rules,
+ * whereupon the device does nothing more until it is reset.  One request copies a few
+ * hundred KiB at most.  Where there is a configuration, virtio_config() fills it; the
+ * driver cannot write to it.
  *
  * All state is in the map "virtio".  What is in "virtio_run" has a meaning only while
  * programs run.
@@ -174,6 +174,8 @@ struct virtq_chain {
 	__u32 descs;
 	/* How many bytes were copied. */
 	__u32 bytes;
+	/* The queue's index, for devices with more than one. */
+	__u32 queue;
 };
 
 /* What a notification has spent. */
@@ -299,6 +301,7 @@ __noinline int virtq_serve(struct bpf_kvm_io_ctx *ctx __arg_ctx, __u32 index,
 	chain.size = num;
 	chain.next = head;
 	chain.more = 1;
+	chain.queue = index;
 	chain.no_indirect =
 		!(v->driver_features >> VIRTIO_RING_F_INDIRECT_DESC & 1);
 	len = virtio_request(ctx, &chain);
