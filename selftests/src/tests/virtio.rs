@@ -1511,8 +1511,12 @@ fn a_queue_in_use_moves() {
 
     let mut other = Setup::new(sample("virtio_rng"));
     store(&other.pages, 0, &setup.pages.bytes(0, PAGES * PAGE));
-    other.device.restore(&state).expect("the state");
+    // With the state alone it does not touch memory, which may still be another's.
+    other.device.prepare(&state).expect("the state");
+    std::thread::sleep(Duration::from_millis(100));
     let mut moved = queue.clone();
+    assert_got!(moved.used(&other.pages), []);
+    other.device.resume().expect("a run");
     wait_for("the rest of the requests", 64, || {
         load16(&other.pages, USED + 2)
     });
