@@ -2,7 +2,9 @@
 
 //! Skips with a reason, a time limit per test, and waiting with an end.
 
+use std::os::unix::process::ExitStatusExt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -217,6 +219,47 @@ pub fn meanwhile<W: FnMut() + Send, R>(
         }
         result
     })
+}
+
+/// A process that runs a test of this program, which finds in a variable what it is to do.
+///
+/// Killed when dropped: no other test is to meet it.
+#[derive(Debug)]
+pub struct Victim(Child);
+
+impl Victim {
+    /// Starts it.
+    pub fn new(test: &str, variable: &str, value: &str) -> Self {
+        let child = Command::new("/proc/self/exe")
+            .args(["--exact", test])
+            .env(variable, value)
+            .stdout(Stdio::null())
+            .spawn();
+        Victim(child.expect("this program again"))
+    }
+
+    /// Its PID.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Ends it, which nothing else has.
+    pub fn kill(mut self) {
+        self.0.kill().expect("SIGKILL");
+        let status = self.0.wait().expect("waiting for the process");
+        assert_eq!(
+            status.signal(),
+            Some(libc::SIGKILL),
+            "how the process ended"
+        );
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// A number from the environment, for what takes long under emulation.

@@ -131,16 +131,21 @@ mod tests {
         assert!(!verdict("none", counts, true));
     }
 
-    #[test]
-    fn a_shared_line() {
-        let shared = |by: &str| {
+    /// Both CPUs store to one line, the second one so often; a function of ours and another one.
+    fn shared(often: u32) -> [String; 2] {
+        ["ffffffff80000010", "ffffffff80001010"].map(|by| {
             format!(
                 "store 0 1 ffff000000000040 {by} 10 20\n\
-                 store 1 1 ffff000000000048 {by} 10 20\n\
-                 store 1 2 ffff000000000080 {by} 10 20\n"
+                 store 1 1 ffff000000000048 {by} 10 {}\n\
+                 store 1 2 ffff000000000080 {by} 10 20\n",
+                10 + often
             )
-        };
-        let (ours, theirs) = (shared("ffffffff80000010"), shared("ffffffff80001010"));
+        })
+    }
+
+    #[test]
+    fn a_shared_line() {
+        let [ours, theirs] = shared(10);
         assert!(!verdict("ours", &ours, false));
         assert!(!verdict("theirs", &theirs, false));
         assert!(verdict("found", &theirs, true));
@@ -148,14 +153,7 @@ mod tests {
 
     #[test]
     fn a_line_that_one_cpu_seldom_writes() {
-        let seldom = |by: &str| {
-            format!(
-                "store 0 1 ffff000000000040 {by} 10 20\n\
-                 store 1 1 ffff000000000048 {by} 10 13\n\
-                 store 1 2 ffff000000000080 {by} 10 20\n"
-            )
-        };
-        let (ours, theirs) = (seldom("ffffffff80000010"), seldom("ffffffff80001010"));
+        let [ours, theirs] = shared(3);
         assert!(!verdict("ours-seldom", &ours, false));
         assert!(verdict("theirs-seldom", &theirs, false));
         assert!(!verdict("not-found", &theirs, true));

@@ -569,7 +569,7 @@ impl Disk {
         match kind {
             VIRTIO_BLK_T_IN => to.write_all(data)?,
             VIRTIO_BLK_T_OUT => from.read_exact(data)?,
-            _ => return Err("what is this?".into()),
+            _ => return Err("a request of a kind that nobody makes".into()),
         }
         result.write_obj(VIRTIO_BLK_S_OK as u8)?;
         Ok(to.bytes_written() as u32 + 1)

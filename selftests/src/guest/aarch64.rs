@@ -165,13 +165,8 @@ kvm_bpf_guest:
     commands 34, 0, 1
     commands 36, 1, 0
     commands 38, 1, 1
-    // Notifies at x1, waits for the interrupt, reads its status at x4, and acknowledges.
-    .macro requests number, idle
-    routine \number
-        mov x8, #0
-        take_interrupts
-2:      str wzr, [x1]
-        add x8, x8, #1
+    // Waits for interrupt number x8: halts until it comes, or looks for it all the time.
+    .macro await_interrupt idle
 3:
         .if \idle
         msr daifset, #2
@@ -185,6 +180,15 @@ kvm_bpf_guest:
         cmp x7, x8
         b.lo 3b
         .endif
+    .endm
+    // Notifies at x1, waits for the interrupt, reads its status at x4, and acknowledges.
+    .macro requests number, idle
+    routine \number
+        mov x8, #0
+        take_interrupts
+2:      str wzr, [x1]
+        add x8, x8, #1
+        await_interrupt \idle
         ldr w0, [x4]
         str w0, [x4, #4]
         next_interrupt
@@ -218,19 +222,7 @@ kvm_bpf_guest:
         dmb ishst
         str wzr, [x1]
 7:      add x8, x8, #1
-3:
-        .if \idle
-        msr daifset, #2
-        cmp x7, x8
-        b.hs 4f
-        wfi
-        msr daifclr, #2
-        b 3b
-4:      msr daifclr, #2
-        .else
-        cmp x7, x8
-        b.lo 3b
-        .endif
+        await_interrupt \idle
         ldr w9, [x1, #0x10]
         str w9, [x1, #0x14]
         ldrh w9, [x4, #0xa02]

@@ -196,14 +196,8 @@ kvm_bpf_guest:
     commands 34, 0, 1
     commands 36, 1, 0
     commands 38, 1, 1
-    // Notifies at rbx, waits for the interrupt, reads its status at r9, and acknowledges.
-    .macro requests number, idle
-    routine \number
-        xor r12d, r12d
-        xor esi, esi
-2:      sti
-        mov dword ptr [rbx], 0
-        inc rsi
+    // Waits for interrupt number rsi: halts until it comes, or looks for it all the time.
+    .macro await_interrupt idle
 3:
         .if \idle
         cli
@@ -212,12 +206,23 @@ kvm_bpf_guest:
         sti
         hlt
         jmp 3b
+4:      sti
         .else
         pause
         cmp r12, rsi
         jb 3b
         .endif
-4:      mov eax, [r9]
+    .endm
+    // Notifies at rbx, waits for the interrupt, reads its status at r9, and acknowledges.
+    .macro requests number, idle
+    routine \number
+        xor r12d, r12d
+        xor esi, esi
+2:      sti
+        mov dword ptr [rbx], 0
+        inc rsi
+        await_interrupt \idle
+        mov eax, [r9]
         mov [r9 + 4], eax
         next_interrupt
     .endm
@@ -249,20 +254,7 @@ kvm_bpf_guest:
         mov [r9 + 0x802], dx
         mov dword ptr [rbx], 0
 7:      inc rsi
-3:
-        .if \idle
-        cli
-        cmp r12, rsi
-        jae 4f
-        sti
-        hlt
-        jmp 3b
-4:      sti
-        .else
-        pause
-        cmp r12, rsi
-        jb 3b
-        .endif
+        await_interrupt \idle
         mov edi, [rbx + 0x10]
         mov [rbx + 0x14], edi
         cmp [r9 + 0xa02], dx

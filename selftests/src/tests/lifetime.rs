@@ -5,9 +5,7 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::{env, io, thread};
 
@@ -20,7 +18,7 @@ use kvm_bpf_selftests::bpf::{
 };
 use kvm_bpf_selftests::device::{Answer, Device, NO_REGION, region, test_create};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu, vms};
-use kvm_bpf_selftests::harness::{Errno, meanwhile, skip, wait_for};
+use kvm_bpf_selftests::harness::{Errno, Victim, meanwhile, skip, wait_for};
 use kvm_bpf_selftests::programs::{Recorder, ret, test_image};
 use libbpf_rs::{MapCore, MapFlags};
 use vmm_sys_util::eventfd::EventFd;
@@ -208,37 +206,16 @@ fn vm_closed_under_running_vcpus() {
     wait_for("virtual machines", vms, self::vms);
 }
 
-/// Killed when dropped: no other test is to meet it.
-struct Victim(Child);
-
-impl Drop for Victim {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// A process with devices, regions, vCPUs inside programs and a swap under way is killed.
 fn killed_process() {
     let (census, vms) = (Census::now(), vms());
-    let victim = Command::new("/proc/self/exe")
-        .args(["--exact", "swap::hot_swap"])
-        .env("KVM_BPF_SWAPS", "1000000000")
-        .stdout(Stdio::null())
-        .spawn();
-    let mut victim = Victim(victim.expect("this program again"));
+    let victim = Victim::new("swap::hot_swap", "KVM_BPF_SWAPS", "1000000000");
     // Both pairs and their maps are there when the swaps begin; every fifteenth has new ones.
     wait_for("programs and maps of the process", true, || {
         let (programs, maps) = census.newer();
         programs >= 5 && maps >= 2
     });
-    victim.0.kill().expect("SIGKILL");
-    let status = victim.0.wait().expect("waiting for the process");
-    assert_got!(
-        status.signal(),
-        Some(libc::SIGKILL),
-        "how the process ended"
-    );
+    victim.kill();
     census.wait_for_newer(0, 0);
     wait_for("virtual machines", vms, self::vms);
 }

@@ -5,8 +5,6 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 use std::{env, ptr, thread};
 
@@ -19,7 +17,7 @@ use kvm_bpf::{Image, ImageDevice, Window};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::device::Device;
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu};
-use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env, skip, wait_for};
+use kvm_bpf_selftests::harness::{Random, Victim, meanwhile, number_from_env, skip, wait_for};
 use kvm_bpf_selftests::programs::{plug, test_image};
 use libbpf_rs::{MapCore, MapFlags};
 use vmm_sys_util::eventfd::EventFd;
@@ -858,21 +856,14 @@ fn killed_while_a_page_is_late() {
         });
     }
     let census = Census::now();
-    let mut victim = Command::new("/proc/self/exe")
-        .args(["--exact", "mem::killed_while_a_page_is_late"])
-        .env(VARIABLE, "1")
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("this program again");
+    let victim = Victim::new("mem::killed_while_a_page_is_late", VARIABLE, "1");
     let task = format!("/proc/{}/task", victim.id());
     wait_for("programs and threads of the process", true, || {
         let tasks = fs::read_dir(&task).map_or(0, Iterator::count);
         census.newer().0 == 2 && tasks >= 5
     });
     thread::sleep(Duration::from_millis(50));
-    victim.kill().expect("SIGKILL");
-    let status = victim.wait().expect("waiting for the process");
-    assert_got!(status.signal(), Some(libc::SIGKILL), "how it ended");
+    victim.kill();
     census.wait_for_newer(0, 0);
 }
 

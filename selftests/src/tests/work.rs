@@ -5,9 +5,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,7 +21,7 @@ use kvm_bpf_selftests::bpf::{
 use kvm_bpf_selftests::device::{Device, NO_WORK, region, work};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine};
 use kvm_bpf_selftests::harness::{
-    in_a_process, in_a_thread, meanwhile, set_scheduler, stay_on, wait_for,
+    Victim, in_a_process, in_a_thread, meanwhile, set_scheduler, stay_on, wait_for,
 };
 use kvm_bpf_selftests::programs::{CTX_BUF, CTX_REGION, only_return, plug, ret, test_image};
 use kvm_bpf_vmm::userspace::uclamp;
@@ -948,31 +946,8 @@ fn thread_counts() {
     drop(guest);
 }
 
-/// Another process that runs a test of this program, which finds what it is to do in a variable.
-///
-/// Killed when dropped: no other test is to meet it.
-struct Victim(Child);
-
 /// What a victim is to do, in that process.
 const VARIABLE: &str = "KVM_BPF_WORK_VICTIM";
-
-impl Victim {
-    fn new(test: &str, what: &str) -> Self {
-        let victim = Command::new("/proc/self/exe")
-            .args(["--exact", test])
-            .env(VARIABLE, what)
-            .stdout(Stdio::null())
-            .spawn();
-        Victim(victim.expect("this program again"))
-    }
-}
-
-impl Drop for Victim {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// A cgroup, removed when dropped: its processes have to be gone.
 struct Cgroup(PathBuf);
@@ -1041,14 +1016,14 @@ fn thread_is_in_the_vmms_cgroup() {
     }
     let cgroups = ["vmm", "other"].map(|name| Cgroup::new(&format!("kvm-bpf-{name}")));
     let [vmm, other] = &cgroups;
-    let victims = ["work", "spin"].map(|what| Victim::new(TEST, what));
+    let victims = ["work", "spin"].map(|what| Victim::new(TEST, VARIABLE, what));
     let [worker, _] = &victims;
-    let worker = worker.0.id().to_string();
+    let worker = worker.id().to_string();
     wait_for("the device's thread", 1, || {
         threads_of(&worker, THREAD).len()
     });
     for (cgroup, victim) in cgroups.iter().zip(&victims) {
-        cgroup.write("cgroup.procs", victim.0.id());
+        cgroup.write("cgroup.procs", victim.id());
     }
     let thread = threads_of(&worker, THREAD)[0].to_string();
     let members = vmm.read("cgroup.threads");
@@ -1137,21 +1112,15 @@ fn killed_process() {
     }
     for is_held in [false, true] {
         let census = Census::now();
-        let mut victim = Victim::new("work::killed_process", "work");
-        let task = format!("/proc/{}/task", victim.0.id());
+        let victim = Victim::new("work::killed_process", VARIABLE, "work");
+        let task = format!("/proc/{}/task", victim.id());
         wait_for("programs and threads of the process", true, || {
             let tasks = fs::read_dir(&task).map_or(0, Iterator::count);
             census.newer().0 == 2 && tasks >= 7
         });
-        let held = is_held.then(|| NUMBERS.map(|number| fd_of(victim.0.id(), number)));
+        let held = is_held.then(|| NUMBERS.map(|number| fd_of(victim.id(), number)));
         thread::sleep(Duration::from_millis(50));
-        victim.0.kill().expect("SIGKILL");
-        let status = victim.0.wait().expect("waiting for the process");
-        assert_got!(
-            status.signal(),
-            Some(libc::SIGKILL),
-            "how the process ended"
-        );
+        victim.kill();
         if let Some([device, wake]) = held {
             let start = Instant::now();
             let device = Device::from(device);
