@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `kvm-bpf inspect PID`: the devices of a process, from outside.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::thread::sleep;
+use std::time::Duration;
+use std::fs;
+
+use clap::{Parser, Subcommand};
+
+mod bpf;
+mod fdinfo;
+
+use bpf::{Counter, Map};
+use fdinfo::Device;
+
+/// Entries of a map that are shown.
+const MAX_ENTRIES: u32 = 16;
+
+/// Bits of the permissions, in words.
+const ALLOW: [(u64, &str); 19] = [
+    (0x1, "irq"),
+    (0x2, "host-cpu"),
+    (0x4, "uclamp"),
+    (0x8, "read-memory"),
+    (0x10, "write-memory"),
+    (0x20, "async"),
+    (0x40, "sleep"),
+    (0x80, "tail-call"),
+    (0x100, "inner-maps"),
+    (0x200, "arena"),
+    (0x400, "other-kfunc"),
+    (0x1_0000, "new-region"),
+    (0x2_0000, "replace"),
+    (0x4_0000, "remove"),
+    (0x8_0000, "set-irq"),
+    (0x10_0000, "set-memory"),
+    (0x20_0000, "set-ports"),
+    (0x40_0000, "set-work"),
+    (0x80_0000, "run"),
+];
+
+#[derive(Debug, Parser)]
+#[command(name = "kvm-bpf", about = "Devices made of eBPF programs, from outside")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show the devices of a process: regions, programs, maps, interrupts, permissions.
+    ///
+    /// What the kernel tells of a process is for those who may trace it; names of programs and what
+    /// is in maps are for root.
+    Inspect {
+        /// The process, a VMM.
+        pid: u32,
+        /// Count for so long how often each program handled what it ran for, and how often it
+        /// declined. Otherwise nothing is counted.
+        #[arg(long = "for", value_name = "SECONDS")]
+        seconds: Option<f64>,
+    },
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("process {0}: {1}")]
+    Process(u32, io::Error),
+    #[error("process {0} has no device made of eBPF programs")]
+    NoDevice(u32),
+    #[error("--for takes a number of seconds from 0 to 86400")]
+    Seconds,
+    #[error("counting for {0}: {1}")]
+    Count(String, io::Error),
+    #[error(transparent)]
+    Output(#[from] io::Error),
+}
+
+fn main() -> ExitCode {
+    let Command::Inspect { pid, seconds } = Args::parse().command;
+    match inspect(pid, seconds, &mut io::stdout().lock()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kvm-bpf: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn inspect(pid: u32, seconds: Option<f64>, out: &mut impl Write) -> Result<(), Error> {
+    let wait = match seconds {
+        Some(seconds) if !(0.0..=86400.0).contains(&seconds) => return Err(Error::Seconds),
+        seconds => seconds.map(Duration::from_secs_f64),
+    };
+    let devices = fdinfo::devices(pid).map_err(|error| Error::Process(pid, error))?;
+    if devices.is_empty() {
+        return Err(Error::NoDevice(pid));
+    }
+    let ids: Vec<u32> = devices
+        .iter()
+        .flat_map(|(_, device)| device.programs())
+        .map(|(_, program)| program.id)
+        .collect();
+    let programs = bpf::Program::with_ids(&ids);
+    let programs: BTreeMap<u32, _> = programs.iter().map(|program| (program.id(), program)).collect();
+    let counters = match wait {
+        None => BTreeMap::new(),
+        Some(wait) => {
+            let counters = programs.values().map(|program| match Counter::new(program) {
+                Ok(counter) => Ok((program.id(), counter)),
+                Err(error) => Err(Error::Count(program.name.clone(), error)),
+            });
+            let counters = counters.collect::<Result<BTreeMap<_, _>, _>>()?;
+            sleep(wait);
+            counters
+        }
+    };
+    let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    for (number, device) in &devices {
+        writeln!(out, "process {pid} ({}), file descriptor {number}", command.trim_end())?;
+        show(device, &programs, &counters, out)?;
+    }
+    Ok(())
+}
+
+fn show(
+    device: &Device,
+    programs: &BTreeMap<u32, &bpf::Program>,
+    counters: &BTreeMap<u32, Counter>,
+    out: &mut impl Write,
+) -> Result<(), Error> {
+    let show_program = |out: &mut dyn Write, what: &str, program: &fdinfo::Program| {
+        let known = programs.get(&program.id);
+        let name = known.map_or("", |known| known.name.as_str());
+        let sleeps = if program.sleeps { ", may sleep" } else { "" };
+        write!(out, "    {what}: {name} (program {}, tag {}{sleeps})", program.id, program.tag)?;
+        if let Some(counter) = counters.get(&program.id) {
+            let [handled, declined] = counter.get()?;
+            write!(out, ": handled {handled}, declined {declined}")?;
+        } else if let Some(known) = known
+            && known.run_cnt > 0
+        {
+            write!(out, ": ran {} times, {} ns", known.run_cnt, known.run_time_ns)?;
+        }
+        writeln!(out)
+    };
+    for region in &device.regions {
+        let kind = if region.is_pio { "ports" } else { "MMIO" };
+        writeln!(out, "  region {}: {kind} {:#x}, {:#x} bytes", region.index, region.addr, region.size)?;
+        for (what, program) in [("reads", &region.read), ("writes", &region.write)] {
+            match program {
+                Some(program) => show_program(out, what, program)?,
+                None => writeln!(out, "    {what}: user space")?,
+            }
+        }
+    }
+    for work in &device.works {
+        let by = if work.has_eventfd { "an eventfd or the VMM" } else { "the VMM" };
+        writeln!(out, "  work {}: run by {by}", work.index)?;
+        show_program(out, "program", &work.program)?;
+    }
+    if !device.irqs.is_empty() {
+        let irqs: Vec<_> = device.irqs.iter().map(u32::to_string).collect();
+        writeln!(out, "  interrupts: {}", irqs.join(", "))?;
+    }
+    for window in &device.windows {
+        let rights = match window.rights.as_str() {
+            "r" => "read",
+            "w" => "write",
+            _ => "read and write",
+        };
+        writeln!(
+            out,
+            "  window {}: {:#x}, {:#x} bytes, to {rights}",
+            window.index, window.addr, window.size
+        )?;
+    }
+    show_maps(device, programs, out)?;
+    writeln!(out, "  allowed: {}", allowed(device.allow))?;
+    let extensible = if device.require & 1 == 0 { "may" } else { "must not" };
+    writeln!(out, "  programs {extensible} be extended")?;
+    let more = if device.is_sealed { "no more" } else { "more" };
+    writeln!(out, "  the VM can get {more} devices of this kind")?;
+    Ok(())
+}
+
+fn show_maps(
+    device: &Device,
+    programs: &BTreeMap<u32, &bpf::Program>,
+    out: &mut impl Write,
+) -> Result<(), Error> {
+    let own = device.programs();
+    let maps: BTreeSet<u32> = own
+        .iter()
+        .filter_map(|(_, program)| programs.get(&program.id))
+        .flat_map(|program| program.map_ids.iter().copied())
+        .collect();
+    for id in maps {
+        // It may be gone by now, and may be one that nobody can read.
+        let Ok(map) = Map::with_id(id) else {
+            continue;
+        };
+        writeln!(out, "  {}", map.describe())?;
+        match map.values(MAX_ENTRIES) {
+            Ok(values) => {
+                for (index, value) in values.iter().enumerate() {
+                    writeln!(out, "    {index}: {value}")?;
+                }
+            }
+            Err(error) => writeln!(out, "    not shown: {error}")?,
+        }
+    }
+    Ok(())
+}
+
+/// What is allowed, or what is not, whichever is shorter.
+fn allowed(allow: u64) -> String {
+    let names = |has: bool| {
+        let names = ALLOW.iter().filter(|(bit, _)| (allow & bit != 0) == has);
+        names.map(|&(_, name)| name).collect::<Vec<_>>()
+    };
+    match (names(true), names(false)) {
+        (_, lost) if lost.is_empty() => "all".to_string(),
+        (left, _) if left.is_empty() => "nothing".to_string(),
+        (left, lost) if lost.len() < left.len() => format!("all but {}", lost.join(", ")),
+        (left, _) => left.join(", "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn permissions_in_words() {
+        assert_eq!(allowed(0xff_07ff), "all");
+        assert_eq!(allowed(0), "nothing");
+        assert_eq!(allowed(0x1_0001), "irq, new-region");
+        assert_eq!(allowed(0xff_07ff & !0x40), "all but sleep");
+    }
+}
