@@ -9,7 +9,7 @@ use kvm_bpf::uapi::{
     KVM_DEV_BPF_ATTR_GROUP_INFO, KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_MEM,
     KVM_DEV_BPF_ATTR_GROUP_PERMS, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
     KVM_DEV_BPF_ATTR_GROUP_RUN, KVM_DEV_BPF_ATTR_GROUP_WORK, KVM_DEV_TYPE_BPF, kvm_bpf_info,
-    kvm_bpf_user_irq, kvm_bpf_user_perms, kvm_bpf_user_mem, kvm_bpf_user_region, kvm_bpf_user_run,
+    kvm_bpf_user_irq, kvm_bpf_user_mem, kvm_bpf_user_perms, kvm_bpf_user_region, kvm_bpf_user_run,
     kvm_bpf_user_work,
 };
 use kvm_ioctls::{DeviceFd, VmFd};

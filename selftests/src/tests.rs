@@ -61,12 +61,14 @@ mod context;
 mod device;
 mod doorbell;
 mod fault;
+mod info;
 mod irq;
 mod kfunc;
 mod lifetime;
 mod mem;
 mod object;
 mod page;
+mod perms;
 #[cfg(target_arch = "x86_64")]
 mod pio;
 #[cfg(not(target_arch = "x86_64"))]
@@ -104,6 +106,8 @@ pub fn all() -> Vec<Trial> {
         region::all(),
         bus::all(),
         rights::all(),
+        perms::all(),
+        info::all(),
         access::all(),
         pio::all(),
         context::all(),
