@@ -22,6 +22,7 @@ use crate::{
     bindings,
     error::{
         from_err_ptr,
+        to_result,
         Result, //
     },
     sync::aref::{
@@ -128,6 +129,43 @@ impl<T: ProgType> Prog<T> {
         unsafe { bindings::bpf_prog::sleepable_raw(self.inner.get()) != 0 }
     }
 
+    /// Returns the number that `bpf(2)` knows the program by, never 0.
+    #[inline]
+    pub fn id(&self) -> u32 {
+        // SAFETY: By the type invariants the program is valid. Its number was set when it was
+        // loaded, and stays while there are references.
+        unsafe { (*(*self.inner.get()).aux).id }
+    }
+
+    /// Returns a hash of the program's instructions, as `bpf(2)` does.
+    #[inline]
+    pub fn tag(&self) -> [u8; bindings::BPF_TAG_SIZE as usize] {
+        // SAFETY: By the type invariants the program is valid, and was hashed when it was loaded.
+        unsafe { (*self.inner.get()).__bindgen_anon_1.tag }
+    }
+
+    /// Keeps the program as it was verified: while what this returns exists, no other extends it.
+    ///
+    /// Context: process context, may sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` if one does.
+    #[inline]
+    pub fn forbid_extension(&self) -> Result<Unextended> {
+        // SAFETY: By the existence of `&self` the program has a reference.
+        to_result(unsafe { bindings::bpf_prog_forbid_extension(self.inner.get()) })?;
+        // INVARIANT: Just called, and the reference is this one.
+        Ok(Unextended(
+            ARef::into_raw(ARef::<Self>::from(self)).cast(),
+        ))
+    }
+
+    #[inline]
+    pub(crate) fn as_raw(&self) -> *const bindings::bpf_prog {
+        self.inner.get()
+    }
+
     /// Runs the program and returns what it returned.
     ///
     /// A sleepable program runs in an RCU tasks trace read-side section, any other in an RCU
@@ -144,5 +182,28 @@ impl<T: ProgType> Prog<T> {
         // which `Context` allows, as it allows reading all of it; and what it calls can rely on
         // `ctx`, which is exclusively ours meanwhile.
         unsafe { bindings::bpf_prog_run_in_task(self.inner.get(), ctx.cast()) }
+    }
+}
+
+/// A program that no other extends while this exists.
+///
+/// # Invariants
+///
+/// This has a reference to the program, and has called `bpf_prog_forbid_extension()` for it.
+pub struct Unextended(NonNull<bindings::bpf_prog>);
+
+// SAFETY: Any thread may undo the call and drop the reference.
+unsafe impl Send for Unextended {}
+// SAFETY: A shared one is good for nothing.
+unsafe impl Sync for Unextended {}
+
+impl Drop for Unextended {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants.
+        unsafe {
+            bindings::bpf_prog_allow_extension(self.0.as_ptr());
+            bindings::bpf_prog_put(self.0.as_ptr());
+        }
     }
 }

@@ -88,6 +88,15 @@ impl Vm {
         unsafe { Mutex::from_raw(&raw mut (*self.as_raw()).slots_lock) }
     }
 
+    /// Whether user space has given up that the VM gets more devices of type `KVM_DEV_TYPE_BPF`.
+    ///
+    /// In [`device::Device::create()`], where `kvm->lock` is held, this does not change.
+    #[inline]
+    pub fn is_bpf_sealed(&self) -> bool {
+        // SAFETY: The VM is valid. Others set it with `kvm->lock` held, once.
+        unsafe { (&raw const (*self.as_raw()).bpf_sealed).read_volatile() }
+    }
+
     /// Returns the SRCU domain that protects the VM's memory slots and buses.
     #[inline]
     fn srcu(&self) -> &Srcu {

@@ -12,7 +12,15 @@
 //! the turn of one index, which is held while its program runs, then [`Shared::slots`], which is
 //! never held while anything waits. Signals come under an eventfd's lock and take none of ours.
 
-use super::NO_FD;
+use super::{
+    info,
+    perms::{
+        Attached,
+        Perms,
+        Program, //
+    },
+    NO_FD, //
+};
 use kernel::{
     bpf::Prog,
     eventfd::{
@@ -86,7 +94,7 @@ impl Consume for Signal {
 
 /// The program of an index.
 struct Slot {
-    prog: ARef<Prog<IoWork>>,
+    prog: Attached<IoWork>,
     signal: Option<Consumer<Signal>>,
 }
 
@@ -182,7 +190,7 @@ impl Work for Runner {
         let found = shared.with_slot(index, |slot| {
             let slot = slot.as_ref()?;
 
-            Some((slot.prog.clone(), slot.pending()?.clone()))
+            Some((ARef::clone(&slot.prog), slot.pending()?.clone()))
         });
         let Some((prog, pending)) = found.flatten() else {
             return true;
@@ -199,6 +207,12 @@ impl Work for Runner {
         shared.with_signal(index, Consumer::take_rest);
         true
     }
+}
+
+/// What can be told about a program.
+pub(crate) struct Info {
+    pub(crate) program: info::Program,
+    pub(crate) has_eventfd: bool,
 }
 
 /// The programs of a device that run without an access.
@@ -233,20 +247,28 @@ impl Works {
     /// Sets, replaces or removes a program.
     ///
     /// When this returns, the one that was there before does not run any more.
-    pub(crate) fn set(&self, index: usize, work: &uapi::kvm_bpf_user_work) -> Result {
+    pub(crate) fn set(
+        &self,
+        index: usize,
+        work: &uapi::kvm_bpf_user_work,
+        perms: &Mutex<Perms>,
+    ) -> Result {
         if work.flags != 0 || work.pad != 0 {
             return Err(EINVAL);
         }
-        if work.bpf_fd == NO_FD {
-            return self.remove(index, work);
-        }
-        // CAST: Negative numbers but `NO_FD` become ones that are never open: `EBADF`.
-        let prog = Prog::from_fd(work.bpf_fd as u32)?;
+        let Some(prog) = Attached::from_fd(work.bpf_fd)? else {
+            return self.remove(index, work, perms);
+        };
         let eventfd = match work.eventfd {
             NO_FD => None,
             fd => Some(EventFd::from_fd(fd)?),
         };
         let mut thread = self.thread.lock();
+        // They stay, as whoever changes them takes our lock.
+        let perms = *perms.lock();
+
+        perms.check(uapi::KVM_BPF_ALLOW_SET_WORK)?;
+        prog.admit(&perms)?;
         // What is pending stays with its eventfd.
         let keep = eventfd.as_ref().is_some_and(|eventfd| {
             let is_same = self
@@ -316,6 +338,30 @@ impl Works {
         Ok(signal)
     }
 
+    /// Keeps others from setting and removing programs.
+    pub(crate) fn lock(&self) -> Guard<'_, Option<Arc<Thread>>, MutexBackend> {
+        self.thread.lock()
+    }
+
+    /// Calls `f` with each program.
+    pub(crate) fn for_each(&self, f: &mut dyn FnMut(&dyn Program)) {
+        for slot in self.shared.slots.lock().slots.iter().flatten() {
+            f(&slot.prog);
+        }
+    }
+
+    /// Returns what can be told about the program of an index.
+    pub(crate) fn info(&self, index: usize) -> Option<Info> {
+        self.shared
+            .with_slot(index, |slot| {
+                slot.as_ref().map(|slot| Info {
+                    program: (&**slot.prog).into(),
+                    has_eventfd: slot.signal.is_some(),
+                })
+            })
+            .flatten()
+    }
+
     /// Removes all programs. When this returns none runs any more. For a device that goes.
     pub(crate) fn clear(&self) {
         for index in 0..MAX_WORKS {
@@ -325,11 +371,18 @@ impl Works {
         drop(self.thread.lock().take());
     }
 
-    fn remove(&self, index: usize, work: &uapi::kvm_bpf_user_work) -> Result {
+    fn remove(
+        &self,
+        index: usize,
+        work: &uapi::kvm_bpf_user_work,
+        perms: &Mutex<Perms>,
+    ) -> Result {
         if work.eventfd != NO_FD {
             return Err(EINVAL);
         }
         let thread = self.thread.lock();
+
+        perms.lock().check(uapi::KVM_BPF_ALLOW_SET_WORK)?;
         let old = self.shared.with_slot(index, |slot| slot.take());
 
         drop(thread);
@@ -343,7 +396,7 @@ impl Works {
         let _turn = self.shared.turn(index);
         let prog = self
             .shared
-            .with_slot(index, |slot| slot.as_ref().map(|slot| slot.prog.clone()))
+            .with_slot(index, |slot| slot.as_ref().map(|slot| ARef::clone(&slot.prog)))
             .flatten()
             .ok_or(ENOENT)?;
 

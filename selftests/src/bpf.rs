@@ -4,7 +4,7 @@
 
 use std::collections::HashSet;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::LazyLock;
 use std::{fmt, mem, ptr};
 
@@ -459,6 +459,12 @@ impl Prog {
     }
 }
 
+impl AsFd for Prog {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl AsRawFd for Prog {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
@@ -559,6 +565,25 @@ impl Map {
         };
         assert_eq!(result, 0, "BPF_MAP_LOOKUP_ELEM of element {index}");
         words
+    }
+
+    /// Puts a program into an array of programs.
+    pub fn set_program(&self, index: u32, program: impl AsRawFd) -> Result<(), Errno> {
+        let fd = program.as_raw_fd();
+        // SAFETY: the key and the value have 4 bytes.
+        let result = unsafe {
+            sys::bpf_map_update_elem(
+                self.fd.as_raw_fd(),
+                (&raw const index).cast::<c_void>(),
+                (&raw const fd).cast::<c_void>(),
+                0,
+            )
+        };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(Errno(-result))
+        }
     }
 
     /// Overwrites an element.
@@ -705,6 +730,11 @@ impl RunCounts {
 /// The number by which tools know it.
 pub fn program_id(fd: RawFd) -> u32 {
     program_info(fd).id
+}
+
+/// The hash of its instructions by which tools know it.
+pub fn program_tag(fd: RawFd) -> [u8; 8] {
+    program_info(fd).tag
 }
 
 #[cfg(test)]

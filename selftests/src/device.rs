@@ -6,9 +6,10 @@ use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use kvm_bindings::{KVM_CREATE_DEVICE_TEST, kvm_create_device, kvm_device_attr};
 use kvm_bpf::uapi::{
-    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_MEM, KVM_DEV_BPF_ATTR_GROUP_PIO,
-    KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_BPF_ATTR_GROUP_RUN, KVM_DEV_BPF_ATTR_GROUP_WORK,
-    KVM_DEV_TYPE_BPF, kvm_bpf_user_irq, kvm_bpf_user_mem, kvm_bpf_user_region, kvm_bpf_user_run,
+    KVM_DEV_BPF_ATTR_GROUP_INFO, KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_MEM,
+    KVM_DEV_BPF_ATTR_GROUP_PERMS, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
+    KVM_DEV_BPF_ATTR_GROUP_RUN, KVM_DEV_BPF_ATTR_GROUP_WORK, KVM_DEV_TYPE_BPF, kvm_bpf_info,
+    kvm_bpf_user_irq, kvm_bpf_user_mem, kvm_bpf_user_perms, kvm_bpf_user_region, kvm_bpf_user_run,
     kvm_bpf_user_work,
 };
 use kvm_ioctls::{DeviceFd, VmFd};
@@ -202,6 +203,38 @@ impl Device {
     pub fn set_ports(&self, index: u64, region: &kvm_bpf_user_region) {
         let answer = self.try_set_ports(index, region);
         assert_eq!(answer, Ok(()), "setting ports {index} to {region:x?}");
+    }
+
+    /// Gives up permissions.
+    pub fn try_set_perms(&self, allow: u64, require: u64) -> Answer {
+        let perms = kvm_bpf_user_perms { allow, require };
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_PERMS, 0, (&raw const perms) as u64)
+    }
+
+    /// The same, and the kernel must agree.
+    #[track_caller]
+    pub fn set_perms(&self, allow: u64, require: u64) {
+        let answer = self.try_set_perms(allow, require);
+        assert_eq!(answer, Ok(()), "permissions {allow:#x}, {require:#x}");
+    }
+
+    /// The permissions that are left.
+    #[track_caller]
+    pub fn perms(&self) -> kvm_bpf_user_perms {
+        let mut perms = kvm_bpf_user_perms::default();
+        let addr = (&raw mut perms) as u64;
+        // SAFETY: the kernel writes the permissions to the address.
+        let answer = unsafe { self.get_attr(KVM_DEV_BPF_ATTR_GROUP_PERMS, 0, addr) };
+        assert_eq!(answer, Ok(()), "KVM_GET_DEVICE_ATTR of the permissions");
+        perms
+    }
+
+    /// What serves a region.
+    pub fn info(&self, index: u64) -> Result<kvm_bpf_info, Errno> {
+        let mut info = kvm_bpf_info::default();
+        let addr = (&raw mut info) as u64;
+        // SAFETY: the kernel writes one such structure to the address.
+        unsafe { self.get_attr(KVM_DEV_BPF_ATTR_GROUP_INFO, index, addr) }.map(|()| info)
     }
 
     /// `KVM_GET_DEVICE_ATTR` of a region of ports.

@@ -60,12 +60,14 @@ mod context;
 mod device;
 mod doorbell;
 mod fault;
+mod info;
 mod irq;
 mod kfunc;
 mod lifetime;
 mod mem;
 mod object;
 mod page;
+mod perms;
 #[cfg(target_arch = "x86_64")]
 mod pio;
 #[cfg(not(target_arch = "x86_64"))]
@@ -103,6 +105,8 @@ pub fn all() -> Vec<Trial> {
         region::all(),
         bus::all(),
         rights::all(),
+        perms::all(),
+        info::all(),
         access::all(),
         pio::all(),
         context::all(),

@@ -20,6 +20,7 @@ use crate::{
     },
     module::this_module,
     prelude::*,
+    seq_file::SeqFile,
     str::CStr,
     transmute::{
         AsBytes,
@@ -91,6 +92,12 @@ unsafe impl AsBytes for uapi::kvm_bpf_user_mem {}
 unsafe impl FromBytes for uapi::kvm_bpf_user_work {}
 // SAFETY: Any bytes make a valid value.
 unsafe impl FromBytes for uapi::kvm_bpf_user_run {}
+// SAFETY: Any bytes make a valid value.
+unsafe impl FromBytes for uapi::kvm_bpf_user_perms {}
+// SAFETY: It has no padding.
+unsafe impl AsBytes for uapi::kvm_bpf_user_perms {}
+// SAFETY: It has no padding.
+unsafe impl AsBytes for uapi::kvm_bpf_info {}
 
 /// A device.
 #[vtable]
@@ -112,8 +119,16 @@ pub trait Device: Sized + Send + Sync + 'static {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
-    /// Whether [`Self::set_attr()`] knows the attribute; if not, why, usually `ENXIO`.
+    /// Whether there is such an attribute; if not, why, usually `ENXIO`.
     fn has_attr(&self, vm: &Vm, attr: &Attr<'_>) -> Result;
+
+    /// Says what there is to know about the device, for `/proc/PID/fdinfo`. No lock is held, so
+    /// calls may overlap with all others.
+    ///
+    /// Whoever may trace the process reads it, so no address of the kernel's belongs there.
+    fn show_fdinfo(&self, _vm: &Vm, _m: &SeqFile) {
+        build_error!(VTABLE_DEFAULT_ERROR)
+    }
 }
 
 /// The registration of a device type.
@@ -236,6 +251,21 @@ impl<T: Device> DeviceVTable<T> {
         unsafe { Self::with(dev, attr, T::has_attr) }
     }
 
+    /// # Safety
+    ///
+    /// `dev` must be a device that [`Self::create()`] has set up and whose file is open, `m` what
+    /// its `show_fdinfo` writes to.
+    unsafe extern "C" fn show_fdinfo(dev: *mut bindings::kvm_device, m: *mut bindings::seq_file) {
+        // SAFETY: By the safety requirements. `create()` has set `private`, and `release()` comes
+        // after the file's last use.
+        let device = unsafe { Pin::<KBox<T>>::borrow((*dev).private) };
+        // SAFETY: By the safety requirements; the device's file pins the VM.
+        let vm = unsafe { Vm::from_raw((*dev).kvm) };
+
+        // SAFETY: By the safety requirements.
+        device.get_ref().show_fdinfo(vm, unsafe { SeqFile::from_raw(m) });
+    }
+
     const VTABLE: bindings::kvm_device_ops = bindings::kvm_device_ops {
         name: crate::str::as_char_ptr_in_const_context(T::NAME),
         owner: this_module::<T::OwnerModule>().as_ptr(),
@@ -248,6 +278,11 @@ impl<T: Device> DeviceVTable<T> {
             None
         },
         has_attr: Some(Self::has_attr),
+        show_fdinfo: if T::HAS_SHOW_FDINFO {
+            Some(Self::show_fdinfo)
+        } else {
+            None
+        },
         ..pin_init::zeroed()
     };
 

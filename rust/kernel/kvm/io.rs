@@ -242,6 +242,17 @@ impl<T: Handler> Registration<T> {
         self.io.range
     }
 
+    /// Calls `f` with the present handler.
+    ///
+    /// Context: process context. `f` is in a read-side section of the VM's SRCU.
+    #[inline]
+    pub fn with_handler<R>(&self, f: impl FnOnce(&T) -> R) -> R {
+        let _guard = self.vm.srcu().read_lock();
+
+        // SAFETY: The guard exists until `f` has returned.
+        f(unsafe { self.io.handler.get() })
+    }
+
     /// Has `handler` take the place of the present one, which is returned.
     ///
     /// Each access is handled by the one or the other, and none is missed.

@@ -116,6 +116,25 @@ unsafe extern "C" fn free(rcu: *mut bindings::callback_head) {
     drop(unsafe { KBox::from_raw(irqs.cast_mut()) });
 }
 
+/// An eventfd that an interrupt had.
+///
+/// Dropping it waits, for an RCU grace period, until nobody signals it any more.
+///
+/// # Invariants
+///
+/// It came from [`EventFd::into_raw()`], and out of an [`Irqs`].
+#[must_use]
+pub struct Unset(NonNull<bindings::eventfd_ctx>);
+
+impl Drop for Unset {
+    fn drop(&mut self) {
+        rcu::synchronize_rcu();
+        // SAFETY: By the type invariants. Nobody else has taken this pointer out, and the readers
+        // that might have loaded it are gone.
+        drop(unsafe { EventFd::from_raw(self.0.as_ptr()) });
+    }
+}
+
 impl Irqs {
     /// Creates interrupts without eventfds.
     pub fn new() -> Result<ARef<Self>> {
@@ -148,20 +167,18 @@ impl Irqs {
     /// Sets or removes the eventfd of an interrupt, and returns the one it had.
     ///
     /// Does nothing if there is no such interrupt.
-    ///
-    /// When this returns, nobody signals the old one any more. Sleeps for an RCU grace period if
-    /// there was one.
-    pub fn set(&self, index: usize, eventfd: Option<EventFd>) -> Option<EventFd> {
+    pub fn set(&self, index: usize, eventfd: Option<EventFd>) -> Option<Unset> {
         let slot = self.slot(index)?;
         let new = eventfd.map_or(ptr::null_mut(), EventFd::into_raw);
-        let old = slot.xchg(new, Full);
 
-        if !old.is_null() {
-            rcu::synchronize_rcu();
-        }
-        // SAFETY: By the type invariants. Nobody else has taken this pointer out, and the readers
-        // that might have loaded it are gone.
-        unsafe { EventFd::from_raw(old) }
+        // INVARIANT: Taken out just now.
+        NonNull::new(slot.xchg(new, Full)).map(Unset)
+    }
+
+    /// Whether an interrupt has an eventfd.
+    pub fn is_set(&self, index: usize) -> bool {
+        self.slot(index)
+            .is_some_and(|slot| !slot.load(Relaxed).is_null())
     }
 
     /// Lets go of all eventfds for good.

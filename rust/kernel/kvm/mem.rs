@@ -10,7 +10,10 @@
 //! window they access nothing.
 
 use super::{
-    published::Published,
+    published::{
+        Published,
+        Replaced, //
+    },
     Vm, //
 };
 use crate::{
@@ -95,7 +98,8 @@ impl Window {
     }
 }
 
-type List = [Option<Window>; MAX_WINDOWS];
+/// Windows by index.
+pub type List = [Option<Window>; MAX_WINDOWS];
 
 /// The windows of a device.
 #[repr(C)]
@@ -145,8 +149,7 @@ impl Windows {
 
     /// Sets or removes a window.
     ///
-    /// When this returns, no program uses the one that was there before any more. It waits for
-    /// those that run.
+    /// Dropping what this returns waits until no program uses the one that was there before.
     ///
     /// # Errors
     ///
@@ -155,8 +158,8 @@ impl Windows {
     /// - `ENXIO`: there is no such index.
     // Inlined, as references to a VM are KVM's.
     #[inline]
-    pub fn set(&self, index: usize, window: Option<Window>) -> Result {
-        let guard = self.changing.lock();
+    pub fn set(&self, index: usize, window: Option<Window>) -> Result<Replaced<List>> {
+        let _guard = self.changing.lock();
         // SAFETY: Only who has the lock replaces the list.
         let mut new = KBox::new(*unsafe { self.list.get() }, GFP_KERNEL_ACCOUNT)?;
         let slot = new.get_mut(index).ok_or(ENXIO)?;
@@ -165,11 +168,7 @@ impl Windows {
             return Err(ENOENT);
         }
         // SAFETY: Programs look at the list in read-side sections of this VM's SRCU.
-        let old = unsafe { self.list.replace(&self.vm, new) };
-
-        drop(guard);
-        drop(old);
-        Ok(())
+        Ok(unsafe { self.list.replace(&self.vm, new) })
     }
 
     /// What `copy` of `kern` does.

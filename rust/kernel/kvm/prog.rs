@@ -26,7 +26,8 @@ use crate::{
         ProgType, //
     },
     bpf_ctx_field,
-    prelude::*, //
+    prelude::*,
+    tracepoint::declare_trace, //
 };
 use core::{
     marker::PhantomData,
@@ -150,6 +151,15 @@ pub fn unclamp_current() {
     unsafe { bindings::kvm_bpf_unclamp_current() }
 }
 
+/// Returns the `KVM_BPF_ALLOW_*` that a device must have for the program.
+///
+/// Context: process context, may sleep. It looks at each instruction.
+#[inline]
+pub fn allows<T: ProgType>(prog: &Prog<T>) -> u32 {
+    // SAFETY: The program is valid.
+    unsafe { bindings::kvm_bpf_prog_allows(prog.as_raw()) }
+}
+
 type Kern = bindings::bpf_kvm_io_ctx_kern;
 type KvmVcpu = bindings::kvm_vcpu;
 
@@ -217,6 +227,36 @@ unsafe impl ProgType for IoWork {
     const NO_PERFMON: bool = true;
 }
 
+declare_trace! {
+    /// A program begins.
+    ///
+    /// # Safety
+    ///
+    /// `prog` and `ctx` must be valid.
+    unsafe fn kvm_bpf_enter(prog: *const bindings::bpf_prog, ctx: *const Kern);
+
+    /// A program has ended.
+    ///
+    /// # Safety
+    ///
+    /// `prog` and `ctx` must be valid.
+    unsafe fn kvm_bpf_exit(prog: *const bindings::bpf_prog, ctx: *const Kern, ret: u32);
+}
+
+/// Runs a program, as [`Prog::run()`], between two tracepoints.
+#[inline(always)]
+pub fn run<T: ProgType>(prog: &Prog<T>, ctx: &mut T::Context<'_>) -> u32
+where
+    for<'a> T::Context<'a>: ctx::Context<Inner = Kern>,
+{
+    // SAFETY: The program is valid, and a context has the layout of its `Inner`.
+    unsafe { kvm_bpf_enter(prog.as_raw(), ptr::from_ref(ctx).cast()) };
+    let ret = prog.run(ctx);
+    // SAFETY: As above.
+    unsafe { kvm_bpf_exit(prog.as_raw(), ptr::from_ref(ctx).cast(), ret) };
+    ret
+}
+
 impl Prog<IoWork> {
     /// Runs the program for the work with that index, of a device with these interrupts and this
     /// guest memory. Returns whether it asks to be run again.
@@ -229,7 +269,7 @@ impl Prog<IoWork> {
     pub fn run_work(&self, arg: u64, index: u32, irqs: &Irqs, mem: &Windows) -> bool {
         let _guard = mem.vm().srcu().read_lock();
 
-        self.run(&mut WorkContext::new(arg, index, irqs, mem)) != 0
+        run(self, &mut WorkContext::new(arg, index, irqs, mem)) != 0
     }
 }
 
@@ -243,6 +283,7 @@ fn layout() -> [usize; bindings::KVM_BPF_LAYOUT_LEN as usize] {
         offset_of!(bindings::kvm, slots_lock),
         offset_of!(bindings::kvm, srcu),
         offset_of!(bindings::kvm, buses),
+        offset_of!(bindings::kvm, bpf_sealed),
     ]
 }
 

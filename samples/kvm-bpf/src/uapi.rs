@@ -25,6 +25,62 @@ pub const KVM_DEV_BPF_ATTR_GROUP_WORK: u32 = 5;
 /// Attribute group: runs the WORK program of that index once, [`kvm_bpf_user_run`].
 pub const KVM_DEV_BPF_ATTR_GROUP_RUN: u32 = 6;
 
+/// Attribute group: what the device's programs may contain and user space may do with it,
+/// [`kvm_bpf_user_perms`]. Its only index is 0.
+pub const KVM_DEV_BPF_ATTR_GROUP_PERMS: u32 = 7;
+/// Attribute group: what serves the region of that index, [`kvm_bpf_info`]. It is only read.
+pub const KVM_DEV_BPF_ATTR_GROUP_INFO: u32 = 8;
+
+/// Capability of a VM: `KVM_ENABLE_CAP` with 1 as its first argument refuses it all further
+/// devices of type [`KVM_DEV_TYPE_BPF`], for good.
+pub const KVM_CAP_BPF_SEAL: u32 = 252;
+
+/// In [`kvm_bpf_user_perms::allow`]: programs call `bpf_kvm_irq_*()`.
+pub const KVM_BPF_ALLOW_IRQ: u64 = 0x1;
+/// In [`kvm_bpf_user_perms::allow`]: programs call `bpf_get_cpu_*()`.
+pub const KVM_BPF_ALLOW_HOST_CPU: u64 = 0x2;
+/// In [`kvm_bpf_user_perms::allow`]: programs call `bpf_set_current_uclamp()`.
+pub const KVM_BPF_ALLOW_UCLAMP: u64 = 0x4;
+/// In [`kvm_bpf_user_perms::allow`]: programs call `bpf_kvm_mem_read*()`.
+pub const KVM_BPF_ALLOW_MEM_R: u64 = 0x8;
+/// In [`kvm_bpf_user_perms::allow`]: programs call `bpf_kvm_mem_write*()`.
+pub const KVM_BPF_ALLOW_MEM_W: u64 = 0x10;
+/// In [`kvm_bpf_user_perms::allow`]: programs have maps with timers, work queues or task work.
+pub const KVM_BPF_ALLOW_ASYNC: u64 = 0x20;
+/// In [`kvm_bpf_user_perms::allow`]: programs may sleep.
+pub const KVM_BPF_ALLOW_SLEEP: u64 = 0x40;
+/// In [`kvm_bpf_user_perms::allow`]: programs do tail calls.
+pub const KVM_BPF_ALLOW_TAIL_CALL: u64 = 0x80;
+/// In [`kvm_bpf_user_perms::allow`]: programs have maps of maps.
+pub const KVM_BPF_ALLOW_INNER_MAPS: u64 = 0x100;
+/// In [`kvm_bpf_user_perms::allow`]: programs have arenas.
+pub const KVM_BPF_ALLOW_ARENA: u64 = 0x200;
+/// In [`kvm_bpf_user_perms::allow`]: programs call kfuncs that have no permission of their own.
+pub const KVM_BPF_ALLOW_OTHER_KFUNC: u64 = 0x400;
+/// In [`kvm_bpf_user_perms::allow`]: user space registers regions.
+pub const KVM_BPF_ALLOW_NEW_REGION: u64 = 0x1_0000;
+/// In [`kvm_bpf_user_perms::allow`]: user space replaces the programs of regions.
+pub const KVM_BPF_ALLOW_REPLACE: u64 = 0x2_0000;
+/// In [`kvm_bpf_user_perms::allow`]: user space removes regions.
+pub const KVM_BPF_ALLOW_REMOVE: u64 = 0x4_0000;
+/// In [`kvm_bpf_user_perms::allow`]: user space sets interrupts.
+pub const KVM_BPF_ALLOW_SET_IRQ: u64 = 0x8_0000;
+/// In [`kvm_bpf_user_perms::allow`]: user space sets windows.
+pub const KVM_BPF_ALLOW_SET_MEM: u64 = 0x10_0000;
+/// In [`kvm_bpf_user_perms::allow`]: user space sets regions of ports.
+pub const KVM_BPF_ALLOW_SET_PIO: u64 = 0x20_0000;
+/// In [`kvm_bpf_user_perms::allow`]: user space sets WORK programs.
+pub const KVM_BPF_ALLOW_SET_WORK: u64 = 0x40_0000;
+/// In [`kvm_bpf_user_perms::allow`]: user space runs WORK programs.
+pub const KVM_BPF_ALLOW_RUN: u64 = 0x80_0000;
+/// In [`kvm_bpf_user_perms::require`]: no program of the device is extended by another.
+pub const KVM_BPF_REQUIRE_NOT_EXTENSIBLE: u64 = 0x1;
+
+/// In [`kvm_bpf_info::flags`]: the program that handles reads may sleep.
+pub const KVM_BPF_INFO_READ_SLEEPS: u32 = 0x1;
+/// In [`kvm_bpf_info::flags`]: the program that handles writes may sleep.
+pub const KVM_BPF_INFO_WRITE_SLEEPS: u32 = 0x2;
+
 /// How many regions a device has: indices 0 to one below this.
 pub const KVM_DEV_BPF_MAX_REGIONS: u64 = 256;
 /// How many interrupts a device has: indices 0 to one below this.
@@ -103,4 +159,36 @@ pub struct kvm_bpf_user_work {
 pub struct kvm_bpf_user_run {
     /// What the program finds in the context's `buf`.
     pub arg: u64,
+}
+
+/// `struct kvm_bpf_user_perms`: the permissions of a device, which only ever become fewer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct kvm_bpf_user_perms {
+    /// `KVM_BPF_ALLOW_*`: can only lose bits.
+    pub allow: u64,
+    /// `KVM_BPF_REQUIRE_*`: can only gain bits.
+    pub require: u64,
+}
+
+/// `struct kvm_bpf_info`: a region and the programs that serve it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct kvm_bpf_info {
+    /// First guest-physical address, or port.
+    pub addr: u64,
+    /// Length in bytes.
+    pub size: u64,
+    /// [`KVM_DEV_BPF_ATTR_GROUP_REGION`] or [`KVM_DEV_BPF_ATTR_GROUP_PIO`].
+    pub kind: u32,
+    /// The number by which bpf(2) knows the program that handles reads; 0 for none.
+    pub read_id: u32,
+    /// The same for writes.
+    pub write_id: u32,
+    /// `KVM_BPF_INFO_*`.
+    pub flags: u32,
+    /// The tag of the program that handles reads, as bpf(2) returns it; zeroes for none.
+    pub read_tag: [u8; 8],
+    /// The same for writes.
+    pub write_tag: [u8; 8],
 }

@@ -12,12 +12,12 @@
 //!
 //! # Locks
 //!
-//! `kvm->lock`, then [`BpfDevice::changing`], then `kvm->slots_lock`. [`BpfDevice::regions`] is
-//! innermost. An access takes none of them; a region's programs go away only when no access can be
-//! inside any more, and whoever waits for that holds neither of ours.
+//! `kvm->lock`, then [`BpfDevice::changing`], then `kvm->slots_lock`, or the lock of who sets work
+//! and then [`BpfDevice::perms`]. [`BpfDevice::regions`] is innermost. An access takes none of
+//! them; a region's programs go away only when no access can be inside any more, and whoever waits
+//! for that holds none of ours.
 
 use kernel::{
-    bpf::Prog,
     eventfd::EventFd,
     kvm::{
         device::{
@@ -48,6 +48,7 @@ use kernel::{
     },
     new_mutex, nospec,
     prelude::*,
+    seq_file::SeqFile,
     sync::{
         aref::ARef,
         Arc,
@@ -57,8 +58,15 @@ use kernel::{
     uapi,
 };
 
+mod info;
+mod perms;
 mod work;
 
+use perms::{
+    Attached,
+    Perms,
+    Program, //
+};
 use work::Works;
 
 module! {
@@ -90,8 +98,8 @@ struct Programs {
     index: u32,
     irqs: ARef<Irqs>,
     mem: Arc<Windows>,
-    read: Option<ARef<Prog<IoRead>>>,
-    write: Option<ARef<Prog<IoWrite>>>,
+    read: Option<Attached<IoRead>>,
+    write: Option<Attached<IoWrite>>,
 }
 
 impl Programs {
@@ -106,21 +114,28 @@ impl Programs {
             return Err(EINVAL);
         }
 
-        // CAST: There are few regions. Negative numbers but `NO_FD` become ones that are never
-        // open: `EBADF`.
+        // CAST: There are few regions.
         Ok(Self {
             index: index as u32,
             irqs,
             mem,
-            read: match region.bpf_readfd {
-                NO_FD => None,
-                fd => Some(Prog::from_fd(fd as u32)?),
-            },
-            write: match region.bpf_writefd {
-                NO_FD => None,
-                fd => Some(Prog::from_fd(fd as u32)?),
-            },
+            read: Attached::from_fd(region.bpf_readfd)?,
+            write: Attached::from_fd(region.bpf_writefd)?,
         })
+    }
+
+    fn admit(&self, perms: &Perms) -> Result {
+        self.read.as_ref().map_or(Ok(()), |prog| prog.admit(perms))?;
+        self.write.as_ref().map_or(Ok(()), |prog| prog.admit(perms))
+    }
+
+    fn for_each(&self, f: &mut dyn FnMut(&dyn Program)) {
+        if let Some(prog) = &self.read {
+            f(prog);
+        }
+        if let Some(prog) = &self.write {
+            f(prog);
+        }
     }
 
     fn may_sleep(&self) -> bool {
@@ -137,7 +152,7 @@ impl Handler for Programs {
         // What the program does not store, the guest reads as 0.
         let mut ctx = Context::new(access, self.index, &self.irqs, &self.mem, [0; 8]);
 
-        match prog.run(&mut ctx) {
+        match prog::run(prog, &mut ctx) {
             0 => Verdict::Handled(ctx.data()),
             _ => Verdict::PassOn,
         }
@@ -150,7 +165,7 @@ impl Handler for Programs {
 
         let mut ctx = Context::new(access, self.index, &self.irqs, &self.mem, data);
 
-        match prog.run(&mut ctx) {
+        match prog::run(prog, &mut ctx) {
             0 => Verdict::Handled(()),
             _ => Verdict::PassOn,
         }
@@ -170,6 +185,9 @@ struct BpfDevice {
     regions: Mutex<KVec<Option<Arc<Region>>>>,
     #[pin]
     works: Works,
+    /// Held by who sets interrupts and windows; to change them, with the other locks too.
+    #[pin]
+    perms: Mutex<Perms>,
     irqs: ARef<Irqs>,
     mem: Arc<Windows>,
 }
@@ -230,6 +248,8 @@ impl BpfDevice {
 
         match old {
             Some(region) if region.range() == range => {
+                self.check(bus, uapi::KVM_BPF_ALLOW_REPLACE)?;
+                programs.admit(&self.perms())?;
                 let replaced = region.replace(programs)?;
 
                 drop(region);
@@ -245,6 +265,8 @@ impl BpfDevice {
 
     /// The caller holds `changing`.
     fn add_region(&self, vm: &Vm, index: usize, range: Range, programs: Programs) -> Result {
+        self.check(range.bus(), uapi::KVM_BPF_ALLOW_NEW_REGION)?;
+        programs.admit(&self.perms())?;
         self.make_room(index)?;
         // First, so that nothing has to be taken back, which would wait.
         let place = UniqueArc::new_uninit(GFP_KERNEL_ACCOUNT)?;
@@ -279,6 +301,8 @@ impl BpfDevice {
         }
 
         let changing = self.changing.lock();
+
+        self.check(bus, uapi::KVM_BPF_ALLOW_REMOVE)?;
         let region = self
             .with_slot(index, |slot| {
                 slot.take_if(|region| region.range().bus() == bus)
@@ -299,12 +323,23 @@ impl BpfDevice {
             return Err(EINVAL);
         }
 
-        if irq.eventfd == NO_FD {
-            self.irqs.set(index, None).map(drop).ok_or(ENOENT)
-        } else {
-            drop(self.irqs.set(index, Some(EventFd::from_fd(irq.eventfd)?)));
-            Ok(())
+        let eventfd = match irq.eventfd {
+            NO_FD => None,
+            fd => Some(EventFd::from_fd(fd)?),
+        };
+        let removes = eventfd.is_none();
+        let perms = self.perms.lock();
+
+        perms.check(uapi::KVM_BPF_ALLOW_SET_IRQ)?;
+        let old = self.irqs.set(index, eventfd);
+
+        drop(perms);
+        if removes && old.is_none() {
+            return Err(ENOENT);
         }
+        // This waits.
+        drop(old);
+        Ok(())
     }
 
     fn set_mem(&self, index: usize, mem: &uapi::kvm_bpf_user_mem) -> Result {
@@ -315,11 +350,86 @@ impl BpfDevice {
             if mem.flags != 0 {
                 return Err(EINVAL);
             }
-            return self.mem.set(index, None);
+            return self.set_window(index, None);
         }
         let window = Window::new(mem.addr, mem.size, mem.flags)?;
 
-        self.mem.set(index, Some(window))
+        self.set_window(index, Some(window))
+    }
+
+    fn set_window(&self, index: usize, window: Option<Window>) -> Result {
+        let perms = self.perms.lock();
+
+        perms.check(uapi::KVM_BPF_ALLOW_SET_MEM)?;
+        let old = self.mem.set(index, window)?;
+
+        drop(perms);
+        // This waits.
+        drop(old);
+        Ok(())
+    }
+
+    /// The permissions. The caller holds `changing`, so they stay.
+    fn perms(&self) -> Perms {
+        *self.perms.lock()
+    }
+
+    /// Fails unless user space may do that with a region. The caller holds `changing`.
+    fn check(&self, bus: Bus, allow: u32) -> Result {
+        let ports = match bus {
+            Bus::Mmio => 0,
+            Bus::Pio => uapi::KVM_BPF_ALLOW_SET_PIO,
+        };
+
+        self.perms().check(allow | ports)
+    }
+
+    fn set_perms(&self, to: &uapi::kvm_bpf_user_perms) -> Result {
+        let _changing = self.changing.lock();
+        let _setting = self.works.lock();
+        let mut perms = self.perms.lock();
+        let new = perms.narrowed(to)?;
+        let mut result = Ok(());
+        let mut count = 0;
+
+        self.for_each_program(&mut |prog| {
+            count += 1;
+            if prog.check(&new).is_err() {
+                result = Err(EBUSY);
+            }
+        });
+        result?;
+
+        if new.not_extensible() && !perms.not_extensible() {
+            // All or none.
+            let mut unextended = KVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?;
+
+            self.for_each_program(&mut |prog| {
+                result = result.and_then(|()| {
+                    unextended.push_within_capacity(prog.forbid_extension()?)?;
+                    Ok(())
+                });
+            });
+            result?;
+            let mut unextended = unextended.into_iter();
+
+            self.for_each_program(&mut |prog| {
+                if let Some(unextended) = unextended.next() {
+                    prog.keep(unextended);
+                }
+            });
+        }
+        *perms = new;
+        Ok(())
+    }
+
+    /// Calls `f` with each program, always in the same order. The caller holds `changing` and the
+    /// lock of who sets work.
+    fn for_each_program(&self, f: &mut dyn FnMut(&dyn Program)) {
+        for region in self.regions.lock().iter().flatten() {
+            region.with_handler(|programs| programs.for_each(f));
+        }
+        self.works.for_each(f);
     }
 
     fn get_mem(&self, index: usize) -> Result<uapi::kvm_bpf_user_mem> {
@@ -358,6 +468,8 @@ enum Id {
     Mem(usize),
     Work(usize),
     Run(usize),
+    Perms,
+    Info(usize),
 }
 
 impl TryFrom<&Attr<'_>> for Id {
@@ -376,6 +488,8 @@ impl TryFrom<&Attr<'_>> for Id {
             (uapi::KVM_DEV_BPF_ATTR_GROUP_MEM, i) if i < MEMS => Ok(Self::Mem(i as usize)),
             (uapi::KVM_DEV_BPF_ATTR_GROUP_WORK, i) if i < WORKS => Ok(Self::Work(i as usize)),
             (uapi::KVM_DEV_BPF_ATTR_GROUP_RUN, i) if i < WORKS => Ok(Self::Run(i as usize)),
+            (uapi::KVM_DEV_BPF_ATTR_GROUP_PERMS, 0) => Ok(Self::Perms),
+            (uapi::KVM_DEV_BPF_ATTR_GROUP_INFO, i) if i < REGIONS => Ok(Self::Info(i as usize)),
             _ => Err(ENXIO),
         }
     }
@@ -393,11 +507,17 @@ impl Device for BpfDevice {
 
     fn create(vm: &Vm) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
+            _: {
+                if vm.is_bpf_sealed() {
+                    return Err(EPERM);
+                }
+            },
             changing <- new_mutex!(()),
             regions <- new_mutex!(KVec::new()),
             irqs: Irqs::new()?,
             mem: Arc::pin_init(Windows::new(vm), GFP_KERNEL_ACCOUNT)?,
             works <- Works::new(irqs.clone(), mem.clone()),
+            perms <- new_mutex!(Perms::ALL),
         })
     }
 
@@ -406,8 +526,15 @@ impl Device for BpfDevice {
             Id::Region(bus, index) => self.set_region(vm, bus, index, &attr.read()?),
             Id::Irq(index) => self.set_irq(index, &attr.read()?),
             Id::Mem(index) => self.set_mem(index, &attr.read()?),
-            Id::Work(index) => self.works.set(index, &attr.read()?),
-            Id::Run(index) => self.works.run(index, &attr.read()?),
+            Id::Work(index) => self.works.set(index, &attr.read()?, &self.perms),
+            Id::Run(index) => {
+                let run = attr.read()?;
+
+                self.perms.lock().check(uapi::KVM_BPF_ALLOW_RUN)?;
+                self.works.run(index, &run)
+            }
+            Id::Perms => self.set_perms(&attr.read()?),
+            Id::Info(_) => Err(ENXIO),
         }
     }
 
@@ -415,6 +542,8 @@ impl Device for BpfDevice {
         match Id::try_from(attr)? {
             Id::Region(bus, index) => attr.write(&self.get_region(bus, index)?),
             Id::Mem(index) => attr.write(&self.get_mem(index)?),
+            Id::Perms => attr.write(&self.perms.lock().to_user()),
+            Id::Info(index) => attr.write(&self.info(index).ok_or(ENOENT)?),
             // An eventfd that another process may have set has no number to return.
             Id::Irq(_) | Id::Work(_) | Id::Run(_) => Err(ENXIO),
         }
@@ -422,5 +551,9 @@ impl Device for BpfDevice {
 
     fn has_attr(&self, _vm: &Vm, attr: &Attr<'_>) -> Result {
         Id::try_from(attr).map(|_| ())
+    }
+
+    fn show_fdinfo(&self, vm: &Vm, m: &SeqFile) {
+        self.show(vm, m);
     }
 }
