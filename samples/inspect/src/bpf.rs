@@ -9,9 +9,7 @@ use std::{io, ptr};
 use libbpf_rs::btf::types::Func;
 use libbpf_rs::btf::{Btf, TypeId};
 use libbpf_rs::query::{ProgInfoIter, ProgInfoQueryOptions, ProgramInfo};
-use libbpf_rs::{
-    MapCore, MapFlags, MapHandle, MapType, Program as BpfProgram, libbpf_sys as sys,
-};
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, Program as BpfProgram, libbpf_sys as sys};
 
 /// What the kernel has to say of a program.
 #[derive(Debug)]
@@ -40,7 +38,10 @@ impl Program {
     }
 
     fn new(info: &ProgramInfo) -> Self {
-        let function = info.func_info.first().map_or(0, |function| function.type_id);
+        let function = info
+            .func_info
+            .first()
+            .map_or(0, |function| function.type_id);
         // The kernel keeps 15 characters of a program's name, and all of a function's.
         let full = Btf::from_prog_id(info.id).ok().and_then(|btf| {
             let function: Func<'_> = btf.type_by_id(TypeId::from(function))?;
@@ -81,7 +82,8 @@ impl Counter {
             .map_err(io::Error::other)?;
         let counter = load_counter(&counts, target.as_fd(), program.function)?;
         // SAFETY: a tracing program knows what it is attached to.
-        let link = owned(unsafe { sys::bpf_raw_tracepoint_open(ptr::null(), counter.as_raw_fd()) })?;
+        let link =
+            owned(unsafe { sys::bpf_raw_tracepoint_open(ptr::null(), counter.as_raw_fd()) })?;
         Ok(Counter {
             counts,
             _link: link,
@@ -128,20 +130,56 @@ fn load_counter(counts: &MapHandle, target: BorrowedFd<'_>, function: u32) -> io
     let map = counts.as_fd().as_raw_fd();
     let insns = [
         // Behind the target's one argument is its result.
-        insn(sys::BPF_LDX | sys::BPF_MEM | sys::BPF_DW, R1, R1.into(), 8, 0),
-        insn(sys::BPF_ALU | sys::BPF_MOV | sys::BPF_X, R1, R1.into(), 0, 0),
+        insn(
+            sys::BPF_LDX | sys::BPF_MEM | sys::BPF_DW,
+            R1,
+            R1.into(),
+            8,
+            0,
+        ),
+        insn(
+            sys::BPF_ALU | sys::BPF_MOV | sys::BPF_X,
+            R1,
+            R1.into(),
+            0,
+            0,
+        ),
         insn(sys::BPF_ST | sys::BPF_MEM | sys::BPF_W, R10, 0, -4, 0),
         insn(sys::BPF_JMP | sys::BPF_JEQ | sys::BPF_K, R1, 0, 1, 0),
         insn(sys::BPF_ST | sys::BPF_MEM | sys::BPF_W, R10, 0, -4, 1),
-        insn(sys::BPF_LD | sys::BPF_IMM | sys::BPF_DW, R1, sys::BPF_PSEUDO_MAP_FD, 0, map),
+        insn(
+            sys::BPF_LD | sys::BPF_IMM | sys::BPF_DW,
+            R1,
+            sys::BPF_PSEUDO_MAP_FD,
+            0,
+            map,
+        ),
         insn(0, 0, 0, 0, 0),
-        insn(sys::BPF_ALU64 | sys::BPF_MOV | sys::BPF_X, R2, R10.into(), 0, 0),
+        insn(
+            sys::BPF_ALU64 | sys::BPF_MOV | sys::BPF_X,
+            R2,
+            R10.into(),
+            0,
+            0,
+        ),
         insn(sys::BPF_ALU64 | sys::BPF_ADD | sys::BPF_K, R2, 0, 0, -4),
-        insn(sys::BPF_JMP | sys::BPF_CALL, 0, 0, 0, sys::BPF_FUNC_map_lookup_elem as i32),
+        insn(
+            sys::BPF_JMP | sys::BPF_CALL,
+            0,
+            0,
+            0,
+            sys::BPF_FUNC_map_lookup_elem as i32,
+        ),
         insn(sys::BPF_JMP | sys::BPF_JEQ | sys::BPF_K, R0, 0, 2, 0),
         insn(sys::BPF_ALU64 | sys::BPF_MOV | sys::BPF_K, R1, 0, 0, 1),
         // An atomic addition: vCPUs run the target side by side.
-        insn(sys::BPF_STX | sys::BPF_ATOMIC | sys::BPF_DW, R0, R1.into(), 0, sys::BPF_ADD as i32),
+        insn(
+            sys::BPF_STX | sys::BPF_ATOMIC | sys::BPF_DW,
+            R0,
+            R1.into(),
+            0,
+            sys::BPF_ADD as i32,
+        ),
         insn(sys::BPF_ALU64 | sys::BPF_MOV | sys::BPF_K, R0, 0, 0, 0),
         insn(sys::BPF_JMP | sys::BPF_EXIT, 0, 0, 0, 0),
     ];
@@ -218,13 +256,13 @@ impl Map {
     }
 }
 
+/// What libbpf calls to print, with the list of arguments as a pointer: its type in the bindings
+/// is not the same on all architectures, and is passed as one on those of ours.
+type Print = unsafe extern "C" fn(*mut c_void, *const c_char, *mut c_void);
+
 /// libbpf's text for bytes of a type.
 fn dump(btf: *mut sys::btf, ty: u32, bytes: &[u8]) -> io::Result<String> {
-    unsafe extern "C" fn append(
-        text: *mut c_void,
-        format: *const c_char,
-        args: *mut sys::__va_list_tag,
-    ) {
+    unsafe extern "C" fn append(text: *mut c_void, format: *const c_char, args: *mut c_void) {
         // SAFETY: `text` is what `btf_dump__new()` was given; libbpf's format fits its arguments.
         unsafe {
             if let Ok(more) = vsprintf::vsprintf(format, args) {
@@ -234,10 +272,10 @@ fn dump(btf: *mut sys::btf, ty: u32, bytes: &[u8]) -> io::Result<String> {
     }
 
     let mut text = String::new();
+    // SAFETY: only the type of the last argument differs, which is passed the same.
+    let append = unsafe { std::mem::transmute::<Print, _>(append as Print) };
     // SAFETY: `text` outlives what this returns.
-    let dump = unsafe {
-        sys::btf_dump__new(btf, Some(append), (&raw mut text).cast(), ptr::null())
-    };
+    let dump = unsafe { sys::btf_dump__new(btf, append, (&raw mut text).cast(), ptr::null()) };
     if dump.is_null() {
         return Err(io::Error::last_os_error());
     }
@@ -248,7 +286,13 @@ fn dump(btf: *mut sys::btf, ty: u32, bytes: &[u8]) -> io::Result<String> {
     };
     // SAFETY: `bytes` lives; libbpf reads no more of it.
     let result = unsafe {
-        sys::btf_dump__dump_type_data(dump, ty, bytes.as_ptr().cast(), bytes.len() as sys::size_t, &options)
+        sys::btf_dump__dump_type_data(
+            dump,
+            ty,
+            bytes.as_ptr().cast(),
+            bytes.len() as sys::size_t,
+            &options,
+        )
     };
     // SAFETY: it is ours.
     unsafe { sys::btf_dump__free(dump) };

@@ -33,7 +33,11 @@ pub struct Region {
 
 impl Region {
     fn program(&mut self, is_read: bool) -> &mut Option<Program> {
-        if is_read { &mut self.read } else { &mut self.write }
+        if is_read {
+            &mut self.read
+        } else {
+            &mut self.write
+        }
     }
 }
 
@@ -238,8 +242,22 @@ mod tests {
             write,
         };
         let regions = [
-            region(0, false, 0xd000_0000, 0x1000, Some(program(12, false)), None),
-            region(2, true, 0x3f8, 8, Some(program(12, true)), Some(program(13, false))),
+            region(
+                0,
+                false,
+                0xd000_0000,
+                0x1000,
+                Some(program(12, false)),
+                None,
+            ),
+            region(
+                2,
+                true,
+                0x3f8,
+                8,
+                Some(program(12, true)),
+                Some(program(13, false)),
+            ),
             region(3, false, 0, 0x10, None, Some(program(14, true))),
         ];
         assert_eq!(device.regions, regions);
@@ -256,10 +274,20 @@ mod tests {
             program,
             has_eventfd,
         };
-        let works = [work(0, program(15, false), false), work(15, program(16, true), true)];
+        let works = [
+            work(0, program(15, false), false),
+            work(15, program(16, true), true),
+        ];
         assert_eq!(device.works, works);
-        assert_eq!((device.allow, device.require, device.is_sealed), (0xff_07ff, 1, true));
-        let programs: Vec<_> = device.programs().iter().map(|(_, program)| program.id).collect();
+        assert_eq!(
+            (device.allow, device.require, device.is_sealed),
+            (0xff_07ff, 1, true)
+        );
+        let programs: Vec<_> = device
+            .programs()
+            .iter()
+            .map(|(_, program)| program.id)
+            .collect();
         assert_eq!(programs, [12, 12, 13, 14, 15, 16]);
     }
 

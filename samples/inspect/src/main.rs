@@ -3,13 +3,14 @@
 //! `kvm-bpf inspect PID`: the devices of a process, from outside.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::Duration;
-use std::fs;
 
 use clap::{Parser, Subcommand};
+use kvm_bpf::uapi;
 
 mod bpf;
 mod fdinfo;
@@ -22,29 +23,32 @@ const MAX_ENTRIES: u32 = 16;
 
 /// Bits of the permissions, in words.
 const ALLOW: [(u64, &str); 19] = [
-    (0x1, "irq"),
-    (0x2, "host-cpu"),
-    (0x4, "uclamp"),
-    (0x8, "read-memory"),
-    (0x10, "write-memory"),
-    (0x20, "async"),
-    (0x40, "sleep"),
-    (0x80, "tail-call"),
-    (0x100, "inner-maps"),
-    (0x200, "arena"),
-    (0x400, "other-kfunc"),
-    (0x1_0000, "new-region"),
-    (0x2_0000, "replace"),
-    (0x4_0000, "remove"),
-    (0x8_0000, "set-irq"),
-    (0x10_0000, "set-memory"),
-    (0x20_0000, "set-ports"),
-    (0x40_0000, "set-work"),
-    (0x80_0000, "run"),
+    (uapi::KVM_BPF_ALLOW_IRQ, "irq"),
+    (uapi::KVM_BPF_ALLOW_HOST_CPU, "host-cpu"),
+    (uapi::KVM_BPF_ALLOW_UCLAMP, "uclamp"),
+    (uapi::KVM_BPF_ALLOW_MEM_R, "read-memory"),
+    (uapi::KVM_BPF_ALLOW_MEM_W, "write-memory"),
+    (uapi::KVM_BPF_ALLOW_ASYNC, "async"),
+    (uapi::KVM_BPF_ALLOW_SLEEP, "sleep"),
+    (uapi::KVM_BPF_ALLOW_TAIL_CALL, "tail-call"),
+    (uapi::KVM_BPF_ALLOW_INNER_MAPS, "inner-maps"),
+    (uapi::KVM_BPF_ALLOW_ARENA, "arena"),
+    (uapi::KVM_BPF_ALLOW_OTHER_KFUNC, "other-kfunc"),
+    (uapi::KVM_BPF_ALLOW_NEW_REGION, "new-region"),
+    (uapi::KVM_BPF_ALLOW_REPLACE, "replace"),
+    (uapi::KVM_BPF_ALLOW_REMOVE, "remove"),
+    (uapi::KVM_BPF_ALLOW_SET_IRQ, "set-irq"),
+    (uapi::KVM_BPF_ALLOW_SET_MEM, "set-memory"),
+    (uapi::KVM_BPF_ALLOW_SET_PIO, "set-ports"),
+    (uapi::KVM_BPF_ALLOW_SET_WORK, "set-work"),
+    (uapi::KVM_BPF_ALLOW_RUN, "run"),
 ];
 
 #[derive(Debug, Parser)]
-#[command(name = "kvm-bpf", about = "Devices made of eBPF programs, from outside")]
+#[command(
+    name = "kvm-bpf",
+    about = "Devices made of eBPF programs, from outside"
+)]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -106,14 +110,19 @@ fn inspect(pid: u32, seconds: Option<f64>, out: &mut impl Write) -> Result<(), E
         .map(|(_, program)| program.id)
         .collect();
     let programs = bpf::Program::with_ids(&ids);
-    let programs: BTreeMap<u32, _> = programs.iter().map(|program| (program.id(), program)).collect();
+    let programs: BTreeMap<u32, _> = programs
+        .iter()
+        .map(|program| (program.id(), program))
+        .collect();
     let counters = match wait {
         None => BTreeMap::new(),
         Some(wait) => {
-            let counters = programs.values().map(|program| match Counter::new(program) {
-                Ok(counter) => Ok((program.id(), counter)),
-                Err(error) => Err(Error::Count(program.name.clone(), error)),
-            });
+            let counters = programs
+                .values()
+                .map(|program| match Counter::new(program) {
+                    Ok(counter) => Ok((program.id(), counter)),
+                    Err(error) => Err(Error::Count(program.name.clone(), error)),
+                });
             let counters = counters.collect::<Result<BTreeMap<_, _>, _>>()?;
             sleep(wait);
             counters
@@ -121,7 +130,11 @@ fn inspect(pid: u32, seconds: Option<f64>, out: &mut impl Write) -> Result<(), E
     };
     let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     for (number, device) in &devices {
-        writeln!(out, "process {pid} ({}), file descriptor {number}", command.trim_end())?;
+        writeln!(
+            out,
+            "process {pid} ({}), file descriptor {number}",
+            command.trim_end()
+        )?;
         show(device, &programs, &counters, out)?;
     }
     Ok(())
@@ -137,20 +150,32 @@ fn show(
         let known = programs.get(&program.id);
         let name = known.map_or("", |known| known.name.as_str());
         let sleeps = if program.sleeps { ", may sleep" } else { "" };
-        write!(out, "    {what}: {name} (program {}, tag {}{sleeps})", program.id, program.tag)?;
+        write!(
+            out,
+            "    {what}: {name} (program {}, tag {}{sleeps})",
+            program.id, program.tag
+        )?;
         if let Some(counter) = counters.get(&program.id) {
             let [handled, declined] = counter.get()?;
             write!(out, ": handled {handled}, declined {declined}")?;
         } else if let Some(known) = known
             && known.run_cnt > 0
         {
-            write!(out, ": ran {} times, {} ns", known.run_cnt, known.run_time_ns)?;
+            write!(
+                out,
+                ": ran {} times, {} ns",
+                known.run_cnt, known.run_time_ns
+            )?;
         }
         writeln!(out)
     };
     for region in &device.regions {
         let kind = if region.is_pio { "ports" } else { "MMIO" };
-        writeln!(out, "  region {}: {kind} {:#x}, {:#x} bytes", region.index, region.addr, region.size)?;
+        writeln!(
+            out,
+            "  region {}: {kind} {:#x}, {:#x} bytes",
+            region.index, region.addr, region.size
+        )?;
         for (what, program) in [("reads", &region.read), ("writes", &region.write)] {
             match program {
                 Some(program) => show_program(out, what, program)?,
@@ -159,7 +184,11 @@ fn show(
         }
     }
     for work in &device.works {
-        let by = if work.has_eventfd { "an eventfd or the VMM" } else { "the VMM" };
+        let by = if work.has_eventfd {
+            "an eventfd or the VMM"
+        } else {
+            "the VMM"
+        };
         writeln!(out, "  work {}: run by {by}", work.index)?;
         show_program(out, "program", &work.program)?;
     }
@@ -181,7 +210,11 @@ fn show(
     }
     show_maps(device, programs, out)?;
     writeln!(out, "  allowed: {}", allowed(device.allow))?;
-    let extensible = if device.require & 1 == 0 { "may" } else { "must not" };
+    let extensible = if device.require & uapi::KVM_BPF_REQUIRE_NOT_EXTENSIBLE == 0 {
+        "may"
+    } else {
+        "must not"
+    };
     writeln!(out, "  programs {extensible} be extended")?;
     let more = if device.is_sealed { "no more" } else { "more" };
     writeln!(out, "  the VM can get {more} devices of this kind")?;
