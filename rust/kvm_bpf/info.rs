@@ -23,7 +23,6 @@ use kernel::{
         io::Bus,
         Vm, //
     },
-    prelude::*,
     seq_file::SeqFile,
     seq_print, uapi, //
 };

@@ -386,7 +386,12 @@ impl BpfDevice {
 
     fn set_perms(&self, to: &uapi::kvm_bpf_user_perms) -> Result {
         let _changing = self.changing.lock();
-        let _setting = self.works.lock();
+
+        self.works.unchanged(|| self.narrow_perms(to))
+    }
+
+    /// The caller holds `changing` and the lock of who sets work.
+    fn narrow_perms(&self, to: &uapi::kvm_bpf_user_perms) -> Result {
         let mut perms = self.perms.lock();
         let new = perms.narrowed(to)?;
         let mut result = Ok(());

@@ -338,9 +338,11 @@ impl Works {
         Ok(signal)
     }
 
-    /// Keeps others from setting and removing programs.
-    pub(crate) fn lock(&self) -> Guard<'_, Option<Arc<Thread>>, MutexBackend> {
-        self.thread.lock()
+    /// Calls `f` while nobody sets or removes programs.
+    pub(crate) fn unchanged<R>(&self, f: impl FnOnce() -> R) -> R {
+        let _thread = self.thread.lock();
+
+        f()
     }
 
     /// Calls `f` with each program.

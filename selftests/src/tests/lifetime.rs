@@ -356,6 +356,8 @@ fn getting_does_not_wait() {
         assert_got!(device.region(3).map(|region| region.addr), Ok(ADDR + SIZE));
         assert_got!(device.mem(0).map(drop), Err(Errno(libc::ENOENT)));
         assert_got!(device.mem(1), Ok(window));
+        assert_got!(device.info(0).map(|info| info.addr), Ok(ADDR));
+        assert_got!(device.perms().require, 0);
         device.set_irq(0, EventFd::new(0).expect("eventfd").as_raw_fd());
 
         let calls = [replace, remove, close];

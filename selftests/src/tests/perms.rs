@@ -387,32 +387,25 @@ fn what_user_space_may_do() {
 fn ports() {
     let guest = Guest::new();
     let device = Device::new(guest.vm());
-    let port = 0x600;
     if device.has_attr(KVM_DEV_BPF_ATTR_GROUP_PIO, 0).is_err() {
         skip("this architecture has no ports");
     }
-    let ports = |value| region(port, 8, Some(&answer(value)), None);
-    device.set_ports(0, &ports(1));
+    let [first, second] = [1, 2].map(answer);
+    let at = |port, prog| region(port, 8, Some(prog), None);
+    device.set_ports(0, &at(0x600, &first));
     device.set_perms(ALL & !KVM_BPF_ALLOW_SET_PIO, 0);
-    assert_got!(
-        device.try_set_ports(0, &ports(2)),
-        DENIED,
-        "replacing programs at ports"
-    );
-    assert_got!(
-        device.try_set_ports(0, &NO_REGION),
-        DENIED,
-        "removing ports"
-    );
-    assert_got!(
-        device.try_set_ports(1, &region(0x700, 8, Some(&answer(1)), None)),
-        DENIED
-    );
-    device.set_region(1, &region(ADDR, SIZE, Some(&answer(1)), None));
+    for (what, index, ports) in [
+        ("replacing programs", 0, at(0x600, &second)),
+        ("removing ports", 0, NO_REGION),
+        ("new ports", 1, at(0x700, &first)),
+    ] {
+        assert_got!(device.try_set_ports(index, &ports), DENIED, "{what}");
+    }
+    device.set_region(1, &region(ADDR, SIZE, Some(&first), None));
 
     let device = Device::new(guest.vm());
     device.set_perms(KVM_BPF_ALLOW_SET_PIO, 0);
-    let got = device.try_set_ports(1, &region(0x700, 8, Some(&answer(1)), None));
+    let got = device.try_set_ports(1, &at(0x700, &first));
     assert_got!(got, DENIED, "new ports without new regions");
 }
 
