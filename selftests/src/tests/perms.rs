@@ -8,7 +8,7 @@ use std::{hint, thread};
 
 use Reg::{R2, R3};
 use kvm_bindings::{KVMIO, kvm_enable_cap};
-use kvm_bpf::Image;
+use kvm_bpf::Programs;
 use kvm_bpf::uapi::{
     KVM_BPF_ALLOW_ASYNC, KVM_BPF_ALLOW_HOST_CPU, KVM_BPF_ALLOW_INNER_MAPS, KVM_BPF_ALLOW_IRQ,
     KVM_BPF_ALLOW_MEM_R, KVM_BPF_ALLOW_MEM_W, KVM_BPF_ALLOW_NEW_REGION, KVM_BPF_ALLOW_OTHER_KFUNC,
@@ -144,13 +144,11 @@ const CALLS: [(u32, &str, u64); 11] = [
 const PLACES: [&str; 3] = ["the program", "a subprogram", "a callback"];
 const NEVER: u32 = 3;
 
-fn containing(what: u32, place: u32) -> Image {
+fn containing(what: u32, place: u32) -> Programs {
     let mut image = test_image("perms");
-    let mut constants = image.map_mut(".rodata").expect("the constants");
     let bytes: Vec<u8> = [what, place].iter().flat_map(|n| n.to_ne_bytes()).collect();
-    constants
-        .set_initial_value(&bytes)
-        .expect("setting the constants");
+    let set = image.edit_initial(".rodata", |constants| constants.copy_from_slice(&bytes));
+    assert!(set, "there are no constants");
     loaded(image)
 }
 
@@ -410,7 +408,7 @@ fn ports() {
 }
 
 /// `extended.bpf.c`, whose functions others may extend.
-struct Extended(Image);
+struct Extended(Programs);
 
 impl Extended {
     fn new() -> Self {
