@@ -61,6 +61,7 @@ mod device;
 mod doorbell;
 mod fault;
 mod info;
+mod inspect;
 mod irq;
 mod kfunc;
 mod lifetime;
@@ -107,6 +108,7 @@ pub fn all() -> Vec<Trial> {
         rights::all(),
         perms::all(),
         info::all(),
+        inspect::all(),
         access::all(),
         pio::all(),
         context::all(),
