@@ -102,7 +102,7 @@ fn each_kind_of_thing() {
         "reads: user space".to_string(),
         "work 2: run by an eventfd or the VMM".to_string(),
         "interrupts: 0, 7".to_string(),
-        "allowed: sleep, replace".to_string(),
+        "allowed: SLEEP, REPLACE".to_string(),
         "programs must not be extended".to_string(),
         "window 4: 0x1000, 0x2000 bytes, to read and write".to_string(),
         "allowed: all".to_string(),
