@@ -169,6 +169,28 @@ fn without_bpf() {
     }
 }
 
+/// Tells the VMM who the manager is.
+fn say_id(stream: &mut UnixStream) {
+    let id = std::process::id();
+    stream.write_all(&id.to_ne_bytes()).expect("its id sent");
+}
+
+fn id_of_the_manager(stream: &mut UnixStream) -> i32 {
+    let mut id = [0; 4];
+    stream.read_exact(&mut id).expect("the manager's id");
+    i32::from_ne_bytes(id)
+}
+
+fn wait_for_the_end_of(manager: i32) {
+    wait_for("the manager's end", libc::ESRCH, || {
+        // SAFETY: signal 0 is none.
+        match unsafe { libc::kill(manager, 0) } {
+            0 => 0,
+            _ => Errno::last().0,
+        }
+    });
+}
+
 fn plugged(guest: &Guest, programs: Programs) -> ImageDevice {
     let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
     let builder = ImageDevice::builder(device, programs);
@@ -195,6 +217,7 @@ fn of_a_manager_that_ends() {
         let programs = loaded(test_image("state"));
         programs.fill("raw", [[5; 12]]).expect("values");
         programs.send(&stream).expect("the programs sent");
+        say_id(&mut stream);
         let device = plugged(&guest, programs);
         let state = device.save().expect("its state").to_json();
         let state = state.expect("its JSON");
@@ -211,11 +234,12 @@ fn of_a_manager_that_ends() {
             programs.note().compatible,
             ["kvm-bpf,state", "kvm-bpf,test"]
         );
+        let manager = id_of_the_manager(&mut stream);
         let (mut len, mut state) = ([0; 4], Vec::new());
         stream.read_exact(&mut len).expect("a length");
         state.resize(u32::from_ne_bytes(len) as usize, 0);
         stream.read_exact(&mut state).expect("the state");
-        assert_got!(stream.read(&mut [0]).expect("its end"), 0, "bytes behind");
+        wait_for_the_end_of(manager);
         let saved = State::from_json(&state).expect("the state");
 
         let mut device = plugged(&guest, programs);
@@ -235,17 +259,14 @@ fn timers_outlive_the_manager() {
     let manager = |mut stream: UnixStream| {
         let programs = loaded(test_image("work_timer"));
         programs.send(&stream).expect("the programs sent");
-        let id = std::process::id();
-        stream.write_all(&id.to_ne_bytes()).expect("its id sent");
+        say_id(&mut stream);
         stream.read_exact(&mut [0]).expect("the VMM's word");
     };
     between(manager, |mut stream, kvm| {
         let guest = Guest::on(kvm);
         without_bpf();
         let programs = received(&stream);
-        let mut manager = [0; 4];
-        stream.read_exact(&mut manager).expect("the manager's id");
-        let manager = i32::from_ne_bytes(manager);
+        let manager = id_of_the_manager(&mut stream);
         let device = plugged(&guest, programs);
         let callbacks = || {
             let progress = device.programs().map("progress").expect("the map");
@@ -255,13 +276,7 @@ fn timers_outlive_the_manager() {
         device.resume().expect("starting the timer");
         wait_for("callbacks", true, || callbacks() > 2);
         stream.write_all(&[0]).expect("a word to the manager");
-        wait_for("the manager's end", libc::ESRCH, || {
-            // SAFETY: signal 0 is none.
-            match unsafe { libc::kill(manager, 0) } {
-                0 => 0,
-                _ => Errno::last().0,
-            }
-        });
+        wait_for_the_end_of(manager);
         let before = callbacks();
         wait_for("callbacks afterwards", true, || callbacks() > before + 2);
     });
