@@ -48,8 +48,12 @@
 //! without takes file descriptors of programs from a process that has them, with
 //! [`Device::set_region`].
 
+#[cfg(feature = "acpi")]
+pub mod acpi;
 pub mod clock;
 pub mod device;
+#[cfg(feature = "fdt")]
+pub mod fdt;
 pub mod image;
 mod mapping;
 mod maps;
