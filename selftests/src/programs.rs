@@ -5,7 +5,7 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
-use kvm_bpf::{Device, Image, ImageDevice, OpenImage, Place};
+use kvm_bpf::{Device, ImageDevice, OpenImage, Place, Programs};
 use kvm_ioctls::VmFd;
 
 use crate::bpf::{
@@ -41,7 +41,7 @@ pub fn test_image(name: &str) -> OpenImage {
 
 /// Loads what must load.
 #[track_caller]
-pub fn loaded(image: OpenImage) -> Image {
+pub fn loaded(image: OpenImage) -> Programs {
     image
         .load()
         .unwrap_or_else(|error| panic!("wanted the device to load, got {error:#?}"))
@@ -51,7 +51,8 @@ pub fn loaded(image: OpenImage) -> Image {
 #[track_caller]
 pub fn plug(vm: &VmFd, addr: u64, image: OpenImage) -> ImageDevice {
     let device = Device::new(vm).expect("KVM_CREATE_DEVICE");
-    ImageDevice::new(device, Place::Memory(addr), loaded(image))
+    ImageDevice::builder(device, loaded(image))
+        .plug(Place::Memory(addr))
         .unwrap_or_else(|error| panic!("wanted the region to be set, got {error:#?}"))
 }
 

@@ -7,12 +7,11 @@ use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::process::Command;
 
-use kvm_bpf::{Image, Note};
+use kvm_bpf::{Note, Programs};
 use kvm_bpf_selftests::bpf::{Prog, Refused};
 use kvm_bpf_selftests::guest::Vcpu;
 use kvm_bpf_selftests::harness::Errno;
 use kvm_bpf_vmm::userspace;
-use libbpf_rs::{MapCore, MapFlags};
 use libtest_mimic::Trial;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -176,9 +175,9 @@ fn beside_this_program(name: &str) -> Command {
 }
 
 /// Element 0 of a program's array.
-fn element(image: &Image, map: &str) -> Vec<u8> {
+fn element(image: &Programs, map: &str) -> Vec<u8> {
     let map = image.map(map).expect("the program's map");
-    MapCore::lookup(map, &[0; 4], MapFlags::ANY)
+    map.lookup(&[0; 4])
         .expect("BPF_MAP_LOOKUP_ELEM")
         .expect("element 0")
 }

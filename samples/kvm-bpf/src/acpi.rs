@@ -235,12 +235,7 @@ mod tests {
             mmio_size: 0x1000,
             nr_irqs: 2,
             compatible: names(&["a,b", "c"]),
-            ranges: Vec::new(),
-            read_pages: Vec::new(),
-            works: Vec::new(),
-            window: None,
-            doorbells: Vec::new(),
-            state_version: None,
+            ..Note::default()
         };
         let place = Place::Memory(0xd000_0000);
         let mut object = Object::of_note(&note, "DEV_", 3, place).unwrap();
@@ -314,11 +309,7 @@ mod tests {
                 region: 0,
                 size: 8,
             }],
-            read_pages: Vec::new(),
-            works: Vec::new(),
-            window: None,
-            doorbells: Vec::new(),
-            state_version: None,
+            ..Note::default()
         };
         assert!(Object::of_note(&note, "DEV0", 1, Place::Port(8)).is_ok());
         let in_memory = Object::of_note(&note, "DEV0", 1, Place::Memory(0x1000));

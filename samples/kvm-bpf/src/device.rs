@@ -2,55 +2,48 @@
 
 //! The KVM device: regions of programs, and interrupts.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::Arc;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::{fmt, io};
 
-use kvm_bindings::{kvm_create_device, kvm_device_attr};
-use kvm_ioctls::{DeviceFd, VmFd};
-use vmm_sys_util::errno;
-use vmm_sys_util::eventfd::EventFd;
-
-use crate::image::{self, Image, OpenImage, Work};
-use crate::maps::{MapChanges, OnLoss};
+use crate::abi::Abi;
 use crate::note::{Note, Range, Space};
-use crate::page::{NoSlot, ReadPage};
-use crate::state::{self, Clocks, State};
 use crate::uapi::{
     KVM_BPF_MEM_READ, KVM_BPF_MEM_WRITE, KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_MEM,
     KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_BPF_ATTR_GROUP_RUN,
-    KVM_DEV_BPF_ATTR_GROUP_WORK, KVM_DEV_TYPE_BPF, kvm_bpf_user_irq, kvm_bpf_user_mem,
-    kvm_bpf_user_region, kvm_bpf_user_run, kvm_bpf_user_work,
+    KVM_DEV_BPF_ATTR_GROUP_WORK, kvm_bpf_user_irq, kvm_bpf_user_mem, kvm_bpf_user_region,
+    kvm_bpf_user_run, kvm_bpf_user_work,
 };
-
-/// How often a program may say that there is more to do, before it counts as one that never ends.
-const MAX_RUNS: u32 = 1 << 20;
+use crate::{programs, state, sys};
 
 /// Why a device operation failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
-    /// The host's KVM has no devices made of eBPF programs.
+    /// The host's KVM has no devices made of eBPF programs: `ENODEV`.
+    ///
+    /// The module loads only when somebody asks for it. A process in a jail cannot, so a host loads
+    /// it when it boots.
     #[error(
-        "this host's KVM has no eBPF devices (kernel without CONFIG_KVM_BPF, or kvm_bpf not loaded)"
+        "this host's KVM has no eBPF devices: load the module kvm_bpf (modprobe kvm_bpf; at each \
+         boot, with a line kvm_bpf in /etc/modules-load.d/kvm_bpf.conf), or build the kernel with \
+         CONFIG_KVM_BPF"
     )]
     Unsupported,
     /// The device cannot be created.
     #[error("cannot create the KVM device")]
-    Create(#[source] errno::Error),
+    Create(#[source] io::Error),
     /// The region is refused.
     #[error("cannot set region {index} at {place}, {size:#x} bytes")]
     SetRegion {
         /// Index of the region.
-        index: u64,
+        index: u32,
         /// Where it begins.
         place: Place,
         /// Length in bytes.
         size: u64,
         /// The kernel's error.
         #[source]
-        source: errno::Error,
+        source: io::Error,
     },
     /// The host has no ports, or the kernel no regions of them.
     #[error("this host's KVM has no eBPF devices at ports (not an x86 host, or an older kernel)")]
@@ -65,10 +58,10 @@ pub enum Error {
     #[error("cannot remove region {index}")]
     UnsetRegion {
         /// Index of the region.
-        index: u64,
+        index: u32,
         /// The kernel's error.
         #[source]
-        source: errno::Error,
+        source: io::Error,
     },
     /// The memory slot of a read page cannot be removed.
     #[error("cannot remove the memory slot of the read page at {addr:#x}")]
@@ -77,25 +70,25 @@ pub enum Error {
         addr: u64,
         /// The kernel's error.
         #[source]
-        source: errno::Error,
+        source: io::Error,
     },
     /// The interrupt's eventfd is refused.
     #[error("cannot set interrupt {index}")]
     SetIrq {
         /// Index of the interrupt.
-        index: u64,
+        index: u32,
         /// The kernel's error.
         #[source]
-        source: errno::Error,
+        source: io::Error,
     },
     /// The interrupt cannot be detached.
     #[error("cannot detach interrupt {index}")]
     UnsetIrq {
         /// Index of the interrupt.
-        index: u64,
+        index: u32,
         /// The kernel's error.
         #[source]
-        source: errno::Error,
+        source: io::Error,
     },
     /// The host's KVM gives programs no guest memory.
     #[error("this host's KVM gives programs no guest memory (an older kernel)")]
@@ -104,21 +97,21 @@ pub enum Error {
     #[error("cannot set window {index}: {window:?}")]
     SetWindow {
         /// Its index.
-        index: u64,
+        index: u32,
         /// What it was to be.
         window: Window,
         /// The kernel's error.
         #[source]
-        source: errno::Error,
+        source: io::Error,
     },
     /// The window cannot be removed.
     #[error("cannot remove window {index}")]
     UnsetWindow {
         /// Its index.
-        index: u64,
+        index: u32,
         /// The kernel's error.
         #[source]
-        source: errno::Error,
+        source: io::Error,
     },
     /// The host's KVM has no WORK programs.
     #[error("this host's KVM runs programs for a guest's accesses only (an older kernel)")]
@@ -127,28 +120,28 @@ pub enum Error {
     #[error("cannot set WORK program {index}")]
     SetWork {
         /// Its index.
-        index: u64,
+        index: u32,
         /// The kernel's error.
         #[source]
-        source: errno::Error,
+        source: io::Error,
     },
     /// The WORK program cannot be removed.
     #[error("cannot remove WORK program {index}")]
     UnsetWork {
         /// Its index.
-        index: u64,
+        index: u32,
         /// The kernel's error.
         #[source]
-        source: errno::Error,
+        source: io::Error,
     },
     /// The WORK program cannot be run.
     #[error("cannot run WORK program {index}")]
     Run {
         /// Its index.
-        index: u64,
+        index: u32,
         /// The kernel's error.
         #[source]
-        source: errno::Error,
+        source: io::Error,
     },
     /// A WORK program always has more to do.
     #[error("WORK program {0} does not come to an end")]
@@ -156,7 +149,18 @@ pub enum Error {
     /// The device has no WORK program of that name.
     #[error("the device has no WORK program {0}")]
     NoSuchWork(String),
-    /// An eventfd cannot be kept for programs to come.
+    /// The device has no such interrupt.
+    #[error("the device has no interrupt {index}: its note says {count}")]
+    NoSuchIrq {
+        /// Index of the interrupt.
+        index: u32,
+        /// How many it has.
+        count: u32,
+    },
+    /// What is to be no interrupt is one.
+    #[error("index {0} is an interrupt of the device")]
+    IsIrq(u32),
+    /// An eventfd cannot be kept open.
     #[error("cannot duplicate an eventfd")]
     Duplicate(#[source] io::Error),
     /// There is no eventfd for a doorbell.
@@ -168,17 +172,31 @@ pub enum Error {
     /// The new programs can take the state over only while no vCPU runs.
     #[error("the state has other types than before, and the vCPUs were not paused")]
     NotPaused,
-    /// The new file describes another device than the one it should replace.
-    #[error("the new file is not the same device: {new:?} instead of {running:?}")]
+    /// The new programs are of another device than the one it should replace.
+    #[error("the new programs are not of the same device: {new:?} instead of {running:?}")]
     OtherDevice {
         /// The running device's note.
         running: Box<Note>,
-        /// The new file's note.
+        /// The new programs' note.
         new: Box<Note>,
     },
-    /// The object file cannot be used.
+    /// The programs cannot be those of the device.
     #[error(transparent)]
-    Image(#[from] image::Error),
+    Programs(#[from] programs::Error),
+    /// The object file cannot be used.
+    #[cfg(feature = "loader")]
+    #[error(transparent)]
+    Image(crate::image::Error),
+}
+
+#[cfg(feature = "loader")]
+impl From<crate::image::Error> for Error {
+    fn from(error: crate::image::Error) -> Self {
+        match error {
+            crate::image::Error::Programs(error) => Error::Programs(error),
+            error => Error::Image(error),
+        }
+    }
 }
 
 type Result<T> = std::result::Result<T, Error>;
@@ -259,22 +277,38 @@ pub struct Window {
 /// interrupts from the VM, also while vCPUs run.
 #[derive(Debug)]
 pub struct Device {
-    fd: DeviceFd,
+    fd: OwnedFd,
 }
 
 impl Device {
-    /// Creates a device without regions and interrupts.
-    pub fn new(vm: &VmFd) -> Result<Self> {
-        let mut create = kvm_create_device {
-            type_: KVM_DEV_TYPE_BPF,
-            fd: 0,
-            flags: 0,
-        };
-        match vm.create_device(&mut create) {
+    /// Creates a device without regions and interrupts, with the number of its type that the headers
+    /// have: [`Abi::default`]. The process is the one that created the VM.
+    pub fn new(vm: &impl AsRawFd) -> Result<Self> {
+        Self::with_abi(vm, &Abi::default())
+    }
+
+    /// The same with the running kernel's number, from [`Abi::from_running_kernel`].
+    pub fn with_abi(vm: &impl AsRawFd, abi: &Abi) -> Result<Self> {
+        match sys::create_device(vm.as_raw_fd(), abi.device_type) {
             Ok(fd) => Ok(Device { fd }),
-            Err(errno) if errno.errno() == libc::ENODEV => Err(Error::Unsupported),
-            Err(errno) => Err(Error::Create(errno)),
+            Err(error) => Err(no_device(error)),
         }
+    }
+
+    /// Takes over a device that the VMM has created itself: `KVM_CREATE_DEVICE` with
+    /// [`Abi::device_type`].
+    ///
+    /// Nothing is asked of the kernel: of another kind of file, or of another device, all else
+    /// fails.
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Device { fd }
+    }
+
+    /// Whether a VM can have such devices: [`Error::Unsupported`] or another error if not.
+    ///
+    /// It creates none.
+    pub fn is_supported(vm: &impl AsRawFd, abi: &Abi) -> Result<()> {
+        sys::has_device(vm.as_raw_fd(), abi.device_type).map_err(no_device)
     }
 
     /// Lets programs handle the accesses to a range; without one, they exit to the VMM.
@@ -289,7 +323,7 @@ impl Device {
     /// Indices of regions at ports and at addresses are the same.
     pub fn set_region(
         &self,
-        index: u64,
+        index: u32,
         place: Place,
         size: u64,
         read: Option<BorrowedFd<'_>>,
@@ -317,7 +351,7 @@ impl Device {
     /// Removes a region; accesses to its range exit to the VMM from then on.
     ///
     /// It waits as [`Self::set_region`] does.
-    pub fn unset_region(&self, space: Space, index: u64) -> Result<()> {
+    pub fn unset_region(&self, space: Space, index: u32) -> Result<()> {
         let none = kvm_bpf_user_region {
             addr: 0,
             size: 0,
@@ -335,7 +369,7 @@ impl Device {
     ///
     /// The device keeps the counter, not the file: where it is also an irqfd, keep `eventfd`
     /// open, as KVM ends an irqfd when its last file descriptor is closed.
-    pub fn set_irq(&self, index: u64, eventfd: &EventFd) -> Result<()> {
+    pub fn set_irq(&self, index: u32, eventfd: &impl AsRawFd) -> Result<()> {
         let irq = kvm_bpf_user_irq {
             eventfd: eventfd.as_raw_fd(),
             flags: 0,
@@ -345,7 +379,7 @@ impl Device {
     }
 
     /// Detaches an interrupt from its eventfd. It waits as [`Self::set_irq`] does.
-    pub fn unset_irq(&self, index: u64) -> Result<()> {
+    pub fn unset_irq(&self, index: u32) -> Result<()> {
         let irq = kvm_bpf_user_irq {
             eventfd: -1,
             flags: 0,
@@ -358,7 +392,7 @@ impl Device {
     ///
     /// A program's access has to lie inside one window. Programs that run see the one or the other;
     /// it waits until those have ended that may see the old one, and they may sleep.
-    pub fn set_window(&self, index: u64, window: Window) -> Result<()> {
+    pub fn set_window(&self, index: u32, window: Window) -> Result<()> {
         let right = |has, flag| if has { flag } else { 0 };
         let mem = kvm_bpf_user_mem {
             addr: window.addr,
@@ -380,7 +414,7 @@ impl Device {
 
     /// Removes a window; when this returns, no program accesses it any more. It waits as
     /// [`Self::set_window`] does.
-    pub fn unset_window(&self, index: u64) -> Result<()> {
+    pub fn unset_window(&self, index: u32) -> Result<()> {
         let none = kvm_bpf_user_mem::default();
         self.set_attr(KVM_DEV_BPF_ATTR_GROUP_MEM, index, &none)
             .map_err(|source| Error::UnsetWindow { index, source })
@@ -395,13 +429,13 @@ impl Device {
     /// It waits until the old program has ended where it runs.
     pub fn set_work(
         &self,
-        index: u64,
+        index: u32,
         program: BorrowedFd<'_>,
-        eventfd: Option<&EventFd>,
+        eventfd: Option<&dyn AsRawFd>,
     ) -> Result<()> {
         let work = kvm_bpf_user_work {
             bpf_fd: program.as_raw_fd(),
-            eventfd: eventfd.map_or(-1, AsRawFd::as_raw_fd),
+            eventfd: eventfd.map_or(-1, |eventfd| eventfd.as_raw_fd()),
             ..Default::default()
         };
         let group = KVM_DEV_BPF_ATTR_GROUP_WORK;
@@ -413,7 +447,7 @@ impl Device {
     }
 
     /// Removes a program, and waits for its end where it runs.
-    pub fn unset_work(&self, index: u64) -> Result<()> {
+    pub fn unset_work(&self, index: u32) -> Result<()> {
         let none = kvm_bpf_user_work {
             bpf_fd: -1,
             eventfd: -1,
@@ -424,36 +458,48 @@ impl Device {
     }
 
     /// Runs a program once, on the calling thread; it finds `arg` in its context's `buf`.
-    pub fn run(&self, index: u64, arg: u64) -> Result<Ran> {
+    pub fn run(&self, index: u32, arg: u64) -> Result<Ran> {
         let run = kvm_bpf_user_run { arg };
         match self.set_attr(KVM_DEV_BPF_ATTR_GROUP_RUN, index, &run) {
             Ok(()) => Ok(Ran::Done),
-            Err(errno) if errno.errno() == libc::EAGAIN => Ok(Ran::More),
+            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Ok(Ran::More),
             Err(source) => Err(Error::Run { index, source }),
         }
     }
 
     /// Whether the kernel knows a group; each has an index 0.
     fn has_group(&self, group: u32) -> bool {
-        let attr = kvm_device_attr {
-            group,
-            ..Default::default()
-        };
-        self.fd.has_device_attr(&attr).is_ok()
+        sys::has_attr(self.as_fd(), group, 0)
     }
 
-    fn set_attr<T>(
-        &self,
-        group: u32,
-        index: u64,
-        value: &T,
-    ) -> std::result::Result<(), errno::Error> {
-        self.fd.set_device_attr(&kvm_device_attr {
-            flags: 0,
-            group,
-            attr: index,
-            addr: std::ptr::from_ref(value) as u64,
-        })
+    fn set_attr<T>(&self, group: u32, index: u32, value: &T) -> io::Result<()> {
+        sys::set_attr(self.as_fd(), group, index.into(), value)
+    }
+}
+
+impl AsFd for Device {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for Device {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl From<Device> for OwnedFd {
+    fn from(device: Device) -> Self {
+        device.fd
+    }
+}
+
+/// Why there is no device.
+fn no_device(error: io::Error) -> Error {
+    match error.raw_os_error() {
+        Some(libc::ENODEV) => Error::Unsupported,
+        _ => Error::Create(error),
     }
 }
 
@@ -470,413 +516,6 @@ pub enum Ran {
     More,
 }
 
-/// A device that one object file describes: a single region, its programs and its maps.
-#[derive(Debug)]
-pub struct ImageDevice {
-    /// The first to go: a guest that runs on then finds the programs.
-    read_pages: Vec<ReadPage>,
-    device: Device,
-    place: Place,
-    image: Image,
-    /// By the name of the WORK program, what also runs it.
-    eventfds: BTreeMap<String, EventFd>,
-    /// What a saved state tells of the time.
-    clocks: Clocks,
-}
-
-impl ImageDevice {
-    /// Has the programs of `image` handle the guest's accesses at `place`, from now on.
-    ///
-    /// So whatever they need is there before: what the VMM puts into maps, the interrupts, and the
-    /// windows that the note asks for ([`Note::window`]).
-    pub fn new(device: Device, place: Place, image: Image) -> Result<Self> {
-        let read_pages = image.note().read_pages.iter().zip(&image.read_pages);
-        let read_pages = read_pages
-            .map(|(page, mapping)| ReadPage::new(place.addr() + page.offset, Arc::clone(mapping)))
-            .collect();
-        let mut eventfds = BTreeMap::new();
-        set_doorbells(&device, &image, &mut eventfds)?;
-        let device = ImageDevice {
-            read_pages,
-            device,
-            place,
-            image,
-            eventfds,
-            clocks: Clocks::new(),
-        };
-        device.set_works()?;
-        device.set_region()?;
-        Ok(device)
-    }
-
-    /// Goes over to the programs of a new file while the guest runs.
-    ///
-    /// `paused` is called only where the state has other types than before and the new file says that
-    /// it loads the version of the old one. It has to call what it is given, once, while no vCPU is
-    /// in `KVM_RUN`. When this returns, no callback of the old programs runs or is to run: the old
-    /// WORK program `save`, and `replaced` or `restore` of the new ones, see to that.
-    ///
-    /// It waits until no vCPU runs the old programs, as [`Device::set_region`] says.
-    ///
-    /// On an error the device goes on as it was.
-    pub fn replace(
-        &mut self,
-        image: OpenImage,
-        on_loss: OnLoss,
-        paused: impl FnOnce(&mut dyn FnMut()),
-    ) -> Result<MapChanges> {
-        let replacement = self.load(image, on_loss)?;
-        self.swap(replacement, paused)
-    }
-
-    /// Loads a new file for [`Self::swap`], with the maps that it has in common with the running
-    /// one. The first half of [`Self::replace`], for callers that fill the other maps in between.
-    pub fn load(&self, mut image: OpenImage, on_loss: OnLoss) -> Result<Replacement> {
-        self.check(image.note())?;
-        let changes = image.reuse_maps(&self.image, on_loss)?;
-        Ok(Replacement {
-            image: image.load()?,
-            changes,
-        })
-    }
-
-    fn check(&self, new: &Note) -> Result<()> {
-        if new.is_same_device(self.image.note()) {
-            return Ok(());
-        }
-        Err(Error::OtherDevice {
-            running: Box::new(self.image.note().clone()),
-            new: Box::new(new.clone()),
-        })
-    }
-
-    /// Goes over to the programs of what [`Self::load`] returned while the guest runs, with `paused`
-    /// as [`Self::replace`] has it, and runs its WORK program `replaced`; or `restore`, where the
-    /// state is converted after a run of the old `save`.
-    ///
-    /// Memory slots of read pages stay where the page's map is carried over. Of others they are
-    /// taken away before and set with the new map after; in between, loads run the read program.
-    ///
-    /// It waits until no vCPU runs the old programs, as [`Device::set_region`] says.
-    ///
-    /// On an error the device goes on as it was, but for one of `replaced` or `restore` itself.
-    pub fn swap(
-        &mut self,
-        replacement: Replacement,
-        paused: impl FnOnce(&mut dyn FnMut()),
-    ) -> Result<MapChanges> {
-        // It may be another device's.
-        self.check(replacement.image.note())?;
-        if !replacement.needs_pause() {
-            self.set_programs(replacement.image)?;
-            self.run("replaced", 0)?;
-            return Ok(replacement.changes);
-        }
-        let Replacement { image, changes } = replacement;
-        let mut image = Some(image);
-        let mut result = Err(Error::NotPaused);
-        paused(&mut || {
-            if let Some(image) = image.take() {
-                result = self.convert(image);
-            }
-        });
-        result.map(|()| changes)
-    }
-
-    /// Has the programs of `new` handle accesses and the rest.
-    fn set_programs(&mut self, new: Image) -> Result<()> {
-        let swapped = self.swap_programs(new);
-        // With the old maps, where the old programs go on.
-        self.read_pages.iter_mut().for_each(ReadPage::set_again);
-        swapped
-    }
-
-    /// The same, with the state by the names of its fields, while no vCPU is in `KVM_RUN`.
-    fn convert(&mut self, new: Image) -> Result<()> {
-        let state = self.save()?;
-        // Maps that go on have what they had.
-        let taken = state::restore(new.note(), new.states(), &state).map_err(Error::from);
-        let set = taken.and_then(|_| self.set_programs(new));
-        let resumed = self.resume();
-        set.and(resumed)
-    }
-
-    fn swap_programs(&mut self, new: Image) -> Result<()> {
-        // No load must see the old map when a store has run a new program.
-        for (page, mapping) in self.read_pages.iter_mut().zip(&new.read_pages) {
-            if !page.is_same_map(mapping) {
-                suspend(page)?;
-            }
-        }
-        let names: Vec<_> = self.eventfds.keys().cloned().collect();
-        let old = std::mem::replace(&mut self.image, new);
-        if let Err(error) = self.go_over(&old) {
-            let new = std::mem::replace(&mut self.image, old);
-            self.eventfds.retain(|name, _| names.contains(name));
-            // They were set before: that the kernel refuses them now is less news than the first.
-            let _ = self.go_over(&new);
-            return Err(error);
-        }
-        for (page, mapping) in self.read_pages.iter_mut().zip(&self.image.read_pages) {
-            if !page.is_same_map(mapping) {
-                page.exchange(Arc::clone(mapping));
-            }
-        }
-        self.eventfds
-            .retain(|name, _| self.image.work(name).is_some());
-        Ok(())
-    }
-
-    /// Has the image's programs handle accesses and the rest, instead of those of `from`.
-    fn go_over(&mut self, from: &Image) -> Result<()> {
-        set_doorbells(&self.device, &self.image, &mut self.eventfds)?;
-        self.free_eventfds(from);
-        self.set_works()?;
-        self.set_region()?;
-        self.unset_works(from);
-        self.unset_doorbells(from);
-        Ok(())
-    }
-
-    fn set_region(&self) -> Result<()> {
-        let range = only_region(self.image.note(), self.place.space())?;
-        self.device.set_region(
-            range.region.into(),
-            self.place,
-            range.size,
-            self.image.read_program(),
-            self.image.write_program(),
-        )
-    }
-
-    fn set_works(&self) -> Result<()> {
-        self.image.works().try_for_each(|work| {
-            let eventfd = self.eventfds.get(work.name);
-            self.device
-                .set_work(work.index.into(), work.program, eventfd)
-        })
-    }
-
-    /// An eventfd is one program's: has `from` give up those that go to another index.
-    fn free_eventfds(&self, from: &Image) {
-        self.remove_works(from, |old| {
-            let new = self.image.work(old.name);
-            self.eventfds.contains_key(old.name) && new.is_some_and(|new| new.index != old.index)
-        });
-    }
-
-    /// Removes those of `from` that have no successor.
-    fn unset_works(&self, from: &Image) {
-        self.remove_works(from, |old| {
-            !self.image.works().any(|new| new.index == old.index)
-        });
-    }
-
-    fn remove_works(&self, from: &Image, is_gone: impl Fn(&Work<'_>) -> bool) {
-        for work in from.works().filter(is_gone) {
-            // It fails only where there is none.
-            let _ = self.device.unset_work(work.index.into());
-        }
-    }
-
-    /// Takes the eventfds from the doorbells that only `from` has.
-    fn unset_doorbells(&self, from: &Image) {
-        let own = &self.image.note().doorbells;
-        for bell in &from.note().doorbells {
-            if !own.iter().any(|other| other.irq == bell.irq) {
-                // It fails only where there is none.
-                let _ = self.device.unset_irq(bell.irq.into());
-            }
-        }
-    }
-
-    /// Has a WORK program also run when `eventfd` is signalled, or no more.
-    ///
-    /// It may be the eventfd of one of the device's interrupts, so that the device's other programs
-    /// have it run. It stays with the name when the programs are replaced.
-    pub fn set_work_eventfd(&mut self, name: &str, eventfd: Option<&EventFd>) -> Result<()> {
-        let no_such = || Error::NoSuchWork(name.to_string());
-        let work = self.image.work(name).ok_or_else(no_such)?;
-        let eventfd = eventfd.map(EventFd::try_clone).transpose();
-        let eventfd = eventfd.map_err(Error::Duplicate)?;
-        self.device
-            .set_work(work.index.into(), work.program, eventfd.as_ref())?;
-        match eventfd {
-            Some(eventfd) => self.eventfds.insert(name.to_string(), eventfd),
-            None => self.eventfds.remove(name),
-        };
-        Ok(())
-    }
-
-    /// Runs the WORK program of that name, until it has no more to do; returns whether there is one.
-    pub fn run(&self, name: &str, arg: u64) -> Result<bool> {
-        let Some(work) = self.image.work(name) else {
-            return Ok(false);
-        };
-        for _ in 0..MAX_RUNS {
-            if self.device.run(work.index.into(), arg)? == Ran::Done {
-                return Ok(true);
-            }
-        }
-        Err(Error::Endless(name.to_string()))
-    }
-
-    /// Puts the device into the state of a new one, where it has a WORK program `reset`; returns
-    /// whether it has.
-    pub fn reset(&self) -> Result<bool> {
-        self.run("reset", 0)
-    }
-
-    /// Has an input of the device be at a level, where it has a WORK program `input`; returns
-    /// whether it has.
-    pub fn input(&self, line: u32, level: bool) -> Result<bool> {
-        self.run("input", u64::from(line) | u64::from(level) << 32)
-    }
-
-    /// The state of the device, after a run of its WORK program `save` where it has one.
-    ///
-    /// No vCPU may be in `KVM_RUN`, from before until [`Self::resume`], where the device goes on
-    /// here. On an error it goes on without. Calls neither bpf(2) nor libbpf.
-    pub fn save(&self) -> Result<State> {
-        if self.image.work("save").is_none()
-            && let Some((map, what)) = self.image.runs_later()
-        {
-            let map = map.to_string();
-            return Err(state::Error::TimersWithoutSave { map, what }.into());
-        }
-        let saved = self.run("save", 0).and_then(|_| {
-            let (note, maps) = (self.image.note(), self.image.states());
-            Ok(state::save(note, maps, &self.clocks)?)
-        });
-        if saved.is_err() {
-            // What kept the state from being saved is the news.
-            let _ = self.resume();
-        }
-        saved
-    }
-
-    /// Has the device go on after [`Self::save`] or [`Self::prepare`], with its WORK program
-    /// `restore` where it has one.
-    pub fn resume(&self) -> Result<()> {
-        self.run("restore", 0).map(drop)
-    }
-
-    /// Has the device go on from a saved state, with a run of its WORK program `restore` where it
-    /// has one.
-    ///
-    /// No vCPU may be in `KVM_RUN`. On an error the state maps are as before; if it is one of
-    /// `restore` itself, what else that did is done. Calls neither bpf(2) nor libbpf.
-    pub fn restore(&mut self, state: &State) -> Result<()> {
-        let maps = self.image.states();
-        let before = state::restore(self.image.note(), maps, state)?;
-        if let Err(error) = self.run("restore", 0) {
-            state::undo(maps, &before);
-            return Err(error);
-        }
-        Ok(())
-    }
-
-    /// The first half of [`Self::restore`]: puts the state into the maps. [`Self::resume`] is the other.
-    ///
-    /// So the device does nothing yet, while it is not certain that the guest goes on here: from
-    /// `restore` on it may access guest memory, which may still be another's too.
-    pub fn prepare(&mut self, state: &State) -> Result<()> {
-        state::restore(self.image.note(), self.image.states(), state)?;
-        Ok(())
-    }
-
-    /// The pages whose loads have no side effect, in the note's order.
-    pub fn read_pages(&self) -> &[ReadPage] {
-        &self.read_pages
-    }
-
-    /// Has the guest read a page, by its index in [`Self::read_pages`], through a read-only memory
-    /// slot of that number, which is free: loads then leave the guest no more.
-    ///
-    /// The slot goes with the device, or with [`Self::unset_read_page`]; it must not be set
-    /// otherwise. Without one all is the same, but for the cost: go on after an error.
-    ///
-    /// # Panics
-    ///
-    /// If there is no such page.
-    pub fn set_read_page(
-        &mut self,
-        vm: &VmFd,
-        index: usize,
-        slot: u32,
-    ) -> std::result::Result<(), NoSlot> {
-        self.read_pages[index].set(vm, slot)
-    }
-
-    /// Takes the memory slot of a page away, if it has one: loads run the read program from then on.
-    ///
-    /// # Panics
-    ///
-    /// If there is no such page.
-    pub fn unset_read_page(&mut self, index: usize) -> Result<()> {
-        let page = &mut self.read_pages[index];
-        let addr = page.addr();
-        let unset = page.unset();
-        unset.map_err(|source| Error::UnsetReadPage { addr, source })
-    }
-
-    /// Where it is.
-    pub fn place(&self) -> Place {
-        self.place
-    }
-
-    /// The running programs and maps.
-    pub fn image(&self) -> &Image {
-        &self.image
-    }
-
-    /// The KVM device, for its interrupts and for regions beyond the first.
-    pub fn device(&self) -> &Device {
-        &self.device
-    }
-}
-
-/// A loaded file that is to replace the programs of a device.
-#[derive(Debug)]
-pub struct Replacement {
-    image: Image,
-    changes: MapChanges,
-}
-
-impl Replacement {
-    /// The programs and maps.
-    pub fn image(&self) -> &Image {
-        &self.image
-    }
-
-    /// Whether [`ImageDevice::swap`] will have the vCPUs paused.
-    pub fn needs_pause(&self) -> bool {
-        !self.changes.converted.is_empty()
-    }
-}
-
-/// Has each doorbell signal the eventfd of its WORK program, and makes those that are not there.
-fn set_doorbells(
-    device: &Device,
-    image: &Image,
-    eventfds: &mut BTreeMap<String, EventFd>,
-) -> Result<()> {
-    for bell in &image.note().doorbells {
-        let Some(work) = image.works().find(|work| work.index == bell.work) else {
-            continue;
-        };
-        let eventfd = match eventfds.entry(work.name.to_string()) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
-                let eventfd = EventFd::new(libc::EFD_NONBLOCK);
-                entry.insert(eventfd.map_err(|error| Error::Doorbell(bell.irq, error))?)
-            }
-        };
-        device.set_irq(bell.irq.into(), eventfd)?;
-    }
-    Ok(())
-}
-
 /// The only region of the device that a note describes, which must be of that kind.
 pub fn only_region(note: &Note, space: Space) -> Result<Range> {
     match note.regions()[..] {
@@ -884,10 +523,4 @@ pub fn only_region(note: &Note, space: Space) -> Result<Range> {
         [range] => Err(Error::WrongSpace(range.space)),
         ref ranges => Err(Error::SeveralRanges(ranges.len())),
     }
-}
-
-fn suspend(page: &mut ReadPage) -> Result<()> {
-    let addr = page.addr();
-    let suspended = page.suspend();
-    suspended.map_err(|source| Error::UnsetReadPage { addr, source })
 }

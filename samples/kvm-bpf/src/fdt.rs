@@ -155,12 +155,7 @@ mod tests {
             mmio_size: 0x1000,
             nr_irqs: 2,
             compatible: compatible.iter().map(|name| name.to_string()).collect(),
-            ranges: Vec::new(),
-            read_pages: Vec::new(),
-            works: Vec::new(),
-            window: None,
-            doorbells: Vec::new(),
-            state_version: None,
+            ..Note::default()
         }
     }
 

@@ -3,25 +3,23 @@
 //! A device's object file: opened, edited, loaded into the kernel.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, Metadata, OpenOptions};
-use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::Arc;
 
 use libbpf_rs::{
-    AsRawLibbpf, MapCore, MapHandle, MapType, ObjectBuilder, OpenMap, OpenMapMut, OpenObject,
+    AsRawLibbpf, ErrorKind, MapCore, ObjectBuilder, OpenMap, OpenMapMut, OpenObject,
     OpenProgramMut, libbpf_sys,
 };
 
-use crate::maps::{Layout, MapChanges, OnLoss, short_name};
+use crate::abi::Abi;
+use crate::file::read_start;
+use crate::layouts::short_name;
+use crate::maps::{self, Layout, MapChanges, OnLoss, Side};
 use crate::note::{self, Note};
-use crate::page::{self, PageMap};
-use crate::state::StateMap;
-use crate::uapi::{
-    BPF_PROG_TYPE_KVM_IO_READ, BPF_PROG_TYPE_KVM_IO_WORK, BPF_PROG_TYPE_KVM_IO_WRITE,
-};
+use crate::page;
+use crate::programs::{self, Map, Parts, Programs};
+use crate::sys::MapInfo;
 
 /// Section of a read handler.
 const READ_SECTION: &str = "kvm_io_read";
@@ -40,6 +38,7 @@ pub const MAX_FILE_SIZE: u64 = 16 << 20;
 
 /// Why an object file could not become a device.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The file cannot be opened or read, or is not a regular one.
     #[error("cannot read the file")]
@@ -52,7 +51,7 @@ pub enum Error {
     Note(#[from] note::Error),
     /// libbpf cannot open the object.
     #[error("libbpf cannot open the object")]
-    Open(#[source] libbpf_rs::Error),
+    Open(#[source] io::Error),
     /// There is neither a read nor a write handler.
     #[error("no program in section {READ_SECTION} or {WRITE_SECTION}")]
     NoProgram,
@@ -73,15 +72,6 @@ pub enum Error {
         /// Its section.
         section: String,
     },
-    /// A map with state cannot be mapped into memory.
-    #[error("cannot map {map}, whose state is to be saved")]
-    MapState {
-        /// The map.
-        map: String,
-        /// The kernel's error.
-        #[source]
-        source: io::Error,
-    },
     /// libbpf does not take a program's type, flags or log buffer.
     #[error("cannot set up program {program}")]
     SetUp {
@@ -97,30 +87,6 @@ pub enum Error {
     /// Two maps cannot be told apart.
     #[error("two maps are named {0}; libbpf cuts the names of sections to 15 characters")]
     SameName(String),
-    /// The running device has a map that would start anew, or not be there any more.
-    #[error("map {map} of the running device would be lost: {why}")]
-    LostMap {
-        /// The map.
-        map: String,
-        /// What is different.
-        why: String,
-    },
-    /// What the running device's programs have started would run on.
-    #[error(
-        "map {map} has a {what}, and the new file no WORK program \"{stops}\" that stops what the \
-         running device has started"
-    )]
-    RunsOn {
-        /// The map.
-        map: String,
-        /// What runs later: `bpf_timer`, say.
-        what: &'static str,
-        /// The WORK program.
-        stops: &'static str,
-    },
-    /// The running device handles accesses that would exit to the VMM.
-    #[error("the running device has a program for {0}, the new file none")]
-    LostDirection(&'static str),
     /// A map cannot go on with the content of that of the running device.
     #[error("map {map} cannot be carried over")]
     ReuseMap {
@@ -128,7 +94,7 @@ pub enum Error {
         map: String,
         /// libbpf's error.
         #[source]
-        source: libbpf_rs::Error,
+        source: io::Error,
     },
     /// A map of others cannot be one of the device.
     #[error("map {map} cannot be shared: {why}")]
@@ -137,23 +103,6 @@ pub enum Error {
         map: String,
         /// What is wrong.
         why: String,
-    },
-    /// A map cannot be what the note says, a page that the guest may read.
-    #[error("map {map} cannot be a read page: {why}")]
-    ReadPage {
-        /// The map's name in the note.
-        map: String,
-        /// What is wrong.
-        why: String,
-    },
-    /// The kernel does not let a map be mapped: one with locks or timers, say.
-    #[error("cannot map the read page {map}")]
-    MapReadPage {
-        /// The map.
-        map: String,
-        /// The kernel's error.
-        #[source]
-        source: io::Error,
     },
     /// The kernel's verifier refused a program.
     #[error("the verifier refused program {program}")]
@@ -164,11 +113,14 @@ pub enum Error {
         log: String,
         /// The kernel's error.
         #[source]
-        source: libbpf_rs::Error,
+        source: io::Error,
     },
+    /// The programs and maps cannot be those of the device, or of the running one.
+    #[error(transparent)]
+    Programs(#[from] programs::Error),
     /// Loading failed for another reason.
     #[error("cannot load the object")]
-    Load(#[source] libbpf_rs::Error),
+    Load(#[source] io::Error),
 }
 
 /// What a program is for.
@@ -199,54 +151,18 @@ fn role(section: &str) -> Option<(Role<'_>, bool)> {
     Some((role, sleepable))
 }
 
-/// Opens a file to read, if it is a regular one.
-///
-/// Others may have no end, wait for a writer, or do something because they are opened.
-pub fn open_regular(path: &Path) -> io::Result<File> {
-    open_regular_to(File::options().read(true), path)
-}
-
-/// Opens a file with these options, if it is a regular one.
-pub fn open_regular_to(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
-    let check = |metadata: Metadata| {
-        let kind = metadata.file_type();
-        let kind = match kind {
-            _ if kind.is_file() => return Ok(()),
-            _ if kind.is_dir() => "a directory",
-            _ if kind.is_char_device() => "a character device",
-            _ if kind.is_block_device() => "a block device",
-            _ if kind.is_fifo() => "a pipe",
-            _ => "a socket",
-        };
-        let message = format!("not a regular file, but {kind}");
-        Err(io::Error::new(io::ErrorKind::InvalidInput, message))
-    };
-    check(fs::metadata(path)?)?;
-    // It may have become another one since: then this does not wait.
-    let file = options.custom_flags(libc::O_NONBLOCK).open(path)?;
-    check(file.metadata()?)?;
-    Ok(file)
-}
-
-/// Reads so many bytes of a regular file, or all that it has.
-pub(crate) fn read_start(path: &Path, max: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    open_regular(path)?.take(max).read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
 /// What a file has for each role.
 #[derive(Debug)]
-struct Programs<T> {
+struct ByRole<T> {
     read: Option<T>,
     write: Option<T>,
     /// By index.
     works: BTreeMap<u32, T>,
 }
 
-impl<T> Programs<T> {
+impl<T> ByRole<T> {
     fn new() -> Self {
-        Programs {
+        ByRole {
             read: None,
             write: None,
             works: BTreeMap::new(),
@@ -261,6 +177,7 @@ pub struct OpenImage {
     object: OpenObject,
     /// What the maps were like before some were carried over.
     layouts: Option<Vec<Layout>>,
+    abi: Abi,
 }
 
 impl OpenImage {
@@ -282,11 +199,12 @@ impl OpenImage {
         let object = ObjectBuilder::default()
             .name(name)
             .and_then(|builder| builder.open_memory(file))
-            .map_err(Error::Open)?;
+            .map_err(|error| Error::Open(foreign(error)))?;
         Ok(OpenImage {
             note,
             object,
             layouts: None,
+            abi: Abi::default(),
         })
     }
 
@@ -295,10 +213,27 @@ impl OpenImage {
         &self.note
     }
 
-    /// The map of that name, to set a tunable through the initial value of `.rodata`, say.
+    /// Has the programs be of the types that the running kernel has numbers for, from
+    /// [`Abi::from_running_kernel`].
+    pub fn set_abi(&mut self, abi: &Abi) {
+        self.abi = *abi;
+    }
+
+    /// Changes what a section of global data has at first: to set a tunable in `.rodata`, say.
     ///
-    /// Maps of global data are found by the name of their section.
-    pub fn map_mut(&mut self, name: &str) -> Option<OpenMapMut<'_>> {
+    /// Returns whether there is such a section; if not, `change` is not called.
+    pub fn edit_initial(&mut self, section: &str, change: impl FnOnce(&mut [u8])) -> bool {
+        let Some(mut map) = self.map_mut(section) else {
+            return false;
+        };
+        let Some(value) = map.initial_value_mut() else {
+            return false;
+        };
+        change(value);
+        true
+    }
+
+    fn map_mut(&mut self, name: &str) -> Option<OpenMapMut<'_>> {
         self.object
             .maps_mut()
             .find(|map| is_named(&map.name().to_string_lossy(), name))
@@ -309,7 +244,7 @@ impl OpenImage {
     /// It has the same type, and keys and values of the same sizes, but may have any number of
     /// entries. It is no state of the device: it is neither saved nor restored. The device goes on
     /// with it when its programs are replaced.
-    pub fn share_map(&mut self, name: &str, map: &impl MapCore) -> Result<(), Error> {
+    pub fn share_map(&mut self, name: &str, map: &Map) -> Result<(), Error> {
         let failed = |why: String| Error::ShareMap {
             map: name.to_string(),
             why,
@@ -322,10 +257,11 @@ impl OpenImage {
         let own = self.map_mut(name);
         let shared = match (layout, own) {
             (Some(layout), Some(mut own)) => {
-                let sizes = |ty: MapType, key: u32, value: u32| {
-                    format!("{ty:?} with keys of {key} bytes and values of {value}")
+                let sizes = |ty: u32, key: u32, value: u32| {
+                    format!("of type {ty} with keys of {key} bytes and values of {value}")
                 };
-                let here = sizes(own.map_type(), own.key_size(), own.value_size());
+                let info = info_of(&own);
+                let here = sizes(info.map_type, info.key_size, info.value_size);
                 let there = sizes(map.map_type(), map.key_size(), map.value_size());
                 match here == there {
                     false => Err(failed(format!("it is {there}, and should be {here}"))),
@@ -348,85 +284,33 @@ impl OpenImage {
     /// with the names, places and kinds of all fields. What belongs to the programs, such as
     /// read-only data, is not. Maps with state that have changed are for [`state`](crate::state) to
     /// convert, where the device says that it loads the version of the running one.
-    pub fn reuse_maps(&mut self, from: &Image, on_loss: OnLoss) -> Result<MapChanges, Error> {
-        if on_loss == OnLoss::Refuse {
-            let programs = self.programs()?;
-            if from.programs.read.is_some() && programs.read.is_none() {
-                return Err(Error::LostDirection("reads"));
-            }
-            if from.programs.write.is_some() && programs.write.is_none() {
-                return Err(Error::LostDirection("writes"));
-            }
-        }
-
+    pub fn reuse_maps(&mut self, from: &Programs, on_loss: OnLoss) -> Result<MapChanges, Error> {
+        let programs = self.program_names()?;
         let mut layouts = Layout::of_object(&mut self.object)?;
         for layout in &mut layouts {
-            let mut old = from.layouts.iter().filter(|old| old.is_shared);
+            let mut old = from.layouts().iter().filter(|old| old.is_shared);
             if old.any(|old| old.name == layout.name) {
                 layout.share();
             }
         }
-        let mut changes = MapChanges::default();
-        let loads = self.note.loads_state_of(&from.note);
-        for old in &from.layouts {
-            let new = layouts.iter().find(|new| new.name == old.name);
-            let why = match new {
-                Some(new) => new.difference(old),
-                None => Some("the new file has none of that name".to_string()),
-            };
-            let name = old.name.clone();
-            let converts = loads && old.is_state && new.is_none_or(|new| new.is_state);
-            match why {
-                None => changes.carried.push(name),
-                Some(_) if converts => changes.converted.push(name),
-                Some(why) if on_loss == OnLoss::Refuse => {
-                    return Err(Error::LostMap { map: name, why });
-                }
-                Some(_) if new.is_none() => changes.dropped.push(name),
-                // It starts anew.
-                Some(_) => {}
-            }
-        }
-        let names = layouts.iter().map(|new| new.name.clone());
-        changes.fresh = names
-            .filter(|name| !changes.carried.contains(name) && !changes.converted.contains(name))
-            .collect();
-        for names in [
-            &mut changes.carried,
-            &mut changes.converted,
-            &mut changes.fresh,
-            &mut changes.dropped,
-        ] {
-            names.sort();
-        }
-
+        let new = Side {
+            note: &self.note,
+            layouts: &layouts,
+            reads: programs.read.is_some(),
+            writes: programs.write.is_some(),
+        };
+        let changes = maps::plan(&from.side(), &new, on_loss, |old, new| new.difference(old))?;
         for mut map in self.object.maps_mut() {
             let full = map.name().to_string_lossy().into_owned();
             let name = short_name(&full).to_string();
             if let Some(old) = from.map(&name)
                 && changes.carried.contains(&name)
             {
-                map.reuse_fd(old.as_fd())
-                    .map_err(|source| Error::ReuseMap { map: name, source })?;
+                map.reuse_fd(old.as_fd()).map_err(|error| Error::ReuseMap {
+                    map: name,
+                    source: foreign(error),
+                })?;
             }
-        }
-        let runs_later = |layout: &&Layout| {
-            layout.runs_later.is_some() && changes.carried.contains(&layout.name)
-        };
-        // "restore" does it for one that is converted.
-        let stops = match changes.converted.is_empty() {
-            true => "replaced",
-            false => "restore",
-        };
-        if on_loss == OnLoss::Refuse
-            && let Some(layout) = layouts.iter().find(runs_later)
-            && self.note.work_index(stops).is_none()
-        {
-            return Err(Error::RunsOn {
-                map: layout.name.clone(),
-                what: layout.runs_later.unwrap_or_default(),
-                stops,
-            });
         }
         self.layouts = Some(layouts);
         Ok(changes)
@@ -435,8 +319,8 @@ impl OpenImage {
     /// The names of the programs.
     ///
     /// A program that libbpf does not load, as one in `SEC("?kvm_io_write")`, is as if not there.
-    fn programs(&self) -> Result<Programs<String>, Error> {
-        let mut programs = Programs::new();
+    fn program_names(&self) -> Result<ByRole<String>, Error> {
+        let mut programs = ByRole::new();
         let mut unused: Vec<_> = self.note.works.iter().collect();
         for program in self.object.progs() {
             let name = program.name().to_string_lossy().into_owned();
@@ -475,23 +359,20 @@ impl OpenImage {
 
     /// Creates the maps and loads the programs.
     ///
-    /// libbpf also prints warnings on stderr when this fails; call
-    /// [`libbpf_rs::set_print`] to send them elsewhere.
-    pub fn load(mut self) -> Result<Image, Error> {
-        let names = self.programs()?;
+    /// libbpf also prints warnings on stderr when this fails, for the whole process; with feature
+    /// `log`, [`log_libbpf`] sends them elsewhere.
+    pub fn load(mut self) -> Result<Programs, Error> {
+        let names = self.program_names()?;
         if names.read.is_none() && names.write.is_none() {
             return Err(Error::NoProgram);
         }
+        // Before the kernel gets to see anything.
         page::check(&self.note, |name| {
-            let mut maps = self.object.maps();
-            maps.find(|map| is_named(&map.name().to_string_lossy(), name))
+            let mut maps = self.object.maps().filter(OpenMap::autocreate);
+            let map = maps.find(|map| is_named(&map.name().to_string_lossy(), name))?;
+            Some(info_of(&map))
         })?;
-        if let (None, [page, ..]) = (&names.read, &self.note.read_pages[..]) {
-            return Err(Error::ReadPage {
-                map: page.map.clone(),
-                why: "no read program has its values while the guest has no slot".to_string(),
-            });
-        }
+        programs::check_pages_have_program(&self.note, names.read.is_some())?;
         let layouts = match self.layouts.take() {
             Some(layouts) => layouts,
             None => Layout::of_object(&mut self.object)?,
@@ -505,9 +386,11 @@ impl OpenImage {
             };
             let name = program.name().to_string_lossy().into_owned();
             let mut log = vec![0; VERIFIER_LOG_LEN];
-            set_up(&mut program, role, sleepable, &mut log).map_err(|source| Error::SetUp {
-                program: name.clone(),
-                source,
+            set_up(&mut program, role, sleepable, &self.abi, &mut log).map_err(|source| {
+                Error::SetUp {
+                    program: name.clone(),
+                    source,
+                }
             })?;
             logs.push((name, log));
         }
@@ -515,11 +398,11 @@ impl OpenImage {
         let object = self
             .object
             .load()
-            .map_err(|source| load_error(source, &logs))?;
-        let mut programs = Programs::new();
+            .map_err(|error| load_error(foreign(error), &logs))?;
+        let mut programs = ByRole::new();
         for program in object.progs().filter(|program| program.autoload()) {
             let fd = program.as_fd().try_clone_to_owned();
-            let fd = fd.map_err(|error| Error::Load(error.into()))?;
+            let fd = fd.map_err(Error::Load)?;
             match program.section().to_str().and_then(role) {
                 Some((Role::Read, _)) => programs.read = Some(fd),
                 Some((Role::Write, _)) => programs.write = Some(fd),
@@ -530,40 +413,22 @@ impl OpenImage {
                 None => {}
             }
         }
-        let maps = object
-            .maps()
-            .map(|map| MapHandle::try_from(&map))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(Error::Load)?;
-        let mut states = Vec::new();
-        for layout in layouts.iter().filter(|layout| layout.is_state) {
-            let Some(map) = find_map(&maps, &layout.name) else {
-                continue;
-            };
-            let initial = initial.get(&layout.name).map_or(&[][..], Vec::as_slice);
-            let state = StateMap::new(layout, map.as_fd(), initial);
-            states.push(state.map_err(|source| Error::MapState {
-                map: layout.name.clone(),
-                source,
-            })?);
+        let mut maps = Vec::new();
+        for map in object.maps() {
+            let name = map.name().to_string_lossy();
+            let fd = map.as_fd().try_clone_to_owned();
+            let map = fd.and_then(|fd| Map::from_fd(short_name(&name), fd));
+            maps.push(map.map_err(Error::Load)?);
         }
-        let mut read_pages = Vec::new();
-        for page in &self.note.read_pages {
-            let map = find_map(&maps, &page.map).expect("page::check() has found it");
-            let mapping = PageMap::new(map).map_err(|source| Error::MapReadPage {
-                map: page.map.clone(),
-                source,
-            })?;
-            read_pages.push(Arc::new(mapping));
-        }
-        Ok(Image {
+        Ok(Programs::new(Parts {
             note: self.note,
-            programs,
+            read: programs.read,
+            write: programs.write,
+            works: programs.works,
             maps,
             layouts,
-            states,
-            read_pages,
-        })
+            initial,
+        })?)
     }
 
     /// What global data has at first, by section.
@@ -581,9 +446,31 @@ fn is_named(full: &str, name: &str) -> bool {
     full == name || short_name(full) == name
 }
 
-fn find_map<'a>(maps: &'a [MapHandle], name: &str) -> Option<&'a MapHandle> {
-    maps.iter()
-        .find(|map| is_named(&map.name().to_string_lossy(), name))
+/// What a map is to be.
+fn info_of(map: &OpenMap<'_>) -> MapInfo {
+    let raw = map.as_libbpf_object().as_ptr();
+    MapInfo {
+        // SAFETY: the map lives as long as it is borrowed; the call only reads from it.
+        map_type: unsafe { libbpf_sys::bpf_map__type(raw) },
+        id: 0,
+        key_size: map.key_size(),
+        value_size: map.value_size(),
+        max_entries: map.max_entries(),
+        flags: map.map_flags(),
+    }
+}
+
+/// An error of libbpf with all that it says.
+pub(crate) fn foreign(error: libbpf_rs::Error) -> io::Error {
+    let kind = match error.kind() {
+        ErrorKind::NotFound => io::ErrorKind::NotFound,
+        ErrorKind::PermissionDenied => io::ErrorKind::PermissionDenied,
+        ErrorKind::AlreadyExists => io::ErrorKind::AlreadyExists,
+        ErrorKind::InvalidInput => io::ErrorKind::InvalidInput,
+        ErrorKind::InvalidData => io::ErrorKind::InvalidData,
+        _ => io::ErrorKind::Other,
+    };
+    io::Error::new(kind, error)
 }
 
 /// Sets what libbpf would know by itself, had it heard of our program types.
@@ -591,12 +478,13 @@ fn set_up(
     program: &mut OpenProgramMut<'_>,
     role: Role<'_>,
     sleepable: bool,
+    abi: &Abi,
     log: &mut [u8],
 ) -> io::Result<()> {
     let prog_type = match role {
-        Role::Read => BPF_PROG_TYPE_KVM_IO_READ,
-        Role::Write => BPF_PROG_TYPE_KVM_IO_WRITE,
-        Role::Work(_) => BPF_PROG_TYPE_KVM_IO_WORK,
+        Role::Read => abi.read_type,
+        Role::Write => abi.write_type,
+        Role::Work(_) => abi.work_type,
     };
     let flags = if sleepable {
         libbpf_sys::BPF_F_SLEEPABLE
@@ -626,7 +514,7 @@ fn set_up(
 }
 
 /// The first program with a log is the one refused: the verifier is silent about good ones.
-fn load_error(source: libbpf_rs::Error, logs: &[(String, Vec<u8>)]) -> Error {
+fn load_error(source: io::Error, logs: &[(String, Vec<u8>)]) -> Error {
     for (program, log) in logs {
         let text = log.split(|&byte| byte == 0).next().unwrap_or_default();
         if !text.is_empty() {
@@ -640,86 +528,27 @@ fn load_error(source: libbpf_rs::Error, logs: &[(String, Vec<u8>)]) -> Error {
     Error::Load(source)
 }
 
-/// A loaded object: its programs are verified, its maps exist.
-///
-/// libbpf is done with it: what is here are file descriptors, and memory of the maps with state.
-#[derive(Debug)]
-pub struct Image {
-    note: Note,
-    programs: Programs<OwnedFd>,
-    maps: Vec<MapHandle>,
-    /// What the maps are like that do not belong to the programs.
-    layouts: Vec<Layout>,
-    /// Those of them that are saved.
-    states: Vec<StateMap>,
-    /// The read pages of the note, in its order.
-    pub(crate) read_pages: Vec<Arc<PageMap>>,
-}
+/// Sends what libbpf prints, from all of this process, to the crate `log`: warnings, what it tells,
+/// and what is for its debugging.
+#[cfg(feature = "log")]
+pub fn log_libbpf() {
+    use libbpf_rs::PrintLevel;
 
-/// A program that runs without a guest's access.
-#[derive(Clone, Copy, Debug)]
-pub struct Work<'a> {
-    /// Its index in the device.
-    pub index: u32,
-    /// Its name, which says what it is for.
-    pub name: &'a str,
-    /// The program.
-    pub program: BorrowedFd<'a>,
-}
-
-impl Image {
-    /// What the file says about the device.
-    pub fn note(&self) -> &Note {
-        &self.note
+    fn print(level: PrintLevel, text: String) {
+        let level = match level {
+            PrintLevel::Warn => log::Level::Warn,
+            PrintLevel::Info => log::Level::Info,
+            PrintLevel::Debug => log::Level::Debug,
+        };
+        log::log!(target: "libbpf", level, "{}", text.trim_end());
     }
-
-    /// The program that handles guest reads.
-    pub fn read_program(&self) -> Option<BorrowedFd<'_>> {
-        self.programs.read.as_ref().map(OwnedFd::as_fd)
-    }
-
-    /// The program that handles guest writes.
-    pub fn write_program(&self) -> Option<BorrowedFd<'_>> {
-        self.programs.write.as_ref().map(OwnedFd::as_fd)
-    }
-
-    /// The programs that run without a guest's access.
-    pub fn works(&self) -> impl Iterator<Item = Work<'_>> {
-        self.note.works.iter().filter_map(|item| {
-            Some(Work {
-                index: item.index,
-                name: &item.name,
-                program: self.programs.works.get(&item.index)?.as_fd(),
-            })
-        })
-    }
-
-    /// The one of that name.
-    pub fn work(&self, name: &str) -> Option<Work<'_>> {
-        self.works().find(|work| work.name == name)
-    }
-
-    /// The map of that name, to read or change the device's state.
-    ///
-    /// Maps of global data are found by the name of their section.
-    pub fn map(&self, name: &str) -> Option<&MapHandle> {
-        find_map(&self.maps, name)
-    }
-
-    pub(crate) fn states(&self) -> &[StateMap] {
-        &self.states
-    }
-
-    /// A map with something that runs later by itself, and what that is.
-    pub(crate) fn runs_later(&self) -> Option<(&str, &'static str)> {
-        self.layouts
-            .iter()
-            .find_map(|layout| Some((layout.name.as_str(), layout.runs_later?)))
-    }
+    libbpf_rs::set_print(Some((PrintLevel::Debug, print)));
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -759,7 +588,7 @@ mod tests {
 
     #[test]
     fn the_refused_program_has_the_log() {
-        let denied = || libbpf_rs::Error::from(io::Error::from_raw_os_error(libc::EACCES));
+        let denied = || io::Error::from_raw_os_error(libc::EACCES);
         let logs = [
             ("good".to_string(), vec![0; 4]),
             ("bad".to_string(), b"R1 oops\n\0\0".to_vec()),
@@ -806,7 +635,8 @@ mod tests {
 
     #[test]
     fn files_have_a_limit() {
-        let file = vmm_sys_util::tempfile::TempFile::new().unwrap();
+        let path = std::env::temp_dir().join(format!("kvm-bpf-size-{}", std::process::id()));
+        let file = fs::File::create_new(&path).unwrap();
         for (size, wanted) in [
             (MAX_FILE_SIZE, "not a 64-bit ELF file"),
             (
@@ -818,9 +648,10 @@ mod tests {
                 "the file has more than 16 MiB, the most for a device",
             ),
         ] {
-            file.as_file().set_len(size).unwrap();
-            let error = OpenImage::open_file(file.as_path()).unwrap_err();
+            file.set_len(size).unwrap();
+            let error = OpenImage::open_file(&path).unwrap_err();
             assert_eq!(error.to_string(), wanted, "{size} bytes");
         }
+        fs::remove_file(&path).unwrap();
     }
 }

@@ -4,30 +4,36 @@
 //!
 //! A device is an object file: programs that handle guest reads and writes,
 //! maps with its state, and a [`note`] with its size, its interrupts and its
-//! name. [`OpenImage`] opens such a file, [`Image`] is the loaded one, and
-//! [`ImageDevice`] puts it into a VM, where accesses no longer leave the
-//! kernel. [`Device`] is the KVM device by itself, for a VMM that loads
-//! programs in another way, or is handed them by a process with more rights.
+//! name. [`Programs`] are such a file in the kernel: a VMM loads it (`OpenImage`, feature `loader`),
+//! is sent it over a socket by a process with more rights, or finds it pinned in a directory (feature
+//! `serde`). [`ImageDevice`] puts them into a VM, where accesses no longer leave the kernel.
+//! [`Device`] is the KVM device by itself.
 //!
 //! ```no_run
-//! use kvm_bpf::{Device, ImageDevice, OnLoss, OpenImage, Place};
-//! use vmm_sys_util::eventfd::EventFd;
-//!
+//! # #[cfg(feature = "loader")]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # use std::path::Path;
+//! use kvm_bpf::{Abi, Device, ImageDevice, OnLoss, OpenImage, Place};
+//! use vmm_sys_util::eventfd::EventFd;
+//!
 //! let vm = kvm_ioctls::Kvm::new()?.create_vm()?;
 //! let file = Path::new("regbank.bpf.o");
-//! let device = Device::new(&vm)?;
-//! let image = OpenImage::open_file(file)?.load()?;
+//!
+//! // While the process has rights.
+//! let abi = Abi::from_running_kernel()?;
+//! let mut image = OpenImage::open_file(file)?;
+//! image.set_abi(&abi);
+//! let programs = image.load()?;
 //!
 //! // With interrupt controllers there; on arm64 the GIC must also have started, which it does
-//! // when all vCPUs are there. GSI n is its shared interrupt n. Keep `irq` open.
+//! // when all vCPUs are there. GSI n is its shared interrupt n.
 //! let irq = EventFd::new(0)?;
 //! vm.register_irqfd(&irq, 5)?;
-//! device.set_irq(0, &irq)?;
 //!
-//! // When all is set the guest gets to see it.
-//! let mut device = ImageDevice::new(device, Place::Memory(0xd000_0000), image)?;
+//! // The last step has the guest see it.
+//! let mut device = ImageDevice::builder(Device::with_abi(&vm, &abi)?, programs)
+//!     .irq(0, &irq)?
+//!     .plug(Place::Memory(0xd000_0000))?;
 //!
 //! // Later, while vCPUs run: new programs, same state.
 //! let changes = device.replace(OpenImage::open_file(file)?, OnLoss::Refuse, |swap| {
@@ -38,35 +44,70 @@
 //! println!("{changes}");
 //! # Ok(())
 //! # }
+//! # #[cfg(not(feature = "loader"))]
+//! # fn main() {}
 //! ```
 //!
 //! Which addresses a device gets, how the guest learns of them, what an access
 //! does that no program handled, and what a device's maps must hold before a
-//! vCPU runs (the offset of a clock, say: through [`Image::map`]) is up to the VMM.
+//! vCPU runs (the offset of a clock, say: [`Builder::fill`]) is up to the VMM.
 //!
-//! Loading needs `CAP_BPF`, and a seccomp filter that lets bpf(2) through. A VMM
-//! without takes file descriptors of programs from a process that has them, with
-//! [`Device::set_region`].
+//! # Rights
+//!
+//! Loading and pinning need `CAP_BPF` or a token, and bpf(2). Receiving [`Programs`], plugging them
+//! in, [`ImageDevice::swap`], saving and restoring need none, and call no bpf(2): a seccomp filter
+//! lets `ioctl`, `mmap`, `munmap` and, to receive, `recvmsg` and `read` through.
+//!
+//! # Features
+//!
+//! | feature | what for | what it links |
+//! | --- | --- | --- |
+//! | none | devices of programs that are there already | no C |
+//! | `serde` (default) | state as JSON; programs over sockets, and pinned | no C |
+//! | `loader` (default) | object files: `OpenImage` | libbpf; the system's libelf and zlib |
+//! | `vendored` | `loader`, and nothing of the system's | libbpf, libelf and zlib, statically |
+//! | `log` | what libbpf prints, through the crate `log` | as `loader` |
+//! | `fdt` | the device's node in a device tree, with `vm-fdt` | no C |
+//! | `acpi` | the device's object in ACPI's namespace, with `acpi_tables` | no C |
+//!
+//! File descriptors of the VMM are `impl AsRawFd`, which eventfds and VMs of all versions of
+//! `vmm-sys-util` and `kvm-ioctls` are; errors of the kernel are [`std::io::Error`].
 
+pub mod abi;
 #[cfg(feature = "acpi")]
 pub mod acpi;
 pub mod clock;
 pub mod device;
 #[cfg(feature = "fdt")]
 pub mod fdt;
+pub mod file;
+#[cfg(feature = "loader")]
 pub mod image;
+mod image_device;
+#[cfg(feature = "loader")]
+mod layouts;
 mod mapping;
 mod maps;
 pub mod note;
+#[cfg(feature = "loader")]
+mod object_types;
 pub mod page;
+pub mod programs;
+mod ring_buffer;
 mod schema;
 pub mod state;
+mod sys;
 pub mod uapi;
 
-pub use device::{Device, ImageDevice, Place, Replacement, Window};
-pub use image::{Image, OpenImage, Work};
+pub use abi::Abi;
+pub use device::{Device, Place, Window};
+#[cfg(feature = "loader")]
+pub use image::OpenImage;
+pub use image_device::{Builder, ImageDevice};
 pub use mapping::Words;
 pub use maps::{MapChanges, OnLoss};
 pub use note::Note;
 pub use page::{NoSlot, ReadPage};
+pub use programs::{Map, ProgramStats, Programs, Work};
+pub use ring_buffer::RingBuffer;
 pub use state::State;

@@ -2,14 +2,12 @@
 
 //! Memory of maps that is this process's too.
 
-use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::{io, slice};
 
-use libbpf_rs::{MapCore, MapType};
-
-/// The memory of an array that user space can map, until this is dropped.
+/// Memory of a map that user space can map, until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     start: NonNull<libc::c_void>,
@@ -24,6 +22,16 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Maps so many bytes of a map; `protection` is that of mmap(2).
     pub fn new(map: BorrowedFd<'_>, len: usize, protection: libc::c_int) -> io::Result<Self> {
+        Self::at(map, 0, len, protection)
+    }
+
+    /// The same from a byte on, at which a page begins.
+    pub fn at(
+        map: BorrowedFd<'_>,
+        offset: usize,
+        len: usize,
+        protection: libc::c_int,
+    ) -> io::Result<Self> {
         // SAFETY: a new mapping, at an address that the kernel chooses, takes nothing from anyone.
         let start = unsafe {
             libc::mmap(
@@ -32,7 +40,7 @@ impl Mapping {
                 protection,
                 libc::MAP_SHARED,
                 map.as_raw_fd(),
-                0,
+                offset as libc::off_t,
             )
         };
         match NonNull::new(start) {
@@ -44,6 +52,18 @@ impl Mapping {
     /// Its first byte, at the beginning of a page.
     pub fn start(&self) -> NonNull<libc::c_void> {
         self.start
+    }
+
+    /// The word at that byte, a multiple of 8 inside of it.
+    pub fn word(&self, at: usize) -> &AtomicU64 {
+        assert!(
+            at.is_multiple_of(8) && at < self.len,
+            "{at} of {}",
+            self.len
+        );
+        // SAFETY: the word lies inside the mapping, which begins with a page and has whole pages, and
+        // lives as long as the reference. Who else accesses it may: it is atomic.
+        unsafe { AtomicU64::from_ptr(self.start.as_ptr().byte_add(at).cast()) }
     }
 
     /// Its bytes.
@@ -59,29 +79,21 @@ impl Drop for Mapping {
     }
 }
 
-/// The words of an array that programs and this process change at the same time.
+/// The memory of an array that programs and this process change at the same time.
 ///
 /// The array has the flag `BPF_F_MMAPABLE`. Changes of a word are atomic on both sides, or one of
-/// them undoes the other's.
+/// them undoes the other's. No access is a system call.
 #[derive(Debug)]
 pub struct Words {
     memory: Mapping,
 }
 
 impl Words {
-    /// Maps all of an array that is loaded.
-    pub fn new(map: &impl MapCore) -> io::Result<Self> {
-        if map.map_type() != MapType::Array {
-            let message = format!("no array, but of type {:?}", map.map_type());
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
-        }
-        let info = map.info().map_err(io::Error::other)?.info;
-        // The kernel pads elements.
-        let size = (info.value_size as usize).next_multiple_of(8) * info.max_entries as usize;
+    /// Maps so many bytes of an array, a multiple of 8.
+    pub(crate) fn new(map: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
-        Ok(Words {
-            memory: Mapping::new(map.as_fd(), size, protection)?,
-        })
+        let memory = Mapping::new(map, len, protection)?;
+        Ok(Words { memory })
     }
 
     /// The word that begins at that byte, a multiple of 4. Elements begin at multiples of 8.
@@ -92,5 +104,34 @@ impl Words {
         // SAFETY: the word lies inside the mapping, which begins with a page and has a multiple of 8
         // bytes, and lives as long as the reference. Who else accesses it may: it is atomic.
         Some(unsafe { AtomicU32::from_ptr(self.memory.start().as_ptr().byte_add(offset).cast()) })
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        let count = self.memory.len() / size_of::<u64>();
+        // SAFETY: the mapping has as many words, lives as long as `self`, and begins at a page; all
+        // access to it is atomic.
+        unsafe { slice::from_raw_parts(self.memory.start().cast().as_ptr(), count) }
+    }
+
+    /// All bytes; each 8 of them are as they were at one moment.
+    pub(crate) fn copy(&self) -> Vec<u8> {
+        self.read(0, self.memory.len())
+    }
+
+    /// So many bytes from the `at`th on, a multiple of 8; less where there are less.
+    pub(crate) fn read(&self, at: usize, len: usize) -> Vec<u8> {
+        let words = self.words().iter().skip(at / 8);
+        let bytes = words.flat_map(|word| word.load(Relaxed).to_ne_bytes());
+        bytes.take(len).collect()
+    }
+
+    /// Writes bytes from the `at`th on, a multiple of 8, and zeroes up to the next.
+    pub(crate) fn write(&self, at: usize, bytes: &[u8]) {
+        let words = self.words().iter().skip(at / 8);
+        for (word, bytes) in words.zip(bytes.chunks(8)) {
+            let mut whole = [0; 8];
+            whole[..bytes.len()].copy_from_slice(bytes);
+            word.store(u64::from_ne_bytes(whole), Relaxed);
+        }
     }
 }

@@ -4,10 +4,8 @@
 
 use std::fmt;
 
-use libbpf_rs::btf::Btf;
-use libbpf_rs::{AsRawLibbpf, MapType, OpenMap, OpenObject, libbpf_sys};
-
-use crate::image::Error;
+use crate::note::Note;
+use crate::programs::{Error, Programs};
 use crate::schema::{self, Line, Type};
 
 /// What to do where a new file would lose what the running device has.
@@ -25,6 +23,7 @@ pub enum OnLoss {
 ///
 /// Those that belong to the programs are not among them: constants and tables of programs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MapChanges {
     /// They keep their content.
     pub carried: Vec<String>,
@@ -35,6 +34,13 @@ pub struct MapChanges {
     pub fresh: Vec<String>,
     /// The new programs have none of that name.
     pub dropped: Vec<String>,
+}
+
+impl MapChanges {
+    /// Whether the vCPUs must be paused for it.
+    pub fn needs_pause(&self) -> bool {
+        !self.converted.is_empty()
+    }
 }
 
 impl fmt::Display for MapChanges {
@@ -58,26 +64,14 @@ impl fmt::Display for MapChanges {
     }
 }
 
-/// Structures that make something run later.
-const ASYNC: [&str; 3] = ["bpf_timer", "bpf_wq", "bpf_task_work"];
-/// Structures that the kernel looks after, so that user space cannot map what has one.
-const KERNELS: [&str; 7] = [
-    "bpf_spin_lock",
-    "bpf_res_spin_lock",
-    "bpf_refcount",
-    "bpf_list_head",
-    "bpf_list_node",
-    "bpf_rb_root",
-    "bpf_rb_node",
-];
-
 /// A map that does not belong to the programs, and all that must be the same for another to go on
 /// with its content.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) struct Layout {
     /// Its name, or the section whose global data it holds.
     pub name: String,
-    facts: Vec<Line>,
+    pub facts: Vec<Line>,
     /// What its values are, where the object says so.
     pub value: Type,
     pub entries: usize,
@@ -86,87 +80,10 @@ pub(crate) struct Layout {
     /// Whether others have it too.
     pub is_shared: bool,
     /// What in its values runs later by itself.
-    pub runs_later: Option<&'static str>,
+    pub runs_later: Option<String>,
 }
 
 impl Layout {
-    /// Those of an object's maps that do not belong to its programs. Global data that user space
-    /// could map becomes such that it can.
-    ///
-    /// Of an object that carries no map over yet: libbpf replaces what it knows of such a map by
-    /// what the kernel does, with the type ids of the object that created it.
-    pub fn of_object(object: &mut OpenObject) -> Result<Vec<Self>, Error> {
-        let layouts = Self::read_all(object)?;
-        for (at, layout) in layouts.iter().enumerate() {
-            if layouts[..at].iter().any(|other| other.name == layout.name) {
-                return Err(Error::SameName(layout.name.clone()));
-            }
-        }
-        // libbpf asks for that only where a variable is not static.
-        for mut map in object.maps_mut() {
-            let full = map.name().to_string_lossy().into_owned();
-            let flags = map.map_flags() | libbpf_sys::BPF_F_MMAPABLE;
-            let of_map = |layout: &&Layout| layout.name == short_name(&full);
-            if layouts
-                .iter()
-                .find(of_map)
-                .is_some_and(Layout::is_plain_data)
-            {
-                map.set_map_flags(flags).map_err(Error::Open)?;
-            }
-        }
-        Self::read_all(object)
-    }
-
-    fn read_all(object: &OpenObject) -> Result<Vec<Self>, Error> {
-        // SAFETY: the object lives as long as `object` is borrowed.
-        let raw = unsafe { object.as_libbpf_object().as_ref() };
-        let btf = Btf::from_bpf_object(raw).map_err(Error::Open)?;
-        object
-            .maps()
-            .filter(|map| map.autocreate() && !belongs_to_programs(map))
-            .map(|map| Layout::of_map(&map, btf.as_ref()))
-            .collect()
-    }
-
-    /// Whether it is a section of global data that can be mapped.
-    fn is_plain_data(&self) -> bool {
-        let is_data = self.name == ".bss" || self.name.starts_with(".data");
-        is_data && self.is_plain()
-    }
-
-    /// Whether there is nothing in it that the kernel looks after.
-    fn is_plain(&self) -> bool {
-        self.runs_later.is_none()
-            && self.value.contains(&KERNELS).is_none()
-            && !self.value.has_tagged_pointer()
-    }
-
-    fn of_map(map: &OpenMap<'_>, btf: Option<&Btf<'_>>) -> Result<Self, Error> {
-        let name = short_name(&map.name().to_string_lossy()).to_string();
-        let mut facts = Vec::new();
-        let Some(values) = add_map(map, btf, "", &mut facts) else {
-            return Err(Error::MapTypes(name));
-        };
-        let is_array = map.map_type() == MapType::Array;
-        let runs_later = values.iter().find_map(|ty| ty.contains(&ASYNC));
-        // The kernel ignores types of another size.
-        let size = map.value_size() as usize;
-        let value = values.into_iter().next().filter(|ty| ty.size == size);
-        let mut layout = Layout {
-            name,
-            facts,
-            entries: map.max_entries() as usize,
-            is_state: is_array && map.map_flags() & libbpf_sys::BPF_F_MMAPABLE != 0,
-            is_shared: false,
-            runs_later,
-            value: value.unwrap_or_else(|| Type::bytes(size)),
-        };
-        // The kernel makes such a map with the flag, but lets nobody map it.
-        layout.is_state &= layout.is_plain();
-        Ok(layout)
-    }
-
     /// Has it be a map that others have too, and so no state of the device.
     pub fn share(&mut self) {
         self.is_shared = true;
@@ -193,91 +110,120 @@ impl Layout {
     }
 }
 
-/// A map's name in the source, or the section whose global data it holds.
-///
-/// libbpf puts the object's name before a section's, but for sections like `.data.x`.
-pub(crate) fn short_name(full: &str) -> &str {
-    match full.rfind('.') {
-        Some(at) if !full.starts_with('.') => &full[at..],
-        _ => full,
-    }
+/// What one has of the programs that run and of those that are to.
+pub(crate) struct Side<'a> {
+    pub note: &'a Note,
+    pub layouts: &'a [Layout],
+    pub reads: bool,
+    pub writes: bool,
 }
 
-/// Whether a map's content comes with the programs: constants, of which libbpf makes a map per
-/// section (`.rodata.str1.1`), and tables of programs.
-fn belongs_to_programs(map: &OpenMap<'_>) -> bool {
-    let full = map.name().to_string_lossy();
-    let name = short_name(&full);
-    name.starts_with(".rodata")
-        || name == ".kconfig"
-        || matches!(map.map_type(), MapType::ProgArray | MapType::StructOps)
-}
-
-/// Adds what there is to say of a map: sizes, and what is where in its types. Returns the type of
-/// its values, and behind it that of the values of maps inside; none if one is nested too deeply, or
-/// holds too much.
-fn add_map(
-    map: &OpenMap<'_>,
-    btf: Option<&Btf<'_>>,
-    prefix: &str,
-    facts: &mut Vec<Line>,
-) -> Option<Vec<Type>> {
-    let raw = map.as_libbpf_object().as_ptr();
-    // SAFETY: `raw` is the map that `map` borrows; the calls only read from it.
-    let (number, extra, key, value, inner) = unsafe {
-        (
-            libbpf_sys::bpf_map__type(raw),
-            libbpf_sys::bpf_map__map_extra(raw),
-            libbpf_sys::bpf_map__btf_key_type_id(raw),
-            libbpf_sys::bpf_map__btf_value_type_id(raw),
-            libbpf_sys::bpf_map__inner_map(raw).as_ref(),
-        )
-    };
-    let of_map = [
-        format!("{prefix}type {:?} ({number})", map.map_type()),
-        format!("{prefix}key of {} bytes", map.key_size()),
-        format!("{prefix}value of {} bytes", map.value_size()),
-        format!("{prefix}{} entries", map.max_entries()),
-        format!("{prefix}flags {:#x}", map.map_flags()),
-        format!("{prefix}extra {extra:#x}"),
-    ];
-    facts.extend(of_map.map(Line::whole));
-    let mut values = vec![Type::bytes(map.value_size() as usize)];
-    for (what, id) in [("key", key), ("value", value)] {
-        // 0 is no type: the size has to do then.
-        if id != 0 {
-            let path = format!("{prefix}{what}");
-            let ty = Type::from_btf(btf?, id.into())?;
-            ty.describe(&path, &path, facts);
-            if what == "value" {
-                values[0] = ty;
-            }
+/// What becomes of the maps of `old` with new programs. `why_not` says why a map cannot be carried
+/// over, with what a map of the same name is to be.
+pub(crate) fn plan(
+    old: &Side<'_>,
+    new: &Side<'_>,
+    on_loss: OnLoss,
+    why_not: impl Fn(&Layout, &Layout) -> Option<String>,
+) -> Result<MapChanges, Error> {
+    if on_loss == OnLoss::Refuse {
+        if old.reads && !new.reads {
+            return Err(Error::LostDirection("reads"));
+        }
+        if old.writes && !new.writes {
+            return Err(Error::LostDirection("writes"));
         }
     }
-    if let Some(inner) = inner {
-        values.extend(add_map(&OpenMap::new(inner), btf, "inner ", facts)?);
+    let mut changes = MapChanges::default();
+    let loads = new.note.loads_state_of(old.note);
+    for old in old.layouts {
+        let new = new.layouts.iter().find(|new| new.name == old.name);
+        let why = match new {
+            Some(new) => why_not(old, new),
+            None => Some("the new file has none of that name".to_string()),
+        };
+        let name = old.name.clone();
+        let converts = loads && old.is_state && new.is_none_or(|new| new.is_state);
+        match why {
+            None => changes.carried.push(name),
+            Some(_) if converts => changes.converted.push(name),
+            Some(why) if on_loss == OnLoss::Refuse => {
+                return Err(Error::LostMap { map: name, why });
+            }
+            Some(_) if new.is_none() => changes.dropped.push(name),
+            // It starts anew.
+            Some(_) => {}
+        }
     }
-    Some(values)
+    let names = new.layouts.iter().map(|new| new.name.clone());
+    changes.fresh = names
+        .filter(|name| !changes.carried.contains(name) && !changes.converted.contains(name))
+        .collect();
+    for names in [
+        &mut changes.carried,
+        &mut changes.converted,
+        &mut changes.fresh,
+        &mut changes.dropped,
+    ] {
+        names.sort();
+    }
+
+    let runs_on =
+        |layout: &&Layout| layout.runs_later.is_some() && changes.carried.contains(&layout.name);
+    // "restore" does it for one that is converted.
+    let stops = match changes.needs_pause() {
+        false => "replaced",
+        true => "restore",
+    };
+    if on_loss == OnLoss::Refuse
+        && let Some(layout) = new.layouts.iter().find(runs_on)
+        && new.note.work_index(stops).is_none()
+    {
+        return Err(Error::RunsOn {
+            map: layout.name.clone(),
+            what: layout.runs_later.clone().unwrap_or_default(),
+            stops,
+        });
+    }
+    Ok(changes)
+}
+
+impl Programs {
+    pub(crate) fn side(&self) -> Side<'_> {
+        Side {
+            note: self.note(),
+            layouts: self.layouts(),
+            reads: self.read_program().is_some(),
+            writes: self.write_program().is_some(),
+        }
+    }
+}
+
+/// What becomes of the maps of running programs: carried over is what both have.
+pub(crate) fn changes(
+    old: &Programs,
+    new: &Programs,
+    on_loss: OnLoss,
+) -> Result<MapChanges, Error> {
+    let id = |programs: &Programs, name: &str| programs.map(name).map(|map| map.info.id);
+    plan(
+        &old.side(),
+        &new.side(),
+        on_loss,
+        |old_layout, new_layout| {
+            let name = &old_layout.name;
+            if id(old, name) == id(new, name) {
+                return None;
+            }
+            let other = || "the new programs have another map of that name".to_string();
+            Some(new_layout.difference(old_layout).unwrap_or_else(other))
+        },
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_of_sections_go_without_the_objects() {
-        for (full, short) in [
-            ("regbank.bss", ".bss"),
-            ("my_objec.rodata", ".rodata"),
-            ("a.b.data", ".data"),
-            (".data", ".data"),
-            (".data.mine", ".data.mine"),
-            (".rodata.str1.1", ".rodata.str1.1"),
-            ("accesses", "accesses"),
-        ] {
-            assert_eq!(short_name(full), short, "{full}");
-        }
-    }
 
     #[test]
     fn a_field_is_told_first() {

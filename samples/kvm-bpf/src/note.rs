@@ -50,7 +50,6 @@
 use object::elf::{EM_BPF, FileHeader64};
 use object::read::elf::{FileHeader, SectionHeader};
 use object::{Endianness, elf};
-use serde::{Deserialize, Serialize};
 
 use crate::uapi::{KVM_DEV_BPF_MAX_IRQS, KVM_DEV_BPF_MAX_REGIONS, KVM_DEV_BPF_MAX_WORKS};
 
@@ -106,8 +105,9 @@ pub const MIN_PAGE: u64 = 0x1000;
 const MAX_PORTS: u64 = 0x1_0000;
 
 /// Where a region is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 pub enum Space {
     /// At guest-physical addresses.
     Memory,
@@ -174,7 +174,8 @@ pub struct StateVersion {
 }
 
 /// What the note says about a device.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Note {
     /// Bytes of guest-physical address space that region 0 has, 1 to `i32::MAX`; 0 if `ranges` are
     /// all there is.
@@ -199,6 +200,7 @@ pub struct Note {
 
 /// Why a file has no usable note.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The bytes are no 64-bit ELF file.
     #[error("not a 64-bit ELF file")]

@@ -9,28 +9,19 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MEM_READONLY, KVMIO, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, VmFd};
-use libbpf_rs::{MapCore, MapType, OpenMap, libbpf_sys};
-use vmm_sys_util::errno;
-use vmm_sys_util::ioctl::{_IOC_WRITE, ioctl_expr, ioctl_with_ref};
-
-use crate::image::Error;
 use crate::mapping::Mapping;
 use crate::note::{self, MIN_PAGE};
+use crate::programs::{Error, Map};
+use crate::sys::{self, BPF_F_MMAPABLE, MapInfo, map_type};
 
-/// `KVM_SET_USER_MEMORY_REGION`, for a file descriptor that is no `VmFd`.
-const KVM_SET_USER_MEMORY_REGION: libc::c_ulong = ioctl_expr(
-    _IOC_WRITE,
-    KVMIO,
-    0x46,
-    size_of::<kvm_userspace_memory_region>() as u32,
-);
-/// `KVM_CAP_ARM_CACHEABLE_PFNMAP_SUPPORTED`, which `kvm-bindings` does not have yet.
-const KVM_CAP_ARM_CACHEABLE_PFNMAP_SUPPORTED: libc::c_ulong = 243;
+/// `KVM_CAP_READONLY_MEM`.
+const KVM_CAP_READONLY_MEM: u64 = 81;
+/// `KVM_CAP_ARM_CACHEABLE_PFNMAP_SUPPORTED`.
+const KVM_CAP_ARM_CACHEABLE_PFNMAP_SUPPORTED: u64 = 243;
 
 /// Why a page has no memory slot, so that loads of it run the read program.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum NoSlot {
     /// KVM has none that the guest may only read: not for this guest, or for none.
     #[error("KVM has no read-only memory for this guest")]
@@ -52,25 +43,27 @@ pub enum NoSlot {
     },
     /// KVM does not take the slot; on arm64 it takes none of maps for guests with memory tagging
     /// (`EINVAL`), and none to read only for protected ones (`EPERM`).
-    #[error("KVM refuses memory slot {slot}: {errno}{}", hint(*errno))]
+    #[error("KVM refuses memory slot {slot}: {error}{}", hint(error))]
     Refused {
         /// Number of the slot.
         slot: u32,
         /// The kernel's error.
-        errno: errno::Error,
+        error: io::Error,
     },
     /// The VM's file descriptor cannot be duplicated.
     #[error("cannot keep the VM open: {0}")]
-    KeepVm(errno::Error),
+    KeepVm(io::Error),
 }
 
 /// What the error may mean.
-fn hint(errno: errno::Error) -> &'static str {
-    match errno.errno() {
-        libc::EINVAL if cfg!(target_arch = "aarch64") => {
+fn hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EINVAL) if cfg!(target_arch = "aarch64") => {
             " (guests with memory tagging get none of maps)"
         }
-        libc::EPERM if cfg!(target_arch = "aarch64") => " (protected guests get none to read only)",
+        Some(libc::EPERM) if cfg!(target_arch = "aarch64") => {
+            " (protected guests get none to read only)"
+        }
         _ => "",
     }
 }
@@ -85,12 +78,12 @@ pub(crate) struct PageMap {
 
 impl PageMap {
     /// Maps all of a map that is loaded.
-    pub fn new(map: &impl MapCore) -> io::Result<Self> {
-        let map_info = map.info().map_err(io::Error::other)?.info;
-        let size = map_info.value_size as usize * map_info.max_entries as usize;
+    pub fn new(map: &Map) -> io::Result<Self> {
+        // check() has found whole pages.
+        let size = map.info.value_size as usize * map.info.max_entries as usize;
         Ok(PageMap {
             memory: Mapping::new(map.as_fd(), size, libc::PROT_READ)?,
-            id: map_info.id,
+            id: map.info.id,
         })
     }
 
@@ -104,9 +97,9 @@ impl PageMap {
 }
 
 /// Checks that a file has, for each of its note's read pages, a map that can be it.
-pub(crate) fn check<'a>(
+pub(crate) fn check(
     note: &note::Note,
-    find: impl Fn(&str) -> Option<OpenMap<'a>>,
+    find: impl Fn(&str) -> Option<MapInfo>,
 ) -> Result<(), Error> {
     let regions = note.regions();
     let mut ends: Vec<(u32, u64, u64)> = Vec::new();
@@ -117,17 +110,17 @@ pub(crate) fn check<'a>(
                 why,
             })
         };
-        let Some(map) = find(&page.map).filter(|map| map.autocreate()) else {
+        let Some(map) = find(&page.map) else {
             return refuse("there is no such map".to_string());
         };
-        if map.map_type() != MapType::Array {
-            return refuse(format!("it is no array, but of type {:?}", map.map_type()));
+        if map.map_type != map_type::ARRAY {
+            return refuse(format!("it is no array, but of type {}", map.map_type));
         }
-        if map.map_flags() & libbpf_sys::BPF_F_MMAPABLE == 0 {
+        if map.flags & BPF_F_MMAPABLE == 0 {
             return refuse("it has no flag BPF_F_MMAPABLE".to_string());
         }
         // The kernel pads elements, which the guest would see.
-        let (value, entries) = (map.value_size(), map.max_entries());
+        let (value, entries) = (map.value_size, map.max_entries);
         let size = u64::from(value) * u64::from(entries);
         if !value.is_multiple_of(8) || size == 0 || !size.is_multiple_of(MIN_PAGE) {
             return refuse(format!(
@@ -165,12 +158,7 @@ struct Slot {
 }
 
 impl Slot {
-    fn set(
-        vm: Arc<OwnedFd>,
-        number: u32,
-        addr: u64,
-        mapping: Arc<PageMap>,
-    ) -> Result<Self, errno::Error> {
+    fn set(vm: Arc<OwnedFd>, number: u32, addr: u64, mapping: Arc<PageMap>) -> io::Result<Self> {
         set_memory(vm.as_fd(), number, addr, &mapping, mapping.size())?;
         Ok(Slot {
             vm,
@@ -181,7 +169,7 @@ impl Slot {
         })
     }
 
-    fn unset(&mut self) -> Result<(), errno::Error> {
+    fn unset(&mut self) -> io::Result<()> {
         set_memory(self.vm.as_fd(), self.number, self.addr, &self.mapping, 0)?;
         self.gone = true;
         Ok(())
@@ -204,20 +192,16 @@ fn set_memory(
     guest_phys_addr: u64,
     mapping: &PageMap,
     memory_size: u64,
-) -> Result<(), errno::Error> {
-    let region = kvm_userspace_memory_region {
+) -> io::Result<()> {
+    let mut region = sys::MemoryRegion {
         slot,
-        flags: KVM_MEM_READONLY,
+        flags: sys::KVM_MEM_READONLY,
         guest_phys_addr,
         memory_size,
         userspace_addr: mapping.host_addr() as u64,
     };
-    // SAFETY: the kernel reads one structure. The guest may only read the mapping, which stays
-    // until no slot has it any more.
-    match unsafe { ioctl_with_ref(&vm, KVM_SET_USER_MEMORY_REGION, &region) } {
-        0 => Ok(()),
-        _ => Err(errno::Error::last()),
-    }
+    // SAFETY: the guest may only read the mapping, which stays until no slot has it any more.
+    unsafe { sys::set_memory(vm, &mut region) }
 }
 
 /// What decides whether a guest can have slots of maps.
@@ -231,18 +215,16 @@ struct Host {
 }
 
 impl Host {
-    fn of(vm: &VmFd) -> Self {
+    fn of(vm: &impl AsRawFd) -> Self {
+        let has = |extension| sys::check_extension(vm.as_raw_fd(), extension) > 0;
         // On arm64 a guest that maps registers as a device's, as drivers do, reads around the cache
         // unless the host's own attributes prevail (FEAT_S2FWB, which the capability implies).
         let coherent = cfg!(target_arch = "x86_64")
-            || cfg!(target_arch = "aarch64")
-                && vm.check_extension_raw(KVM_CAP_ARM_CACHEABLE_PFNMAP_SUPPORTED) > 0;
-        // SAFETY: asks for a number.
-        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+            || cfg!(target_arch = "aarch64") && has(KVM_CAP_ARM_CACHEABLE_PFNMAP_SUPPORTED);
         Host {
-            read_only_memory: vm.check_extension(Cap::ReadonlyMem),
+            read_only_memory: has(KVM_CAP_READONLY_MEM),
             coherent,
-            page: page as u64,
+            page: sys::page_size() as u64,
         }
     }
 }
@@ -331,45 +313,41 @@ impl ReadPage {
         }
     }
 
-    pub(crate) fn set(&mut self, vm: &VmFd, number: u32) -> Result<(), NoSlot> {
-        self.unset().map_err(|errno| NoSlot::Refused {
-            slot: number,
-            errno,
-        })?;
-        let result = self.try_set(vm, number);
-        if let Err(why) = &result {
-            self.state = State::Failed(why.clone());
+    pub(crate) fn set(&mut self, vm: &impl AsRawFd, number: u32) -> Result<(), &NoSlot> {
+        if let Err(why) = self.try_set(vm, number) {
+            self.state = State::Failed(why);
         }
-        result
+        match &self.state {
+            State::Failed(why) => Err(why),
+            _ => Ok(()),
+        }
     }
 
-    fn try_set(&mut self, vm: &VmFd, number: u32) -> Result<(), NoSlot> {
+    fn try_set(&mut self, vm: &impl AsRawFd, number: u32) -> Result<(), NoSlot> {
+        let refused = |error| NoSlot::Refused {
+            slot: number,
+            error,
+        };
+        self.unset().map_err(refused)?;
         check_host(&Host::of(vm), self.addr, self.size())?;
-        // SAFETY: the VM is open as long as it is borrowed.
-        let vm = unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) };
-        let vm = vm.try_clone_to_owned().map_err(|error| {
-            NoSlot::KeepVm(errno::Error::new(error.raw_os_error().unwrap_or(0)))
-        })?;
+        let vm = sys::duplicate(vm).map_err(NoSlot::KeepVm)?;
         self.wanted = Some(Wanted {
             vm: Arc::new(vm),
             number,
         });
         self.set_again();
-        match &self.state {
-            State::Failed(why) => Err(why.clone()),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// Takes the slot away; the VMM does not want it any more.
-    pub(crate) fn unset(&mut self) -> Result<(), errno::Error> {
+    pub(crate) fn unset(&mut self) -> io::Result<()> {
         self.suspend()?;
         self.wanted = None;
         Ok(())
     }
 
     /// Takes the slot away until [`Self::set_again`], or leaves all as it is.
-    pub(crate) fn suspend(&mut self) -> Result<(), errno::Error> {
+    pub(crate) fn suspend(&mut self) -> io::Result<()> {
         if let State::Set(slot) = &mut self.state {
             slot.unset()?;
             self.state = State::Unset;
@@ -388,9 +366,9 @@ impl ReadPage {
         let slot = Slot::set(vm, number, self.addr, Arc::clone(&self.mapping));
         self.state = match slot {
             Ok(slot) => State::Set(slot),
-            Err(errno) => State::Failed(NoSlot::Refused {
+            Err(error) => State::Failed(NoSlot::Refused {
                 slot: number,
-                errno,
+                error,
             }),
         };
     }
@@ -416,10 +394,16 @@ mod tests {
         page: 0x1000,
     };
 
+    /// In words, or nothing.
+    fn why(host: &Host, addr: u64, size: u64) -> String {
+        let why = check_host(host, addr, size).err();
+        why.map(|why| why.to_string()).unwrap_or_default()
+    }
+
     #[test]
     fn a_host_that_can_has_slots() {
-        assert_eq!(check_host(&HOST, 0xd000_0000, 0x1000), Ok(()));
-        assert_eq!(check_host(&HOST, 0xd000_3000, 0x2000), Ok(()));
+        assert_eq!(why(&HOST, 0xd000_0000, 0x1000), "");
+        assert_eq!(why(&HOST, 0xd000_3000, 0x2000), "");
     }
 
     #[test]
@@ -428,15 +412,14 @@ mod tests {
             read_only_memory: false,
             ..HOST
         };
-        let why = check_host(&without, 0x1000, 0x1000);
-        assert_eq!(why, Err(NoSlot::NoReadOnlyMemory));
+        let got = why(&without, 0x1000, 0x1000);
+        assert_eq!(got, "KVM has no read-only memory for this guest");
         let without = Host {
             coherent: false,
             ..HOST
         };
-        let why = check_host(&without, 0x1000, 0x1000).unwrap_err();
-        assert_eq!(why, NoSlot::Uncached);
-        assert!(why.to_string().contains("around the host's cache"), "{why}");
+        let got = why(&without, 0x1000, 0x1000);
+        assert!(got.contains("around the host's cache"), "{got}");
     }
 
     #[test]
@@ -445,15 +428,17 @@ mod tests {
             page: 0x1_0000,
             ..HOST
         };
-        assert_eq!(check_host(&large, 0x1_0000, 0x1_0000), Ok(()));
+        assert_eq!(why(&large, 0x1_0000, 0x1_0000), "");
         for (addr, size) in [(0x1_0000, 0x1000), (0x1000, 0x1_0000)] {
-            let why = check_host(&large, addr, size);
-            let page = large.page;
-            assert_eq!(why, Err(NoSlot::PartsOfPages { addr, size, page }));
+            assert_eq!(
+                why(&large, addr, size),
+                format!(
+                    "{size:#x} bytes at {addr:#x} are no whole pages: the host's have 0x10000 bytes"
+                )
+            );
         }
-        let why = check_host(&HOST, 0x1800, 0x1000).unwrap_err().to_string();
         assert_eq!(
-            why,
+            why(&HOST, 0x1800, 0x1000),
             "0x1000 bytes at 0x1800 are no whole pages: the host's have 0x1000 bytes"
         );
     }
@@ -462,7 +447,7 @@ mod tests {
     fn refusals_have_an_error_and_maybe_a_hint() {
         let refused = |errno| NoSlot::Refused {
             slot: 7,
-            errno: errno::Error::new(errno),
+            error: io::Error::from_raw_os_error(errno),
         };
         let text = refused(libc::EEXIST).to_string();
         assert_eq!(text, "KVM refuses memory slot 7: File exists (os error 17)");

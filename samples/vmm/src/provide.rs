@@ -10,10 +10,10 @@
 //! A device of that name without the map, or with one of another shape, needs nothing.
 
 use std::fs;
+use std::io;
 
-use kvm_bpf::Image;
+use kvm_bpf::Programs;
 use kvm_bpf::clock::time_of_day_offset_ns;
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 
 /// Entries of a table of frequencies.
 pub const PERF_TABLE_MAX: usize = 64;
@@ -52,23 +52,21 @@ impl Provided {
     }
 
     /// Fills the maps that want it. On an error, the map's name comes with it.
-    pub fn fill(&self, image: &Image) -> Result<(), (&'static str, libbpf_rs::Error)> {
-        let compatible = &image.note().compatible;
+    pub fn fill(&self, programs: &Programs) -> Result<(), (&'static str, io::Error)> {
+        let compatible = &programs.note().compatible;
         let map = |device, name, value_size, entries| {
             compatible
                 .iter()
                 .any(|own| own == device)
-                .then(|| image.map(name))
+                .then(|| programs.map(name))
                 .flatten()
                 .filter(|map| {
-                    map.map_type() == MapType::Array
-                        && map.value_size() == value_size
-                        && map.max_entries() == entries
+                    map.is_array() && map.value_size() == value_size && map.max_entries() == entries
                 })
         };
         if let Some(map) = map("arm,pl031", "clock", 8, 1) {
             let offset = self.clock_offset_ns.to_ne_bytes();
-            fill_map(map, [offset]).map_err(|error| ("clock", error))?;
+            map.fill([offset]).map_err(|error| ("clock", error))?;
         }
         if let Some(map) = map(
             "qemu,virtual-cpufreq",
@@ -77,20 +75,10 @@ impl Provided {
             PERF_TABLE_MAX as u32,
         ) {
             let table = self.perf_table.iter().map(|khz| khz.to_ne_bytes());
-            fill_map(map, table).map_err(|error| ("perf_table", error))?;
+            map.fill(table).map_err(|error| ("perf_table", error))?;
         }
         Ok(())
     }
-}
-
-/// Puts values into the first entries of an array.
-fn fill_map<const N: usize>(
-    map: &MapHandle,
-    values: impl IntoIterator<Item = [u8; N]>,
-) -> Result<(), libbpf_rs::Error> {
-    (0u32..)
-        .zip(values)
-        .try_for_each(|(index, value)| map.update(&index.to_ne_bytes(), &value, MapFlags::ANY))
 }
 
 /// The table of a host that is not asked for another: the highest frequency of any CPU.

@@ -6,15 +6,14 @@
 //! writes them on. While it is busy the kernel need not wake it.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use kvm_bpf::{Image, Note};
-use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, RingBufferBuilder};
+use kvm_bpf::{Map, Note, Programs, RingBuffer};
 
 use crate::arch;
 use crate::output::Output;
@@ -49,11 +48,11 @@ impl Serial {
     /// file or for the console.
     pub fn new(
         name: &str,
-        image: &Image,
+        programs: &Programs,
         file: Option<&Path>,
         platform: &arch::Platform,
     ) -> Result<Option<Self>, Error> {
-        let Some(map) = ring(image) else {
+        let Some(map) = ring(programs) else {
             return match file {
                 Some(_) => Err(Error::NoOutput(name.to_string())),
                 None => Ok(None),
@@ -77,54 +76,43 @@ impl Serial {
     }
 
     /// Takes from the ring buffer of programs that replace the running ones, too, if it is another.
-    pub fn follow(&mut self, name: &str, image: &Image) -> Result<(), Error> {
-        match ring(image) {
+    pub fn follow(&mut self, name: &str, programs: &Programs) -> Result<(), Error> {
+        match ring(programs) {
             Some(map) => self.take_from(name, map),
             None => Ok(()),
         }
     }
 
-    fn take_from(&mut self, name: &str, map: &MapHandle) -> Result<(), Error> {
+    fn take_from(&mut self, name: &str, map: &Map) -> Result<(), Error> {
         let failed = |error| Error::TakeOutput(name.to_string(), error);
-        let id = map.info().map_err(|error| failed(other(error)))?.info.id;
-        if id == self.map {
+        if map.id() == self.map {
             return Ok(());
         }
-        let map = MapHandle::try_from(map).map_err(|error| failed(other(error)))?;
         let (stop, mut to) = (self.stop.clone(), self.to.clone());
-        let mut builder = RingBufferBuilder::new();
-        let write_on = move |bytes: &[u8]| {
-            // It never fails.
-            drop(to.write_all(bytes));
-            0
-        };
-        let ring = builder
-            .add(&map, write_on)
-            .map(drop)
-            .and_then(|()| builder.build())
-            .map_err(|error| failed(other(error)))?;
+        let mut ring = RingBuffer::new(map).map_err(failed)?;
         let take = move || {
-            // Open as long as the ring: libbpf has its number only.
-            let _map = map;
+            // It never fails.
+            let mut write_on = |bytes: &[u8]| drop(to.write_all(bytes));
             while !stop.load(Ordering::SeqCst) {
-                // It fails when a signal comes.
-                let _ = ring.poll(PAUSE);
+                ring.take(&mut write_on);
+                // Without memory for it, it is tried again at once.
+                let _ = ring.wait(PAUSE);
             }
             // The vCPUs have stopped: what is there is all.
-            let _ = ring.consume();
+            ring.take(&mut write_on);
         };
         let thread = thread::Builder::new()
             .name("serial".to_string())
             .spawn(take)
             .map_err(failed)?;
         self.threads.push(thread);
-        self.map = id;
+        self.map = map.id();
         Ok(())
     }
 
     /// Takes the rest, after the guest's end; returns how many bytes are lost: those that the
     /// programs had no room for, and of a file those that are not written.
-    pub fn finish(self, image: &Image) -> u64 {
+    pub fn finish(self, programs: &Programs) -> u64 {
         self.stop.store(true, Ordering::SeqCst);
         for thread in self.threads {
             // A panic has been printed already.
@@ -134,29 +122,21 @@ impl Serial {
             true => self.to.finish(),
             false => 0,
         };
-        unwritten + dropped(image).unwrap_or(0)
+        unwritten + dropped(programs).unwrap_or(0)
     }
 }
 
 /// How many bytes the programs have dropped, where they tell.
-fn dropped(image: &Image) -> Option<u64> {
-    let map = image
-        .map(LOST)
-        .filter(|map| map.map_type() == MapType::Array)?;
-    let count = map.lookup(&0_u32.to_ne_bytes(), MapFlags::ANY).ok()??;
+fn dropped(programs: &Programs) -> Option<u64> {
+    let map = programs.map(LOST).filter(|map| map.is_array())?;
+    let count = map.lookup(&0_u32.to_ne_bytes()).ok()??;
     Some(u64::from_ne_bytes(count.try_into().ok()?))
 }
 
-/// The ring buffer of a serial port.
-fn ring(image: &Image) -> Option<&MapHandle> {
-    if !Serial::is_one(image.note()) {
+/// The ring buffer of a serial port; whether it is one is for the reader to say.
+fn ring(programs: &Programs) -> Option<&Map> {
+    if !Serial::is_one(programs.note()) {
         return None;
     }
-    image
-        .map(MAP)
-        .filter(|map| map.map_type() == MapType::RingBuf)
-}
-
-fn other(error: libbpf_rs::Error) -> io::Error {
-    io::Error::other(error)
+    programs.map(MAP)
 }

@@ -382,7 +382,7 @@ enum Memory {
 impl Source {
     /// Reads a file of [`Snapshot::save`], but for the memory.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let mut file = kvm_bpf::image::open_regular(path).map_err(Error::Read)?;
+        let mut file = kvm_bpf::file::open_regular(path).map_err(Error::Read)?;
         let mut header = [0; HEADER_SIZE];
         file.read_exact(&mut header).map_err(|error| {
             if error.kind() == io::ErrorKind::UnexpectedEof {

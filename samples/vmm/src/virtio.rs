@@ -82,7 +82,7 @@ pub enum InterruptStatus {
     /// Accesses of the register come here.
     Own(AtomicU32),
     /// Programs serve them: the first word of a map.
-    Map(Words),
+    Map(Arc<Words>),
 }
 
 impl InterruptStatus {

@@ -18,13 +18,10 @@ use kvm_bindings::{
     KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_userspace_memory_region,
 };
 use kvm_bpf::device::only_region;
-use kvm_bpf::image::open_regular;
+use kvm_bpf::file::open_regular;
 use kvm_bpf::note::{Note, Space};
-use kvm_bpf::{
-    Device, Image, ImageDevice, OnLoss, OpenImage, Place, Replacement, State, Window, Words,
-};
+use kvm_bpf::{Abi, Device, ImageDevice, Map, OnLoss, OpenImage, Place, Programs, State, Window};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuExit, VcpuFd, VmFd};
-use libbpf_rs::MapHandle;
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_QUEUE_NOTIFY};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::errno;
@@ -64,6 +61,8 @@ pub enum Error {
     },
     #[error("{0}")]
     Device(String, #[source] kvm_bpf::device::Error),
+    #[error("cannot have devices made of eBPF programs")]
+    Abi(#[from] kvm_bpf::abi::Error),
     #[error("{0}: user-space devices, fallbacks too, are for memory, not for ports")]
     NoUserspacePorts(String),
     #[error("{}: cannot use it as a map of {device}", .path.display())]
@@ -71,7 +70,7 @@ pub enum Error {
         device: String,
         path: PathBuf,
         #[source]
-        source: libbpf_rs::Error,
+        source: io::Error,
     },
     #[error("{0}: no output, as it is no ns16550a with a ring buffer \"output\"")]
     NoOutput(String),
@@ -94,7 +93,7 @@ pub enum Error {
     #[error("{0}: has {1:#x} bytes, and a virtio device's registers are {VIRTIO_MMIO_CONFIG:#x}")]
     PastRegisters(String, u64),
     #[error("{0}: cannot map its words")]
-    Words(String, #[source] io::Error),
+    Words(String),
     #[error("{0}: cannot have the kernel take its notifications")]
     Ioeventfd(String, #[source] io::Error),
     #[error("{0}: no such user-space device, only {names}", names = userspace::NAMES.join(", "))]
@@ -111,7 +110,7 @@ pub enum Error {
         device: String,
         map: &'static str,
         #[source]
-        source: libbpf_rs::Error,
+        source: io::Error,
     },
     #[error(transparent)]
     Conflict(#[from] Conflict),
@@ -246,6 +245,8 @@ impl Line {
 struct BpfDevice {
     /// The file, as the command line has it.
     name: String,
+    /// For what is in it later.
+    abi: Abi,
     device: ImageDevice,
     /// Who takes what it puts out.
     serial: Option<Serial>,
@@ -432,17 +433,26 @@ impl Vm {
         let mut free_slots = FIRST_DEVICE_SLOT..;
         let (bpf, others) = devices.split_at_mut(images.len());
         let (userspace, with_disks) = others.split_at_mut(args.userspace.len());
-        for ((info, image), args) in bpf.iter_mut().zip(images).zip(&args.bpf) {
+        let has_programs = !images.is_empty() || disks.iter().any(|(_, image)| image.is_some());
+        let abi = match has_programs {
+            true => Abi::from_running_kernel()?,
+            false => Abi::default(),
+        };
+        for ((info, mut image), args) in bpf.iter_mut().zip(images).zip(&args.bpf) {
+            image.set_abi(&abi);
             let name = info.range.name.clone();
             let device_error = |source| Error::Device(name.clone(), source);
-            let device = Device::new(&vm).map_err(device_error)?;
-            let image = image.load().map_err(|error| device_error(error.into()))?;
-            provide_to(&name, &image, &provided)?;
-            let lines = wire_interrupts(&vm, info, image.note().nr_irqs, &mut free_gsis)?;
+            let device = Device::with_abi(&vm, &abi).map_err(device_error)?;
+            let programs = image.load().map_err(|error| device_error(error.into()))?;
+            provide_to(&name, &programs, &provided)?;
+            let lines = wire_interrupts(&vm, info, programs.note().nr_irqs, &mut free_gsis)?;
+            let serial = Serial::new(&name, &programs, args.output.as_deref(), &platform)?;
+            let window = programs.note().window;
+            let mut builder = ImageDevice::builder(device, programs);
             for (index, line) in (0..).zip(&lines) {
-                device.set_irq(index, &line.irq).map_err(device_error)?;
+                builder = builder.irq(index, &line.irq).map_err(device_error)?;
             }
-            if let Some(rights) = image.note().window {
+            if let Some(rights) = window {
                 // All of it: nothing here knows which part its driver gives it.
                 let window = Window {
                     addr: arch::RAM_START,
@@ -450,7 +460,7 @@ impl Vm {
                     read: rights.read,
                     write: rights.write,
                 };
-                device.set_window(0, window).map_err(device_error)?;
+                builder = builder.window(0, window).map_err(device_error)?;
             }
             let fallback = args.fallback.as_deref();
             let fallback = fallback
@@ -467,19 +477,17 @@ impl Vm {
                 Space::Memory => bus.add(info.range.clone(), Server::Bpf, fallback),
                 Space::Ports => ports.add(info.range.clone(), Server::Bpf, fallback),
             }
-            let serial = Serial::new(&name, &image, args.output.as_deref(), &platform)?;
+            let resample = lines.first().and_then(|line| line.resample.as_ref());
+            if let Some(resample) = resample {
+                builder = builder
+                    .work_eventfd(RESAMPLE, resample)
+                    .map_err(device_error)?;
+            }
             // From here on the guest's accesses run programs.
-            let mut device =
-                ImageDevice::new(device, args.at.place, image).map_err(device_error)?;
+            let mut device = builder.plug(args.at.place).map_err(device_error)?;
             for (page, slot) in (0..device.read_pages().len()).zip(&mut free_slots) {
                 // Without one programs go on to give the values; the report says why.
                 let _ = device.set_read_page(&vm, page, slot);
-            }
-            let resample = lines.first().and_then(|line| line.resample.as_ref());
-            if resample.is_some() {
-                device
-                    .set_work_eventfd(RESAMPLE, resample)
-                    .map_err(device_error)?;
             }
             let inputs = args.input.as_deref();
             let inputs = inputs
@@ -490,6 +498,7 @@ impl Vm {
                 .transpose()?;
             bpf_devices.push(BpfDevice {
                 name,
+                abi,
                 device,
                 serial,
                 lines,
@@ -510,7 +519,7 @@ impl Vm {
                 Some(_) => Server::Bpf,
                 None => Server::Userspace,
             };
-            let device = DiskDevice::new(&vm, args, disk, image, line.irq)?;
+            let device = DiskDevice::new(&vm, args, disk, image, abi, line.irq)?;
             let registers = virtio::Registers(Arc::clone(&device.registers));
             bus.add(info.range.clone(), server, Some(Box::new(registers)));
             disk_devices.push(device);
@@ -856,8 +865,8 @@ impl Vm {
             let moved = match stop.request {
                 None => continue,
                 Some(Request::Swap(pausing)) => {
-                    for (index, replacement) in pausing {
-                        reloads += self.bpf_devices[index].swap(replacement);
+                    for (index, programs) in pausing {
+                        reloads += self.bpf_devices[index].swap(programs, self.on_loss);
                     }
                     continue;
                 }
@@ -878,7 +887,7 @@ impl Vm {
         };
 
         let lost =
-            |device: &mut BpfDevice| Some(device.serial.take()?.finish(device.device.image()));
+            |device: &mut BpfDevice| Some(device.serial.take()?.finish(device.device.programs()));
         let mut console_bytes_lost: u64 = self.bpf_devices.iter_mut().filter_map(lost).sum();
         let shared = &self.shared;
         console_bytes_lost += shared.platform.finish();
@@ -1007,12 +1016,12 @@ impl Vm {
 
     /// Replaces the programs of all devices whose files allow it. Returns how many it replaced, and
     /// by number the devices that have to wait until the vCPUs have stopped.
-    fn reload(&mut self) -> (u64, Vec<(usize, Replacement)>) {
+    fn reload(&mut self) -> (u64, Vec<(usize, Programs)>) {
         let (mut reloads, mut pausing) = (0, Vec::new());
         for (index, device) in self.bpf_devices.iter_mut().enumerate() {
             match device.load(&self.provided, self.on_loss) {
-                Ok(replacement) if replacement.needs_pause() => pausing.push((index, replacement)),
-                Ok(replacement) => reloads += device.swap(replacement),
+                Ok((programs, true)) => pausing.push((index, programs)),
+                Ok((programs, false)) => reloads += device.swap(programs, self.on_loss),
                 Err(error) => crate::print_error("reload", &error),
             }
         }
@@ -1042,7 +1051,7 @@ enum Request {
     /// It is to go on at the other end.
     HandOver(UnixStream),
     /// Devices are to have other programs, by number.
-    Swap(Vec<(usize, Replacement)>),
+    Swap(Vec<(usize, Programs)>),
 }
 
 impl DiskDevice {
@@ -1052,6 +1061,7 @@ impl DiskDevice {
         args: &cli::Disk,
         disk: Disk,
         image: Option<OpenImage>,
+        abi: Abi,
         interrupt: EventFd,
     ) -> Result<Self, Error> {
         let name = &args.at.what;
@@ -1064,17 +1074,18 @@ impl DiskDevice {
                 .map_err(no_ioeventfd)?;
         }
         let (mut status, mut programs) = (InterruptStatus::own(), None);
-        if let (Some(image), Registers::Programs(file)) = (image, &args.registers) {
+        if let (Some(mut image), Registers::Programs(file)) = (image, &args.registers) {
             let failed = |source| Error::Device(file.clone(), source);
-            let device = Device::new(vm).map_err(failed)?;
-            let image = image.load().map_err(|error| failed(error.into()))?;
-            let map = image.map(virtio::STATUS_MAP);
+            let device = Device::with_abi(vm, &abi).map_err(failed)?;
+            image.set_abi(&abi);
+            let loaded = image.load().map_err(|error| failed(error.into()))?;
+            let map = loaded.map(virtio::STATUS_MAP);
             let map = map.ok_or_else(|| Error::NoRegisters(file.clone()))?;
-            let words = Words::new(map).map_err(|error| Error::Words(file.clone(), error))?;
-            status = InterruptStatus::Map(words);
-            device.set_irq(0, &notified).map_err(failed)?;
-            let device = ImageDevice::new(device, args.at.place, image).map_err(failed)?;
-            programs = Some(device);
+            let words = map.words().ok_or_else(|| Error::Words(file.clone()))?;
+            status = InterruptStatus::Map(Arc::clone(words));
+            let builder = ImageDevice::builder(device, loaded).doorbell(0, &notified);
+            let device = builder.and_then(|builder| builder.plug(args.at.place));
+            programs = Some(device.map_err(failed)?);
         }
         let registers = virtio::Device::new(disk.kind(), status, interrupt, notified);
         Ok(DiskDevice {
@@ -1131,7 +1142,7 @@ impl BpfDevice {
     /// Has its programs go on from a state, with what they cannot know on this host. Those that
     /// access guest memory go on with [`Self::resume`].
     fn restore(&mut self, provided: &Provided, state: &State) -> Result<(), Error> {
-        provide_to(&self.name, self.device.image(), provided)?;
+        provide_to(&self.name, self.device.programs(), provided)?;
         let restored = match self.accesses_memory() {
             true => self.device.prepare(state),
             false => self.device.restore(state),
@@ -1140,7 +1151,7 @@ impl BpfDevice {
     }
 
     fn accesses_memory(&self) -> bool {
-        self.device.image().note().window.is_some()
+        self.device.programs().note().window.is_some()
     }
 
     fn read_pages(&self) -> Vec<ReadPage> {
@@ -1155,23 +1166,26 @@ impl BpfDevice {
             .collect()
     }
 
-    /// Loads what is in its file now.
-    fn load(&mut self, provided: &Provided, on_loss: OnLoss) -> Result<Replacement, Error> {
+    /// Loads what is in its file now; also says whether the vCPUs must be paused for it.
+    fn load(&mut self, provided: &Provided, on_loss: OnLoss) -> Result<(Programs, bool), Error> {
         crate::forget_warnings();
-        let image = open_image(&self.name)?;
-        let replacement = self.device.load(image, on_loss);
-        let replacement = replacement.map_err(|source| self.error(source))?;
-        provide_to(&self.name, replacement.image(), provided)?;
+        let mut image = open_image(&self.name)?;
+        image.set_abi(&self.abi);
+        let loaded = self.device.load(image, on_loss);
+        let programs = loaded.map_err(|source| self.error(source))?;
+        let changes = self.device.changes(&programs, on_loss);
+        let changes = changes.map_err(|source| self.error(source))?;
+        provide_to(&self.name, &programs, provided)?;
         if let Some(serial) = &mut self.serial {
-            serial.follow(&self.name, replacement.image())?;
+            serial.follow(&self.name, &programs)?;
         }
-        Ok(replacement)
+        Ok((programs, changes.needs_pause()))
     }
 
     /// Goes over to these programs; no vCPU is in `KVM_RUN` if they need that. Returns how many
     /// reloads that makes: one, or none where it fails.
-    fn swap(&mut self, replacement: Replacement) -> u64 {
-        match self.device.swap(replacement, |swap| swap()) {
+    fn swap(&mut self, programs: Programs, on_loss: OnLoss) -> u64 {
+        match self.device.swap(programs, on_loss, |swap| swap()) {
             Ok(changes) => {
                 crate::say(&format!("kvm-bpf-vmm: reload: {}: {changes}", self.name));
                 1
@@ -1209,7 +1223,7 @@ fn open_device(bpf: &Bpf) -> Result<OpenImage, Error> {
     let name = &bpf.at.what;
     let mut image = open_image(name)?;
     for (map, path) in &bpf.maps {
-        let pinned = MapHandle::from_pinned_path(path).map_err(|source| Error::PinnedMap {
+        let pinned = Map::from_pinned(path).map_err(|source| Error::PinnedMap {
             device: name.clone(),
             path: path.clone(),
             source,
@@ -1275,9 +1289,9 @@ fn create_model(
         .ok_or_else(|| Error::NoSuchDevice(device.to_string()))
 }
 
-fn provide_to(device: &str, image: &Image, provided: &Provided) -> Result<(), Error> {
+fn provide_to(device: &str, programs: &Programs, provided: &Provided) -> Result<(), Error> {
     provided
-        .fill(image)
+        .fill(programs)
         .map_err(|(map, source)| Error::Provide {
             device: device.to_string(),
             map,
@@ -1471,21 +1485,14 @@ mod tests {
     use super::*;
 
     fn note(space: Space, size: u64) -> Note {
-        Note {
-            mmio_size: 0,
-            nr_irqs: 0,
-            compatible: vec![virtio::PROGRAMS.to_string()],
-            ranges: vec![Range {
-                space,
-                region: 0,
-                size,
-            }],
-            read_pages: Vec::new(),
-            works: Vec::new(),
-            window: None,
-            doorbells: Vec::new(),
-            state_version: None,
-        }
+        let mut note = Note::default();
+        note.compatible.push(virtio::PROGRAMS.to_string());
+        note.ranges.push(Range {
+            space,
+            region: 0,
+            size,
+        });
+        note
     }
 
     #[test]

@@ -25,7 +25,6 @@ use kvm_bpf_selftests::guest::{
 use kvm_bpf_selftests::peer::Peer;
 use kvm_bpf_selftests::programs::{loaded, sample};
 use kvm_ioctls::IoEventAddress;
-use libbpf_rs::{MapCore, MapFlags};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{Frontend, Listener, VhostUserFrontend, VhostUserVirtioFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -331,14 +330,14 @@ fn reset() -> Case {
     let guest = Guest::new();
     let irq = EventFd::new(0).expect("eventfd");
     let device = program(&guest, "virtio_blk", &irq);
-    let map = device.image().map("virtio_run").expect("the map");
-    let mut run = MapCore::lookup(map, &[0; 4], MapFlags::ANY)
+    let map = device.programs().map("virtio_run").expect("the map");
+    let mut run = map
+        .lookup(&[0; 4])
         .expect("BPF_MAP_LOOKUP_ELEM")
         .expect("an element");
     // `busy` of the queue.
     run[0] = 1;
-    map.update(&[0; 4], &run, MapFlags::ANY)
-        .expect("BPF_MAP_UPDATE_ELEM");
+    map.update(&[0; 4], &run).expect("BPF_MAP_UPDATE_ELEM");
     let args = Args {
         addr: ADDR + u64::from(VIRTIO_MMIO_STATUS),
         ..Default::default()
@@ -481,7 +480,9 @@ fn program(guest: &Guest, name: &str, irq: &EventFd) -> ImageDevice {
     };
     device.set_window(0, window).expect("a window");
     device.set_irq(0, irq).expect("an interrupt");
-    ImageDevice::new(device, Place::Memory(ADDR), loaded(sample(name))).expect("a device")
+    ImageDevice::builder(device, loaded(sample(name)))
+        .plug(Place::Memory(ADDR))
+        .expect("a device")
 }
 
 /// What a driver does before its first request.

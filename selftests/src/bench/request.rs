@@ -68,7 +68,7 @@ pub fn rows() -> impl Iterator<Item = (&'static str, &'static str, Handler)> {
 /// The word of `InterruptStatus`.
 enum Status {
     Own(AtomicU32),
-    Map(Words),
+    Map(Arc<Words>),
 }
 
 impl Status {
@@ -97,10 +97,10 @@ pub fn set_up(way: Way, at_once: bool) -> Case {
         Way::Programs => {
             let image = loaded(sample("virtio_regs"));
             let map = image.map("interrupt_status").expect("the map");
-            status = Status::Map(Words::new(map).expect("its words"));
+            status = Status::Map(Arc::clone(map.words().expect("its words")));
             let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
             device.set_irq(0, &notified).expect("queue 0");
-            let device = ImageDevice::new(device, Place::Memory(ADDR), image);
+            let device = ImageDevice::builder(device, image).plug(Place::Memory(ADDR));
             handler = Box::new(device.expect("the registers"));
         }
     }

@@ -19,7 +19,6 @@ use kvm_bpf_selftests::guest::{Access, Args, Guest, RAM_SIZE, Routine, Vcpu};
 use kvm_bpf_selftests::programs::{answer_insns, loaded, ret, sample};
 use kvm_bpf_vmm::userspace;
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
-use libbpf_rs::{MapCore, MapFlags};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::block;
@@ -776,12 +775,14 @@ fn load_sample(guest: &Guest, name: &str) -> ImageDevice {
     if let Some(table) = image.map("perf_table") {
         for (index, khz) in (0_u32..).zip(PERF_TABLE) {
             table
-                .update(&index.to_ne_bytes(), &khz.to_ne_bytes(), MapFlags::ANY)
+                .update(&index.to_ne_bytes(), &khz.to_ne_bytes())
                 .expect("BPF_MAP_UPDATE_ELEM");
         }
     }
     let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
-    ImageDevice::new(device, Place::Memory(ADDR), image).expect("a sample device")
+    ImageDevice::builder(device, image)
+        .plug(Place::Memory(ADDR))
+        .expect("a sample device")
 }
 
 /// A thread that waits for an eventfd, and then does something, again and again.

@@ -86,14 +86,14 @@ impl Setup {
     }
 
     fn connect(&self, bell: &EventFd) {
-        for index in 0..DOORBELLS as u64 {
+        for index in 0..DOORBELLS as u32 {
             let device = self.device.device();
             device.set_irq(index, bell).expect("KVM_BPF_IRQ");
         }
     }
 
     fn start_with(&self, role: &str, bell: Option<&EventFd>) -> Peer {
-        let image = self.device.image();
+        let image = self.device.programs();
         let map = |name| image.map(name).expect("a map").as_fd().as_raw_fd();
         let mut fds = vec![map("values"), map("completions")];
         fds.extend(bell.map(AsRawFd::as_raw_fd));

@@ -9,7 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use Reg::{R0, R1, R2, R6, R7, R10};
-use kvm_bpf::Image;
+use kvm_bpf::Programs;
 use kvm_bpf::uapi::{KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_MAX_IRQS, kvm_bpf_user_irq};
 use kvm_bpf_selftests::bpf::{
     Index, Insn, LOADERS, Load, LoadOptions, Map, Prog, ProgType, Reg, add_imm, atomic_add,
@@ -687,7 +687,11 @@ fn each_irq_has_its_line() {
         let guest = Guest::with_irqchip();
         let mut vcpu = guest.vcpu_with_interrupts();
         let device = plug(guest.vm(), ADDR, test_image("virtio_irqs"));
-        assert_got!(device.image().note().nr_irqs, 3, "interrupts of the note");
+        assert_got!(
+            device.programs().note().nr_irqs,
+            3,
+            "interrupts of the note"
+        );
         let lines = [GSI, GSI + 1, GSI + 2].map(|gsi| {
             let line = eventfd();
             let registered = guest.vm().register_irqfd(&line, gsi);
@@ -721,7 +725,7 @@ fn each_irq_has_its_line() {
 struct Kept {
     guest: Guest,
     device: Device,
-    image: Image,
+    image: Programs,
 }
 
 /// Commands: offsets of its registers.
@@ -764,7 +768,7 @@ impl Kept {
 }
 
 /// The last result, and how often the timer's callback ran.
-fn answer(image: &Image) -> (i64, u64) {
+fn answer(image: &Programs) -> (i64, u64) {
     let value = element(image, "kept");
     let word = |at: usize| u64::from_ne_bytes(value[at..at + 8].try_into().expect("8 bytes"));
     let end = value.len();
@@ -827,8 +831,7 @@ fn kept_irq_and_a_state_that_is_restored() {
 
     let map = kept.image.map("kept").expect("the program's map");
     let state = element(&kept.image, "kept");
-    libbpf_rs::MapCore::update(map, &[0; 4], &state, libbpf_rs::MapFlags::ANY)
-        .expect("BPF_MAP_UPDATE_ELEM");
+    map.update(&[0; 4], &state).expect("BPF_MAP_UPDATE_ELEM");
     sleep(2 * LONG);
     assert_got!(answer(&kept.image).1, 0, "callbacks of the timer");
     assert_got!(taken(&eventfd), 0);

@@ -232,7 +232,7 @@ fn frequencies_in_a_timer() {
 
 /// A 64-bit word in element 0 of a device's map.
 fn word(device: &ImageDevice, map: &str, index: usize) -> i64 {
-    let value = element(device.image(), map);
+    let value = element(device.programs(), map);
     let bytes = value[8 * index..][..8].try_into().expect("8 bytes");
     i64::from_ne_bytes(bytes)
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::{env, io, thread};
 
 use Reg::{R0, R1, R6, R7};
-use kvm_bpf::Image;
+use kvm_bpf::Programs;
 use kvm_bpf::uapi::{KVM_BPF_MEM_READ, KVM_DEV_TYPE_BPF, kvm_bpf_user_mem, kvm_bpf_user_region};
 use kvm_bpf_selftests::bpf::{
     Census, Index, LOADERS, Load, Map, Prog, ProgType, Reg, add_imm, atomic_add, jump_if_ne,
@@ -20,7 +20,6 @@ use kvm_bpf_selftests::device::{Answer, Device, NO_REGION, region, test_create};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu, vms};
 use kvm_bpf_selftests::harness::{Errno, Victim, meanwhile, skip, wait_for};
 use kvm_bpf_selftests::programs::{Recorder, ret, test_image};
-use libbpf_rs::{MapCore, MapFlags};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ADDR, SIZE, assert_errno, element};
@@ -300,7 +299,7 @@ fn closing_waits_once() {
 }
 
 /// A program that waits for the test to open a gate.
-struct Gate(Image);
+struct Gate(Programs);
 
 impl Gate {
     /// Its two words.
@@ -313,8 +312,7 @@ impl Gate {
     fn open(&self) {
         let map = self.0.map("gate").expect("the program's map");
         let value = [0_u32, 1].map(u32::to_ne_bytes).concat();
-        map.update(&[0; 4], &value, MapFlags::ANY)
-            .expect("BPF_MAP_UPDATE_ELEM");
+        map.update(&[0; 4], &value).expect("BPF_MAP_UPDATE_ELEM");
     }
 }
 

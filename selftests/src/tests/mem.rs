@@ -13,13 +13,12 @@ use kvm_bpf::uapi::{
     KVM_BPF_MEM_READ, KVM_BPF_MEM_WRITE, KVM_DEV_BPF_ATTR_GROUP_MEM, KVM_DEV_BPF_MAX_MEMS,
     kvm_bpf_user_mem,
 };
-use kvm_bpf::{Image, ImageDevice, Window};
+use kvm_bpf::{ImageDevice, Programs, Window};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::device::Device;
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu};
 use kvm_bpf_selftests::harness::{Random, Victim, meanwhile, number_from_env, skip, wait_for};
 use kvm_bpf_selftests::programs::{plug, test_image};
-use libbpf_rs::{MapCore, MapFlags};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
 
@@ -202,7 +201,7 @@ impl Setup {
         }
     }
 
-    fn window(&self, index: u64, addr: u64, size: u64, read: bool, write: bool) {
+    fn window(&self, index: u32, addr: u64, size: u64, read: bool, write: bool) {
         let window = Window {
             addr,
             size,
@@ -216,7 +215,7 @@ impl Setup {
     /// Asks for an access; returns the errno and the data afterwards.
     #[track_caller]
     fn ask(&mut self, by: By, op: u32, gpa: u64, data: &[u8]) -> (i32, Vec<u8>) {
-        let done = request(self.device.image(), op, gpa, data);
+        let done = request(self.device.programs(), op, gpa, data);
         match by {
             By::Access => assert_got!(self.vcpu.write(ADDR, 4, 0), []),
             By::Run => assert!(
@@ -228,13 +227,13 @@ impl Setup {
                 let set = self.device.set_work_eventfd("work", Some(&wake));
                 set.expect("the program's eventfd");
                 wake.write(1).expect("signalling it");
-                let served = || result(self.device.image(), data.len()).1;
+                let served = || result(self.device.programs(), data.len()).1;
                 wait_for("a request that is served", done + 1, served);
                 let unset = self.device.set_work_eventfd("work", None);
                 unset.expect("no eventfd");
             }
         }
-        let (result, now, data) = result(self.device.image(), data.len());
+        let (result, now, data) = result(self.device.programs(), data.len());
         assert_got!(now, done + 1, "requests that were served");
         (-result, data)
     }
@@ -267,7 +266,7 @@ impl Setup {
 }
 
 /// Puts a request into the map; returns how many were served.
-fn request(image: &Image, op: u32, gpa: u64, data: &[u8]) -> u64 {
+fn request(image: &Programs, op: u32, gpa: u64, data: &[u8]) -> u64 {
     let mut value = element(image, "request");
     value[..4].copy_from_slice(&op.to_le_bytes());
     value[4..8].copy_from_slice(&(data.len() as u32).to_le_bytes());
@@ -276,13 +275,12 @@ fn request(image: &Image, op: u32, gpa: u64, data: &[u8]) -> u64 {
     value[DATA..].fill(0);
     value[DATA..][..data.len()].copy_from_slice(data);
     let map = image.map("request").expect("the program's map");
-    map.update(&[0; 4], &value, MapFlags::ANY)
-        .expect("BPF_MAP_UPDATE_ELEM");
+    map.update(&[0; 4], &value).expect("BPF_MAP_UPDATE_ELEM");
     u64::from_le_bytes(value[24..32].try_into().expect("8 bytes"))
 }
 
 /// The program's result, how many requests were served, and the data.
-fn result(image: &Image, len: usize) -> (i32, u64, Vec<u8>) {
+fn result(image: &Programs, len: usize) -> (i32, u64, Vec<u8>) {
     let value = element(image, "request");
     let word = |at: usize| i64::from_le_bytes(value[at..at + 8].try_into().expect("8 bytes"));
     assert!(
@@ -503,9 +501,13 @@ fn several_windows() {
     setup.device.device().unset_window(1).expect("removing it");
     assert_got!(setup.read(START + page - 4, 8).0, libc::EACCES);
 
-    request(other.image(), READ, START, &[0; 4]);
+    request(other.programs(), READ, START, &[0; 4]);
     assert!(other.run("work", 0).expect("a run"), "no such program");
-    assert_got!(result(other.image(), 4).0, -libc::EACCES, "another device");
+    assert_got!(
+        result(other.programs(), 4).0,
+        -libc::EACCES,
+        "another device"
+    );
 }
 
 fn across_slots_and_holes() {
@@ -600,13 +602,12 @@ fn words_are_whole() {
             .iter()
             .flat_map(|word: &u64| word.to_le_bytes())
             .collect();
-        let image = setup.device.image();
+        let image = setup.device.programs();
         request(image, READ, START + 8, &data);
         let map = image.map("request").expect("the program's map");
         let mut value = element(image, "request");
         value[4..8].copy_from_slice(&(len as u32).to_le_bytes());
-        map.update(&[0; 4], &value, MapFlags::ANY)
-            .expect("BPF_MAP_UPDATE_ELEM");
+        map.update(&[0; 4], &value).expect("BPF_MAP_UPDATE_ELEM");
         let pages = &setup.pages;
         let store = |value: u64| {
             let word = pages.at(8, 8);
@@ -786,7 +787,7 @@ fn pages_that_come_late() {
             guest,
             pages,
         } = setup;
-        request(device.image(), READ, START + 4, &[0x5a; 4]);
+        request(device.programs(), READ, START + 4, &[0x5a; 4]);
         thread::scope(|scope| {
             let ask = scope.spawn(|| {
                 let mut vcpu = vcpu;
@@ -801,12 +802,12 @@ fn pages_that_come_late() {
             late.come(&pages, 0, 0x3c);
             ask.join().expect("the access");
         });
-        let (result, _, data) = result(device.image(), 4);
+        let (result, _, data) = result(device.programs(), 4);
         assert_got!((result, data), (0, vec![0x3c; 4]));
 
         // A write, on the device's thread; and the device closes meanwhile.
         let wake = EventFd::new(0).expect("eventfd");
-        request(device.image(), WRITE, START + PAGE as u64, &[0x11; 4]);
+        request(device.programs(), WRITE, START + PAGE as u64, &[0x11; 4]);
         let mut device = device;
         device
             .set_work_eventfd("work", Some(&wake))
@@ -843,7 +844,7 @@ fn killed_while_a_page_is_late() {
         device
             .set_work_eventfd("work", Some(&wake))
             .expect("an eventfd");
-        request(device.image(), READ, START, &[0; 4]);
+        request(device.programs(), READ, START, &[0; 4]);
         wake.write(1).expect("signalling an eventfd");
         late.wait();
         thread::scope(|scope| {
@@ -898,7 +899,7 @@ fn removed_while_programs_use_it() {
         read: true,
         write: true,
     };
-    request(device.image(), WRITE, START, &[0x77; 8]);
+    request(device.programs(), WRITE, START, &[0x77; 8]);
     device.device().set_window(0, window).expect("a window");
     let mut vcpus = vec![vcpu, guest.vcpu(1)];
     let writes = Args {
@@ -936,7 +937,7 @@ fn slots_that_come_and_go() {
         device,
         pages,
     } = &setup;
-    request(device.image(), READ, START, &[0; 8]);
+    request(device.programs(), READ, START, &[0; 8]);
     let mut seen = [0_u64; 2];
     meanwhile(
         [|| {
@@ -949,7 +950,7 @@ fn slots_that_come_and_go() {
         || {
             for _ in 0..300 {
                 assert!(device.run("work", 0).expect("a run"), "no such program");
-                match result(device.image(), 8).0 {
+                match result(device.programs(), 8).0 {
                     0 => seen[0] += 1,
                     errno if errno == -libc::EFAULT => seen[1] += 1,
                     errno => panic!("wanted 0 or EFAULT, got {errno}"),
@@ -1021,7 +1022,7 @@ fn dirty_pages_are_marked() {
         [move || {
             let offset = random.below((len - 16) as u64);
             let data: Vec<u8> = (0..16).map(|_| random.next() as u8).collect();
-            request(device.image(), WRITE, START + offset, &data);
+            request(device.programs(), WRITE, START + offset, &data);
             assert!(device.run("work", 0).expect("a run"), "no such program");
         }],
         || (0..30).for_each(|_| harvest()),

@@ -42,7 +42,7 @@ fn static_offsets() {
         (VCPU | UPPER, 5),
     ] {
         assert_got!(vcpu.write(ADDR + offset, 8, DATA), []);
-        let seen = element(device.image(), "seen");
+        let seen = element(device.programs(), "seen");
         assert_got!(seen, u64::to_ne_bytes(wanted), "write at {offset:#x}");
     }
     for (offset, wanted) in [(0, 0x1122_3344), (UPPER, 0x1122_3344 << 32)] {

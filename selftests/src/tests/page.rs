@@ -8,14 +8,12 @@ use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use kvm_bindings::kvm_enable_cap;
-use kvm_bpf::{Image, ImageDevice, NoSlot, OnLoss, OpenImage, image};
+use kvm_bpf::{ImageDevice, Map, NoSlot, OnLoss, OpenImage, Programs, image, programs};
 use kvm_bpf_selftests::bpf::{Census, RunCounts};
 use kvm_bpf_selftests::guest::{Args, Exit, Guest, Routine, Vcpu, mask};
 use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env, skip, unpaused};
 use kvm_bpf_selftests::programs::{loaded, plug, sample, test_image, test_path};
 use kvm_ioctls::VmFd;
-use libbpf_rs::{MapCore, MapFlags, MapHandle};
-use vmm_sys_util::errno;
 
 use super::{ADDR, PATTERN, SIZE};
 
@@ -72,7 +70,7 @@ impl Setup {
     fn new() -> Self {
         let guest = Guest::new();
         let mut device = plug(guest.vm(), ADDR, sample("pagebank"));
-        let result = device.set_read_page(guest.vm(), 0, SLOT);
+        let result = set_page(&mut device, guest.vm(), SLOT);
         let has_slot = has_slots(guest.vm());
         assert_got!(
             result.is_ok(),
@@ -82,7 +80,8 @@ impl Setup {
         let page = &device.read_pages()[0];
         assert_got!((page.addr(), page.size()), (ADDR, SIZE), "the page");
         assert_got!(page.slot(), has_slot.then_some(SLOT), "its slot");
-        assert_got!(page.why_no_slot(), result.as_ref().err(), "why it has none");
+        let said = page.why_no_slot().map(ToString::to_string);
+        assert_got!(said, result.err(), "why it has none");
         Setup {
             device,
             guest,
@@ -100,6 +99,13 @@ impl Setup {
     }
 }
 
+/// Has the guest read the device's page through a slot, or says why not.
+fn set_page(device: &mut ImageDevice, vm: &VmFd, slot: u32) -> Result<(), String> {
+    device
+        .set_read_page(vm, 0, slot)
+        .map_err(ToString::to_string)
+}
+
 /// Reads, which no exit to user space may serve.
 #[track_caller]
 fn value(vcpu: &mut Vcpu, addr: u64, width: usize) -> u64 {
@@ -109,19 +115,19 @@ fn value(vcpu: &mut Vcpu, addr: u64, width: usize) -> u64 {
 }
 
 /// A page of a device as the kernel has it now.
-fn page_of(map: &impl MapCore) -> Vec<u8> {
-    let page = MapCore::lookup(map, &[0; 4], MapFlags::ANY);
+fn page_of(map: &Map) -> Vec<u8> {
+    let page = map.lookup(&[0; 4]);
     page.expect("BPF_MAP_LOOKUP_ELEM").expect("element 0")
 }
 
-fn writes_in(map: &impl MapCore) -> u64 {
+fn writes_in(map: &Map) -> u64 {
     let page = page_of(map);
     u64::from_ne_bytes(page[0x10..0x18].try_into().expect("eight bytes"))
 }
 
-fn page_map(image: &Image) -> MapHandle {
+fn page_map(image: &Programs) -> Map {
     let map = image.map(".data.page").expect("the page's map");
-    MapHandle::try_from(map).expect("another handle of it")
+    map.try_clone().expect("another handle of it")
 }
 
 /// Loads neither leave the guest nor run a program; without a slot each does both.
@@ -134,7 +140,7 @@ fn loads_run_no_program() {
     let mut cost = |device: &ImageDevice, addr| {
         // Faults the page in, and caches what KVM knows of it.
         assert_got!(value(&mut vcpu, addr, 4), identity(1) & mask(4));
-        let program = device.image().read_program().expect("a read program");
+        let program = device.programs().read_program().expect("a read program");
         let before = (vcpu.exits(), counts.of(program));
         let args = Args {
             addr,
@@ -164,7 +170,7 @@ fn stores_change_what_loads_see() {
     let setup = Setup::with_slot();
     let mut vcpu = setup.guest.vcpu(0);
     let counts = RunCounts::start();
-    let image = setup.device.image();
+    let image = setup.device.programs();
     let runs = || {
         let (read, write) = (image.read_program(), image.write_program());
         [read, write].map(|program| counts.of(program.expect("a program")))
@@ -222,13 +228,13 @@ fn same_values_without_a_slot() {
             let wanted = value(&mut vcpu, other + offset, width);
             assert_got!(got, wanted, "{what}: with a slot, and without");
             let at = offset as usize;
-            let page = page_of(&page_map(setup.device.image()));
+            let page = page_of(&page_map(setup.device.programs()));
             let mut bytes = [0; 8];
             bytes[..width].copy_from_slice(&page[at..at + width]);
             assert_got!(got, u64::from_le_bytes(bytes), "{what}: as in the map");
         }
     }
-    let pages = [&setup.device, &without].map(|device| page_of(&page_map(device.image())));
+    let pages = [&setup.device, &without].map(|device| page_of(&page_map(device.programs())));
     assert_got!(pages[0], pages[1], "both pages in the end");
 }
 
@@ -270,7 +276,7 @@ fn swap_while_vcpus_read() {
         guest,
         has_slot,
     } = Setup::new();
-    let mut maps = vec![page_map(device.image())];
+    let mut maps = vec![page_map(device.programs())];
     let mut exchanged = 0;
     let mut vcpu = guest.vcpu(VCPUS);
     let written = under_load(&guest, || {
@@ -301,7 +307,7 @@ fn swap_while_vcpus_read() {
                 "swap {swap}: its address"
             );
             if !goes_on {
-                maps.push(page_map(device.image()));
+                maps.push(page_map(device.programs()));
                 exchanged += 1;
             }
             // From here on nothing is the old version's.
@@ -336,7 +342,7 @@ fn the_same_map_keeps_its_slot() {
         "the page"
     );
     assert_got!(value(&mut vcpu, SCRATCH, 8), PATTERN, "SCRATCH");
-    let program = device.image().read_program().expect("a read program");
+    let program = device.programs().read_program().expect("a read program");
     assert_got!(counts.of(program), 0, "runs of the new read program");
 
     // What does not replace it leaves all as it was.
@@ -368,7 +374,7 @@ fn removal_while_vcpus_read() {
             }
         }
     });
-    let map = page_map(device.image());
+    let map = page_map(device.programs());
     assert_got!(writes_in(&map), written, "stores that ran a program");
 }
 
@@ -440,18 +446,20 @@ fn wrong_maps_are_refused() {
         ),
     ] {
         match with(map, offset).load() {
-            Err(image::Error::ReadPage { map: name, why }) if name == map && why == wanted => {}
+            Err(image::Error::Programs(programs::Error::ReadPage { map: name, why }))
+                if name == map && why == wanted => {}
             result => panic!("{map}: wanted {wanted:?}, got {result:?}"),
         }
     }
     // The kernel's word, which it gives when the map is there.
     match with("locked", SIZE).load() {
-        Err(image::Error::MapReadPage { map, .. }) if map == "locked" => {}
+        Err(image::Error::Programs(programs::Error::MapReadPage { map, .. }))
+            if map == "locked" => {}
         result => panic!("locked: wanted MapReadPage, got {result:?}"),
     }
     // A host without slots would have nothing for loads.
     match test_image("page_unread").load() {
-        Err(image::Error::ReadPage { map, why })
+        Err(image::Error::Programs(programs::Error::ReadPage { map, why }))
             if map == "page" && why.starts_with("no read program") => {}
         result => panic!("wanted a read program to be missing, got {result:?}"),
     }
@@ -467,15 +475,24 @@ fn places_without_a_slot() {
     // In the middle of a page.
     let addr = ADDR + 0x10_0800;
     let mut device = plug_at(addr);
-    let why = device.set_read_page(guest.vm(), 0, SLOT + 1);
-    let (size, page) = (SIZE, SIZE);
-    assert_got!(why, Err(NoSlot::PartsOfPages { addr, size, page }));
-    assert_got!(device.read_pages()[0].why_no_slot(), why.as_ref().err());
+    match device.set_read_page(guest.vm(), 0, SLOT + 1) {
+        Err(NoSlot::PartsOfPages {
+            addr: at,
+            size,
+            page,
+        }) if (*at, *size, *page) == (addr, SIZE, SIZE) => {}
+        why => panic!("wanted parts of pages, got {why:?}"),
+    }
+    let said = device.read_pages()[0].why_no_slot();
+    assert!(
+        matches!(said, Some(NoSlot::PartsOfPages { .. })),
+        "{said:?}"
+    );
     assert_got!(value(&mut vcpu, addr, 8), identity(1));
 
     // No such slot; one that another page has; and one over the guest's RAM.
-    let refused = |why: Result<(), NoSlot>, wanted| match why {
-        Err(NoSlot::Refused { errno, .. }) if errno.errno() == wanted => {}
+    let refused = |why: Result<(), &NoSlot>, wanted| match why {
+        Err(NoSlot::Refused { error, .. }) if error.raw_os_error() == Some(wanted) => {}
         why => panic!("wanted error {wanted}, got {why:?}"),
     };
     let addr = ADDR + 0x20_0000;
@@ -489,7 +506,7 @@ fn places_without_a_slot() {
     refused(why, libc::EEXIST);
 
     // A swap tries again what was refused before.
-    assert_got!(device.set_read_page(guest.vm(), 0, SLOT + 2), Ok(()));
+    assert_got!(set_page(&mut device, guest.vm(), SLOT + 2), Ok(()));
     device
         .replace(test_image("pagebank_v2"), OnLoss::Accept, unpaused)
         .unwrap_or_else(|error| panic!("wanted the next version to do, got {error:#?}"));
@@ -517,12 +534,11 @@ fn protected_guests_have_none() {
     let guest = Guest::protected();
     let mut device = plug(guest.vm(), ADDR, sample("pagebank"));
     let why = device.set_read_page(guest.vm(), 0, SLOT);
-    assert_got!(why, Err(NoSlot::NoReadOnlyMemory));
+    assert!(matches!(why, Err(NoSlot::NoReadOnlyMemory)), "{why:?}");
     let page = &device.read_pages()[0];
-    assert_got!(
-        (page.slot(), page.why_no_slot()),
-        (None, why.as_ref().err())
-    );
+    assert_got!(page.slot(), None);
+    let why = page.why_no_slot();
+    assert!(matches!(why, Some(NoSlot::NoReadOnlyMemory)), "{why:?}");
 }
 
 /// Memory of a map has no tags, which all memory of such a guest must have.
@@ -539,8 +555,11 @@ fn tagged_guests_have_none() {
     }
     let mut device = plug(guest.vm(), ADDR, sample("pagebank"));
     let why = device.set_read_page(guest.vm(), 0, SLOT);
-    let errno = errno::Error::new(libc::EINVAL);
-    assert_got!(why, Err(NoSlot::Refused { slot: SLOT, errno }));
+    match why {
+        Err(NoSlot::Refused { slot: SLOT, error })
+            if error.raw_os_error() == Some(libc::EINVAL) => {}
+        why => panic!("wanted it refused, got {why:?}"),
+    }
     let why = device.read_pages()[0].why_no_slot().expect("no reason");
     assert!(why.to_string().contains("tagging"), "{why}");
     assert_got!(value(&mut guest.vcpu(0), ID, 8), identity(1));

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use kvm_bpf::clock::{HostClock, time_of_day_offset_ns};
-use kvm_bpf::{Device, Image, ImageDevice, OnLoss, Place, State};
+use kvm_bpf::{Device, ImageDevice, OnLoss, Place, Programs, State};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{
@@ -17,7 +17,6 @@ use kvm_bpf_selftests::harness::{
 };
 use kvm_bpf_selftests::programs::{loaded, sample};
 use kvm_ioctls::VmFd;
-use libbpf_rs::{MapCore, MapFlags};
 use vm_superio::Rtc;
 use vm_superio::rtc_pl031::{NoEvents, RtcState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -76,22 +75,24 @@ fn host_time() -> Duration {
 }
 
 /// Sets what the VMM tells the device: how far the time of day is from the time since boot.
-fn set_clock(image: &Image, offset_ns: u64) {
+fn set_clock(image: &Programs, offset_ns: u64) {
     let clock = image.map("clock").expect("the device's map");
     clock
-        .update(&[0; 4], &offset_ns.to_ne_bytes(), MapFlags::ANY)
+        .update(&[0; 4], &offset_ns.to_ne_bytes())
         .expect("BPF_MAP_UPDATE_ELEM");
 }
 
 /// Sets a device up, with pauses, and then has the guest see it.
-fn plug(vm: &VmFd, image: Image, irq: &EventFd, pause: impl Fn()) -> ImageDevice {
+fn plug(vm: &VmFd, image: Programs, irq: &EventFd, pause: impl Fn()) -> ImageDevice {
     let device = Device::new(vm).expect("KVM_CREATE_DEVICE");
     pause();
     device.set_irq(0, irq).expect("interrupt 0");
     pause();
     set_clock(&image, time_of_day_offset_ns());
     pause();
-    ImageDevice::new(device, Place::Memory(ADDR), image).expect("the region")
+    ImageDevice::builder(device, image)
+        .plug(Place::Memory(ADDR))
+        .expect("the region")
 }
 
 /// A guest with a clock.
@@ -119,7 +120,7 @@ impl Clock {
     }
 
     /// One of that image, whose "pl031" may have a state.
-    fn of(image: Image) -> Self {
+    fn of(image: Programs) -> Self {
         let guest = Guest::new();
         let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
         let device = plug(guest.vm(), image, &irq, || {});
@@ -337,7 +338,7 @@ fn clock_set_back() {
     let nanoseconds = |seconds: u64| seconds * 1_000_000_000;
     for (back, ahead) in [(1000, 0), (0, 0), (0, 500), (3, 0)] {
         set_clock(
-            clock.device.image(),
+            clock.device.programs(),
             offset - nanoseconds(back) + nanoseconds(ahead),
         );
         let (before, got, after) = read_between(&mut clock);
@@ -762,7 +763,7 @@ fn restored_with_ten_days_less_uptime() {
 
     let mut clock = Clock::with_alarm();
     let less = time_of_day_offset_ns() - DAYS.as_nanos() as u64;
-    set_clock(clock.device.image(), less);
+    set_clock(clock.device.programs(), less);
     let (before, got, after) = read_between(&mut clock);
     let wanted = before - DAYS.as_secs()..=after - DAYS.as_secs();
     assert!(wanted.contains(&got.into()), "wanted {wanted:?}, got {got}");

@@ -65,7 +65,8 @@ impl Gpio {
         let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
         let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
         device.set_irq(0, &irq).expect("interrupt 0");
-        let device = ImageDevice::new(device, Place::Memory(ADDR), loaded(sample("pl061")));
+        let device =
+            ImageDevice::builder(device, loaded(sample("pl061"))).plug(Place::Memory(ADDR));
         Gpio {
             vcpu,
             device: device.expect("the region"),
@@ -171,7 +172,7 @@ fn lines() {
     // What is an input now keeps what it would drive.
     gpio.set(DIR, 0x0f);
     assert_got!(gpio.get(data(0xff)), 0xf5, "the other way round");
-    let map = super::element(gpio.device.image(), "pl061");
+    let map = super::element(gpio.device.programs(), "pl061");
     assert_got!(map[..3], [0xfb, 0xb5, 0x0f], "in, out and dir in the map");
     assert_got!(gpio.signals(), 0);
 }

@@ -29,7 +29,7 @@ fn as_the_model_in_user_space() {
 
     let guest = Guest::new();
     let device = plug(guest.vm(), ADDR, sample("regbank"));
-    assert_described("regbank", device.image().note());
+    assert_described("regbank", device.programs().note());
     let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
     device.device().set_irq(0, &irq).expect("interrupt 0");
     let model_irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
@@ -39,7 +39,7 @@ fn as_the_model_in_user_space() {
     // The clock of the register TIME.
     let clock = HostClock::new(libc::CLOCK_MONOTONIC);
     let now_ns = || clock.now().as_nanos() as u64;
-    let size = device.image().note().mmio_size;
+    let size = device.programs().note().mmio_size;
     let mut signals = 0;
     for number in 0..accesses {
         let width = [1, 2, 4, 8][random.below(4) as usize];
@@ -90,7 +90,7 @@ fn as_the_model_in_user_space() {
     }
 
     // The numbers of those that reached none.
-    let state = element(device.image(), "regbank");
+    let state = element(device.programs(), "regbank");
     let unknown: Vec<u8> = model
         .unknown()
         .iter()

@@ -7,12 +7,11 @@ use std::sync::RwLock;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 use kvm_bpf::device::Error;
-use kvm_bpf::{Image, ImageDevice, MapChanges, OnLoss, OpenImage, image, state};
+use kvm_bpf::{ImageDevice, Map, MapChanges, OnLoss, OpenImage, Programs, programs, state};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Args, Exit, Guest, Routine, Vcpu};
 use kvm_bpf_selftests::harness::{in_a_thread, meanwhile, stay_on, unpaused, wait_for};
 use kvm_bpf_selftests::programs::{plug, test_image, test_path};
-use libbpf_rs::{MapCore, MapFlags, MapHandle};
 
 use super::ADDR;
 
@@ -111,7 +110,7 @@ impl Setup {
             .device
             .replace(test_image(file), OnLoss::default(), unpaused)
         {
-            Err(Error::Image(image::Error::LostMap { map, why }))
+            Err(Error::Programs(programs::Error::LostMap { map, why }))
                 if map == wanted_map && why.contains(reason) => {}
             result => panic!("{file}: wanted {wanted_map} and {reason:?}, got {result:#?}"),
         }
@@ -208,7 +207,7 @@ fn another_extra() {
     assert_got!(changes.expect("the same").carried, ["seen"], "carried");
     assert_got!(has(1), []);
     match device.replace(test_image("filter_hashes"), OnLoss::Refuse, unpaused) {
-        Err(Error::Image(image::Error::LostMap { map, why }))
+        Err(Error::Programs(programs::Error::LostMap { map, why }))
             if map == "seen" && why.contains("extra 0x3, the new one extra 0x5") => {}
         result => panic!("wanted the number of hashes to be missed, got {result:#?}"),
     }
@@ -250,7 +249,7 @@ fn a_direction_less() {
         .device
         .replace(test_image("carry_read_only"), OnLoss::Refuse, unpaused);
     match result {
-        Err(Error::Image(image::Error::LostDirection("writes"))) => {}
+        Err(Error::Programs(programs::Error::LostDirection("writes"))) => {}
         result => panic!("wanted LostDirection, got {result:#?}"),
     }
     assert_got!(setup.vcpu.write(ADDR + FIRST, 8, 11), []);
@@ -280,7 +279,7 @@ fn again_and_again() {
     let reason = "value.first at bit 0";
     setup.assert_refused("carry_swapped", "state", reason);
     // What user space finds by name is what the programs use.
-    let image: &Image = setup.device.image();
+    let image: &Programs = setup.device.programs();
     for (section, value) in [(".bss", 44), (".data", 55)] {
         let bytes = super::element(image, section);
         assert_got!(bytes[..8], u64::to_ne_bytes(value), "{section}");
@@ -387,7 +386,7 @@ fn converted_or_not_at_all() {
 
     // The first version does not load what the second one has.
     match device.replace(test_image("convert"), OnLoss::Refuse, unpaused) {
-        Err(Error::Image(image::Error::LostMap { map, .. })) if map == "counts" => {}
+        Err(Error::Programs(programs::Error::LostMap { map, .. })) if map == "counts" => {}
         result => panic!("wanted counts to be lost, got {result:#?}"),
     }
     assert_got!(counts(&mut vcpu), [2, 2, 2, 2, 0], "the way back");
@@ -398,11 +397,11 @@ fn what_runs_on_is_refused() {
     let guest = Guest::new();
     let mut device = plug(guest.vm(), ADDR, test_image("state_timer"));
     match device.replace(test_image("state_timer"), OnLoss::Refuse, unpaused) {
-        Err(Error::Image(image::Error::RunsOn {
+        Err(Error::Programs(programs::Error::RunsOn {
             map,
-            what: "bpf_timer",
+            what,
             stops: "replaced",
-        })) if map == "alarm" => {}
+        })) if (map.as_str(), what.as_str()) == ("alarm", "bpf_timer") => {}
         result => panic!("wanted RunsOn, got {result:#?}"),
     }
     let changes = device.replace(test_image("state_timer"), OnLoss::Accept, unpaused);
@@ -413,16 +412,14 @@ fn what_runs_on_is_refused() {
 /// The programs of `progs/work_timer.bpf.c`, whose callbacks count as those of a generation.
 fn timer(file: &str, generation: u32) -> OpenImage {
     let mut image = test_image(file);
-    let mut constants = image.map_mut(".rodata").expect("the generation");
-    constants
-        .set_initial_value(&generation.to_ne_bytes())
-        .expect("setting the generation");
+    let set = |value: &mut [u8]| value.copy_from_slice(&generation.to_ne_bytes());
+    assert!(image.edit_initial(".rodata", set), "the generation");
     image
 }
 
 /// How many callbacks of a generation have begun and ended, in a map of that kind.
-fn callbacks(progress: &MapHandle, generation: usize) -> [u64; 2] {
-    let value = progress.lookup(&[0; 4], MapFlags::ANY);
+fn callbacks(progress: &Map, generation: usize) -> [u64; 2] {
+    let value = progress.lookup(&[0; 4]);
     let value = value.expect("BPF_MAP_LOOKUP_ELEM").expect("element 0");
     let word = value.len() / 4;
     [generation, 2 + generation].map(|at| {
@@ -446,8 +443,8 @@ fn no_old_callback_runs() {
                 let guest = Guest::new();
                 let mut device = plug(guest.vm(), ADDR, timer("work_timer", 0));
                 let progress = |device: &ImageDevice| {
-                    let map = device.image().map("progress").expect("the map");
-                    MapHandle::try_from(map).expect("another handle of the map")
+                    let map = device.programs().map("progress").expect("the map");
+                    map.try_clone().expect("another handle of the map")
                 };
                 // The callbacks come where the timer has been started.
                 stay_on(0);

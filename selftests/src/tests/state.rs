@@ -6,13 +6,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use kvm_bpf::device::Error;
-use kvm_bpf::{Image, ImageDevice, OnLoss, State, image, state};
+use kvm_bpf::{ImageDevice, OnLoss, Programs, State, image, state};
 use kvm_bpf_selftests::guest::Guest;
 use kvm_bpf_selftests::harness::{
     Errno, Random, number_from_env, skip, status_of_a_process, trial_within, unpaused,
 };
 use kvm_bpf_selftests::programs::{plug, test_image};
-use libbpf_rs::{MapCore, MapFlags};
 use libtest_mimic::Trial;
 use serde_json::{Map, Value, json};
 
@@ -79,12 +78,12 @@ impl Setup {
     /// Fails unless the state is refused, for that reason, and the device goes on as it was.
     #[track_caller]
     fn assert_refused(&mut self, state: &State, wanted: &str) {
-        let before = contents(self.device.image());
+        let before = contents(self.device.programs());
         match self.device.restore(state) {
             Err(Error::State(error)) if error.to_string().contains(wanted) => {}
             other => panic!("wanted {wanted:?}, got {other:#?}"),
         }
-        assert_got!(contents(self.device.image()), before, "maps, {wanted}");
+        assert_got!(contents(self.device.programs()), before, "maps, {wanted}");
     }
 
     /// Puts random bytes into all maps; every so often such as there are many of.
@@ -97,12 +96,12 @@ impl Setup {
             _ => (0xff, 0),
         };
         for (name, entries) in MAPS {
-            let map = self.device.image().map(name).expect("the map");
+            let map = self.device.programs().map(name).expect("the map");
             for entry in 0..entries {
                 let bytes: Vec<_> = (0..map.value_size())
                     .map(|_| random.next() as u8 & and | or)
                     .collect();
-                map.update(&entry.to_ne_bytes(), &bytes, MapFlags::ANY)
+                map.update(&entry.to_ne_bytes(), &bytes)
                     .expect("BPF_MAP_UPDATE_ELEM");
             }
         }
@@ -110,12 +109,12 @@ impl Setup {
 }
 
 /// All bytes of all maps, as bpf(2) has them.
-fn contents(image: &Image) -> Vec<Vec<u8>> {
+fn contents(image: &Programs) -> Vec<Vec<u8>> {
     let mut all = Vec::new();
     for (name, entries) in MAPS {
         let map = image.map(name).expect("the map");
         for entry in 0..entries {
-            let bytes = map.lookup(&entry.to_ne_bytes(), MapFlags::ANY);
+            let bytes = map.lookup(&entry.to_ne_bytes());
             all.extend(bytes.expect("BPF_MAP_LOOKUP_ELEM"));
         }
     }
@@ -123,9 +122,9 @@ fn contents(image: &Image) -> Vec<Vec<u8>> {
 }
 
 /// What bpftool says of the entries of a map.
-fn dumped(image: &Image, name: &str) -> Vec<Value> {
+fn dumped(image: &Programs, name: &str) -> Vec<Value> {
     let map = image.map(name).expect("the map");
-    let id = map.info().expect("BPF_OBJ_GET_INFO_BY_FD").info.id;
+    let id = map.id();
     let output = beside_this_program("bpftool")
         .args(["--json", "map", "dump", "id", &id.to_string()])
         .output()
@@ -237,8 +236,8 @@ fn as_bpftool_says() {
         assert_got!(read, state, "round {round}: the state from its text");
         other.restore(&read);
         for (name, _) in MAPS {
-            let mut dump = dumped(first.device.image(), name);
-            let restored = dumped(other.device.image(), name);
+            let mut dump = dumped(first.device.programs(), name);
+            let restored = dumped(other.device.programs(), name);
             // A pointer is not saved.
             let without_pointers = |dump: &[Value]| {
                 let text = serde_json::to_string(dump).expect("JSON");
@@ -468,7 +467,7 @@ fn any_text() {
     let text = good.to_json().expect("text of the state");
     let tree: Value = serde_json::from_slice(&text).expect("JSON of the state");
     setup.restore(&good);
-    let before = contents(setup.device.image());
+    let before = contents(setup.device.programs());
 
     let [mut unread, mut refused, mut restored] = [0; 3];
     for round in 0..rounds {
@@ -496,7 +495,7 @@ fn any_text() {
             }
         }
         assert_got!(
-            contents(setup.device.image()),
+            contents(setup.device.programs()),
             before,
             "round {round}: maps"
         );
@@ -582,7 +581,10 @@ fn without_bpf() {
         let state = setup.save();
         let text = state.to_json().expect("text of the state");
         setup.restore(&State::from_json(&text).expect("the state from its text"));
-        setup.device.swap(replacement, unpaused).expect("the swap");
+        setup
+            .device
+            .swap(replacement, OnLoss::Refuse, unpaused)
+            .expect("the swap");
         assert_got!(json_of(&setup.save()), json_of(&state), "after the swap");
         setup.restore(&state);
 
@@ -594,7 +596,7 @@ fn without_bpf() {
         assert_got!(counts(&works, names), [Some(1), Some(0), Some(0)]);
         works.device.resume().expect("a run of \"restore\"");
         let mut pauses = 0;
-        let changes = works.device.swap(converting, |swap| {
+        let changes = works.device.swap(converting, OnLoss::Refuse, |swap| {
             pauses += 1;
             swap();
         });
@@ -611,7 +613,7 @@ fn timers_need_a_program() {
     let device = plug(guest.vm(), ADDR, test_image("state_timer"));
     match device.save() {
         Err(Error::State(state::Error::TimersWithoutSave { map, what }))
-            if (map.as_str(), what) == ("alarm", "bpf_timer") => {}
+            if (map.as_str(), what.as_str()) == ("alarm", "bpf_timer") => {}
         other => panic!("wanted its timer to be in the way, got {other:#?}"),
     }
 }
@@ -637,14 +639,14 @@ fn undone() {
     let state = other.save();
     let mut endless = Setup::new("state_endless");
     endless.fill(&mut random);
-    let before = contents(endless.device.image());
+    let before = contents(endless.device.programs());
     match endless.device.restore(&state) {
         Err(Error::Endless(name)) if name == "restore" => {}
         result => panic!("wanted a restore without an end, got {result:#?}"),
     }
-    assert_got!(contents(endless.device.image()), before, "maps");
+    assert_got!(contents(endless.device.programs()), before, "maps");
     // It has run, and seen what was restored.
-    let seen = super::element(endless.device.image(), "scratch");
+    let seen = super::element(endless.device.programs(), "scratch");
     let count = get(&state, "changing", "count");
     let wanted = state::Value::Number(i64::from_ne_bytes(seen.try_into().expect("8 bytes")));
     assert_got!(count, Some(&wanted), "what \"restore\" has seen");

@@ -249,7 +249,7 @@ fn another_device_is_refused() {
         assert_got!((version.exits, scratch.exits), (vec![], vec![]));
         (version.value, scratch.value)
     };
-    let running = device.image().note().clone();
+    let running = device.programs().note().clone();
     assert_got!(state(), (1, PATTERN), "version and scratch");
 
     let census = Census::now();
@@ -271,7 +271,7 @@ fn another_device_is_refused() {
         let loaded = loaded.unwrap_or_else(|error| panic!("{what}: {error:#?}"));
         for (how, result) in [
             ("replace", device.replace(open(), OnLoss::Refuse, unpaused)),
-            ("swap", device.swap(loaded, unpaused)),
+            ("swap", device.swap(loaded, OnLoss::Refuse, unpaused)),
         ] {
             match result {
                 Err(Error::OtherDevice { running: old, new })
@@ -280,7 +280,11 @@ fn another_device_is_refused() {
             }
         }
         drop(it);
-        assert_got!(device.image().note(), &running, "the note, another {what}");
+        assert_got!(
+            device.programs().note(),
+            &running,
+            "the note, another {what}"
+        );
         assert_got!(state(), (1, PATTERN), "version and scratch, another {what}");
         census.wait_for_newer(0, 0);
     }

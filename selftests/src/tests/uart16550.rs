@@ -4,18 +4,17 @@
 //! of accesses compared with the serial port of the crate `vm-superio`.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kvm_bpf::device::Error;
 use kvm_bpf::note::Space;
-use kvm_bpf::{Device, ImageDevice, OnLoss, Place};
+use kvm_bpf::{Device, ImageDevice, Map, OnLoss, Place, RingBuffer};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, PRESET, PortExit, Vcpu, mask};
 use kvm_bpf_selftests::harness::{Random, number_from_env, unpaused};
 use kvm_bpf_selftests::programs::{loaded, sample};
-use libbpf_rs::{MapHandle, RingBuffer, RingBufferBuilder};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -64,7 +63,8 @@ impl Setup {
         let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
         let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
         device.set_irq(0, &irq).expect("interrupt 0");
-        let device = ImageDevice::new(device, Place::Port(PORT), loaded(sample("uart16550")))
+        let device = ImageDevice::builder(device, loaded(sample("uart16550")))
+            .plug(Place::Port(PORT))
             .unwrap_or_else(|error| panic!("wanted the ports to be set, got {error:#?}"));
         Setup {
             vcpu: guest.vcpu(0),
@@ -90,37 +90,30 @@ impl Setup {
 
     /// Takes what the guest sends.
     fn taker(&self) -> Taker {
-        Taker::new(self.device.image().map("output").expect("the ring buffer"))
+        Taker::new(
+            self.device
+                .programs()
+                .map("output")
+                .expect("the ring buffer"),
+        )
     }
 }
 
 struct Taker {
-    ring: RingBuffer<'static>,
-    bytes: Arc<Mutex<Vec<u8>>>,
-    _map: MapHandle,
+    ring: RingBuffer,
 }
 
 impl Taker {
-    fn new(map: &MapHandle) -> Self {
-        let map = MapHandle::try_from(map).expect("a handle of the ring buffer");
-        let bytes: Arc<Mutex<Vec<u8>>> = Arc::default();
-        let mut builder = RingBufferBuilder::new();
-        let to = bytes.clone();
-        let take = move |bytes: &[u8]| {
-            to.lock().expect("no panic").extend(bytes);
-            0
-        };
-        builder.add(&map, take).expect("a ring buffer");
+    fn new(map: &Map) -> Self {
         Taker {
-            ring: builder.build().expect("a ring buffer's reader"),
-            bytes,
-            _map: map,
+            ring: RingBuffer::new(map).expect("a ring buffer's reader"),
         }
     }
 
-    fn take(&self) -> Vec<u8> {
-        self.ring.consume().expect("taking bytes");
-        std::mem::take(&mut self.bytes.lock().expect("no panic"))
+    fn take(&mut self) -> Vec<u8> {
+        let mut all = Vec::new();
+        self.ring.take(|bytes| all.extend(bytes));
+        all
     }
 }
 
@@ -178,7 +171,7 @@ fn registers() {
 /// How Linux tells that there is a UART: what the guest sets comes back, nothing is sent.
 fn modem_lines_loop_back() {
     let mut uart = Setup::new();
-    let taker = uart.taker();
+    let mut taker = uart.taker();
     for (lines, wanted) in [
         (0, 0),
         (1, 0x20),
@@ -217,7 +210,7 @@ fn other_accesses() {
 
 fn bytes_arrive_in_order() {
     let mut uart = Setup::new();
-    let taker = uart.taker();
+    let mut taker = uart.taker();
     let bytes: Vec<u8> = (0..=255).chain((0..=255).rev()).collect();
     for &byte in &bytes {
         uart.set(THR, byte);
@@ -225,7 +218,7 @@ fn bytes_arrive_in_order() {
     assert_got!(taker.take(), bytes);
     // One who waits is woken.
     uart.set(THR, b'!');
-    taker.ring.poll(Duration::from_secs(10)).expect("waiting");
+    taker.ring.wait(Duration::from_secs(10)).expect("waiting");
     assert_got!(taker.take(), b"!");
 }
 
@@ -239,7 +232,7 @@ fn what_nobody_takes_is_counted() {
         uart.set(THR, at as u8);
     }
     assert_got!(uart.get(LSR), 0x60, "the guest never has to wait");
-    let lost = element(uart.device.image(), "lost");
+    let lost = element(uart.device.programs(), "lost");
     let lost = u64::from_ne_bytes(lost.try_into().expect("8 bytes")) as usize;
     let got = uart.taker().take();
     assert_got!(got.len() + lost, ROOM + MORE, "bytes taken and lost");
@@ -283,7 +276,7 @@ fn interrupt() {
 fn replaced() {
     let census = Census::now();
     let mut uart = Setup::new();
-    let taker = uart.taker();
+    let mut taker = uart.taker();
     uart.set(SCR, 0x5a);
     uart.set(THR, b'a');
     let changes = uart
@@ -329,7 +322,7 @@ fn place_and_kind_must_agree() {
         ),
     ] {
         let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
-        match ImageDevice::new(device, place, loaded(sample(name))) {
+        match ImageDevice::builder(device, loaded(sample(name))).plug(place) {
             Err(error @ Error::WrongSpace(has)) if has == space => {
                 let message = error.to_string();
                 assert!(message.contains(words), "wanted {words:?}, got {message}");
@@ -342,10 +335,10 @@ fn place_and_kind_must_agree() {
 fn occupied_ports() {
     let guest = Guest::with_irqchip();
     let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
-    match ImageDevice::new(device, Place::Port(0x20), loaded(sample("uart16550"))) {
+    match ImageDevice::builder(device, loaded(sample("uart16550"))).plug(Place::Port(0x20)) {
         Err(Error::SetRegion { place, source, .. }) => {
             assert_got!(place.to_string(), "port 0x20");
-            assert_got!(source.errno(), libc::EEXIST);
+            assert_got!(source.raw_os_error(), Some(libc::EEXIST));
         }
         result => panic!("wanted the PIC to have the port, got {result:?}"),
     }
@@ -375,7 +368,7 @@ fn as_vm_superio() {
     const STEP: u64 = 1000;
 
     let mut uart = Setup::new();
-    let taker = uart.taker();
+    let mut taker = uart.taker();
     let triggered = Arc::<AtomicU64>::default();
     let mut model: Serial<_, NoEvents, _> =
         Serial::new(Interrupts(triggered.clone()), Vec::<u8>::new());

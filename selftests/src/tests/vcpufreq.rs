@@ -12,7 +12,6 @@ use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{Random, in_a_thread, number_from_env, stay_on, unpaused};
 use kvm_bpf_selftests::programs::{plug, sample};
 use kvm_bpf_vmm::userspace::{self, uclamp};
-use libbpf_rs::{MapCore, MapFlags};
 
 use super::{ADDR, assert_described, other_accesses_of};
 
@@ -67,23 +66,19 @@ impl Setup {
 
     /// Fills the table, with zeroes after its end.
     fn fill(&self, table: &[u32]) {
-        let map = self.device.image().map("perf_table").expect("the table");
+        let map = self.device.programs().map("perf_table").expect("the table");
         for index in 0..PERFTBL_MAX {
             let khz = table.get(index).copied().unwrap_or(0);
-            map.update(
-                &(index as u32).to_ne_bytes(),
-                &khz.to_ne_bytes(),
-                MapFlags::ANY,
-            )
-            .expect("BPF_MAP_UPDATE_ELEM");
+            map.update(&(index as u32).to_ne_bytes(), &khz.to_ne_bytes())
+                .expect("BPF_MAP_UPDATE_ELEM");
         }
     }
 
     /// What a VMM sees of a page: request, selection, the last clamp, the errno of that.
     fn state(&self, cpu: u32) -> [i32; 4] {
-        let map = self.device.image().map("vcpus").expect("the CPUs");
+        let map = self.device.programs().map("vcpus").expect("the CPUs");
         let value = map
-            .lookup(&cpu.to_ne_bytes(), MapFlags::ANY)
+            .lookup(&cpu.to_ne_bytes())
             .expect("BPF_MAP_LOOKUP_ELEM")
             .expect("the CPU");
         let word = |index: usize| {
@@ -468,7 +463,7 @@ fn as_the_model_in_user_space() {
         let mut vcpus = [setup.vcpu, setup.guest.vcpu(ids[1])];
         let mut model =
             userspace::create("vcpufreq", Vec::new(), &table).expect("the model in user space");
-        assert_described("vcpufreq", setup.device.image().note());
+        assert_described("vcpufreq", setup.device.programs().note());
 
         let cpufreq = host_has_cpufreq();
         for number in 0..accesses {

@@ -10,7 +10,6 @@ use kvm_bpf::{Device, ImageDevice, OnLoss, OpenImage, Place, Window};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu};
 use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env, unpaused, wait_for};
 use kvm_bpf_selftests::programs::{loaded, sample, sample_path, test_image};
-use libbpf_rs::{MapCore, MapFlags};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mem::{PAGE, Pages, START};
@@ -339,7 +338,9 @@ impl Setup {
         device.set_window(0, window).expect("a window");
         let irq = EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd");
         device.set_irq(0, &irq).expect("an interrupt");
-        let device = ImageDevice::new(device, Place::Memory(ADDR), image).expect("wanted a device");
+        let device = ImageDevice::builder(device, image)
+            .plug(Place::Memory(ADDR))
+            .expect("wanted a device");
         Setup {
             registers: Registers(guest.vcpu(0)),
             device,
@@ -434,7 +435,7 @@ fn registers_of_a_device() {
         for num in [0, 3, 2 * num_max, u32::MAX, 1 << 31] {
             registers.set(QUEUE_NUM, num);
         }
-        let state = element(setup.device.image(), "virtio");
+        let state = element(setup.device.programs(), "virtio");
         // `offsetof(struct virtio, queues[0].num)`.
         assert_got!(state[56..60], 8_u32.to_le_bytes(), "{name}");
     }
@@ -454,7 +455,7 @@ fn features_are_negotiated() {
             // They stay as they are.
             registers.set(DRIVER_FEATURES_SEL, 1);
             registers.set(DRIVER_FEATURES, 0);
-            let state = element(setup.device.image(), "virtio");
+            let state = element(setup.device.programs(), "virtio");
             assert_got!(state[..8], good.to_le_bytes(), "{name}");
         }
         for bad in [
@@ -657,9 +658,8 @@ fn disk_image(sectors: u64, read_only: bool, id: &[u8]) -> impl Fn(&ImageDevice)
     options.extend(id);
     options.resize(32, 0);
     move |device| {
-        let map = device.image().map("disk_options").expect("the options");
-        map.update(&[0; 4], &options, MapFlags::ANY)
-            .expect("BPF_MAP_UPDATE_ELEM");
+        let map = device.programs().map("disk_options").expect("the options");
+        map.update(&[0; 4], &options).expect("BPF_MAP_UPDATE_ELEM");
     }
 }
 
@@ -836,13 +836,11 @@ fn a_disk_refuses() {
 fn two_guests_read_one_disk() {
     let mut first = Setup::new(sample("virtio_blk"));
     let page: Vec<u8> = (0..PAGE).map(|at| (at ^ at >> 8) as u8).collect();
-    let disk = first.device.image().map("disk").expect("the disk");
-    disk.update(&9_u32.to_ne_bytes(), &page, MapFlags::ANY)
+    let disk = first.device.programs().map("disk").expect("the disk");
+    disk.update(&9_u32.to_ne_bytes(), &page)
         .expect("BPF_MAP_UPDATE_ELEM");
     let mut image = sample("virtio_blk");
-    let mut map = image.map_mut("disk").expect("the disk");
-    map.reuse_fd(std::os::fd::AsFd::as_fd(disk))
-        .expect("another one's map");
+    image.share_map("disk", disk).expect("another one's map");
     let mut second = Setup::new(image);
     for setup in [&mut first, &mut second] {
         disk_image(0, true, b"")(&setup.device);
@@ -858,19 +856,19 @@ fn two_guests_read_one_disk() {
 
 fn reset_forgets_all() {
     let mut setup = Setup::new(sample("virtio_rng"));
-    let new = element(setup.device.image(), "virtio");
+    let new = element(setup.device.programs(), "virtio");
     for by_vmm in [false, true] {
         let mut queue = setup.start(8);
         queue.chain(&setup.pages, 0, &[(gpa(DATA), 64, true)]);
         queue.offer(&setup.pages, 0);
         setup.registers.notify();
         assert_got!(queue.used(&setup.pages), [(0, 64)]);
-        assert_ne!(element(setup.device.image(), "virtio"), new);
+        assert_ne!(element(setup.device.programs(), "virtio"), new);
         match by_vmm {
             true => assert!(setup.device.reset().expect("a run"), "no such program"),
             false => setup.registers.set(STATUS, 0),
         }
-        assert_got!(element(setup.device.image(), "virtio"), new);
+        assert_got!(element(setup.device.programs(), "virtio"), new);
         queue.offer(&setup.pages, 0);
         setup.registers.notify();
         assert_got!(queue.used(&setup.pages), []);
@@ -889,7 +887,7 @@ fn reset_in_the_middle() {
     let count = number_from_env("KVM_BPF_ACCESSES", 2000) / 8;
     let mut random = Random::new(seed);
     let mut setup = Setup::new(sample("virtio_rng"));
-    let new = element(setup.device.image(), "virtio");
+    let new = element(setup.device.programs(), "virtio");
     // More than there are CPUs: some are late.
     let others: Vec<_> = (1..4).map(|id| setup.guest.vcpu(id)).collect();
     let notify = |mut vcpu: Vcpu| {
@@ -976,7 +974,7 @@ fn reset_in_the_middle() {
     println!("seed {seed}: {served} requests, {cut_short} of {count} drivers had more");
     assert!(cut_short > count / 20, "{cut_short} resets in the middle");
     setup.registers.reset();
-    assert_got!(element(setup.device.image(), "virtio"), new);
+    assert_got!(element(setup.device.programs(), "virtio"), new);
     let mut queue = setup.start(8);
     queue.chain(&setup.pages, 0, &[(gpa(DATA), 64, true)]);
     queue.offer(&setup.pages, 0);
@@ -1295,9 +1293,9 @@ fn random_rings_as_the_model_says() {
         }
         setup.assert_edges_untouched();
         if let Some(disk) = &model.disk {
-            let map = setup.device.image().map("disk").expect("the disk");
+            let map = setup.device.programs().map("disk").expect("the disk");
             for (index, wanted) in (0_u32..).zip(disk.data.chunks(PAGE)) {
-                let got = MapCore::lookup(map, &index.to_ne_bytes(), MapFlags::ANY);
+                let got = map.lookup(&index.to_ne_bytes());
                 let got = got.expect("BPF_MAP_LOOKUP_ELEM").expect("a page");
                 assert!(
                     got == wanted,
@@ -1761,7 +1759,7 @@ fn two_vcpus_use_a_queue_each() {
             }
         });
     });
-    let sum = element(setup.device.image(), "sum");
+    let sum = element(setup.device.programs(), "sum");
     assert_got!(sum[..8], rounds.to_ne_bytes());
 }
 
@@ -1803,7 +1801,7 @@ fn two_queues_move() {
         };
         assert!((ADD_BUDGET as u64..=NUM.into()).contains(&sum), "{sum}");
         wait_for("an interrupt", true, || other.interrupts().0 > 0);
-        let sum = element(other.device.image(), "sum");
+        let sum = element(other.device.programs(), "sum");
         assert_got!(sum[..8], u64::from(NUM).to_ne_bytes());
     }
 }

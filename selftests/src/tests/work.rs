@@ -838,7 +838,7 @@ fn callback_on_another_cpu_ends_before_a_save() {
         let guest = Guest::new();
         let device = plug(guest.vm(), ADDR, test_image("work_timer"));
         let progress = || {
-            let value = element(device.image(), "progress");
+            let value = element(device.programs(), "progress");
             let word = |at: usize| u32::from_ne_bytes(value[at..at + 4].try_into().expect("4"));
             [word(0), word(8)]
         };

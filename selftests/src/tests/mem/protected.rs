@@ -105,7 +105,7 @@ pub(super) fn protected_guest_shares_a_page() {
     set.expect("an eventfd");
     for op in [READ, WRITE, READ_NOFAULT, WRITE_NOFAULT] {
         for (gpa, wanted) in [(private, -libc::EFAULT), (shared, 0)] {
-            let image = setup.device.image();
+            let image = setup.device.programs();
             let done = request(image, op, gpa, &words[0].to_le_bytes());
             wake.write(1).expect("signalling an eventfd");
             wait_for("requests that were served", done + 1, || result(image, 8).1);

@@ -1,0 +1,553 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A device in a VM: made from programs, replaced, saved and restored.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use crate::device::{Device, Error, Place, Ran, Window, only_region};
+#[cfg(feature = "loader")]
+use crate::image::OpenImage;
+use crate::maps::{self, MapChanges, OnLoss};
+use crate::note::Note;
+use crate::page::{NoSlot, ReadPage};
+use crate::programs::{Programs, Work};
+use crate::state::{self, Clocks, State};
+use crate::sys;
+
+/// How often a program may say that there is more to do, before it counts as one that never ends.
+const MAX_RUNS: u32 = 1 << 20;
+
+type Result<T> = std::result::Result<T, Error>;
+
+/// A device that the guest does not see yet: all that it needs, one after the other, and at last
+/// [`Self::plug`].
+///
+/// Until then no program runs, and dropping it leaves nothing behind. What the note asks for is for
+/// the VMM to give: its interrupts ([`Note::nr_irqs`]), guest memory ([`Note::window`]), and what its
+/// maps must hold.
+#[derive(Debug)]
+#[must_use = "the guest sees the device only when it is plugged"]
+pub struct Builder {
+    device: Device,
+    programs: Programs,
+    irqs: BTreeMap<u32, OwnedFd>,
+    /// By the name of the WORK program, what also runs it.
+    eventfds: BTreeMap<String, OwnedFd>,
+    is_restored: bool,
+}
+
+impl Builder {
+    /// Has an interrupt of the device signal `eventfd`.
+    ///
+    /// The device keeps a duplicate open as long as it lives: KVM ends an irqfd when its last file
+    /// descriptor is closed. So the caller may close its own.
+    pub fn irq(mut self, index: u32, eventfd: &impl AsRawFd) -> Result<Self> {
+        let eventfd = set_irq(&self.device, self.programs.note(), index, eventfd)?;
+        self.irqs.insert(index, eventfd);
+        Ok(self)
+    }
+
+    /// Has the programs signal `eventfd` at an index that is no interrupt: a doorbell that a thread
+    /// of the VMM waits for, say. The device keeps a duplicate open.
+    ///
+    /// The index is not below [`Note::nr_irqs`].
+    pub fn doorbell(mut self, index: u32, eventfd: &impl AsRawFd) -> Result<Self> {
+        if index < self.programs.note().nr_irqs {
+            return Err(Error::IsIrq(index));
+        }
+        let eventfd = sys::duplicate(eventfd).map_err(Error::Duplicate)?;
+        self.device.set_irq(index, &eventfd)?;
+        self.irqs.insert(index, eventfd);
+        Ok(self)
+    }
+
+    /// Lets the device's programs access guest memory, as [`Device::set_window`] does.
+    pub fn window(self, index: u32, window: Window) -> Result<Self> {
+        self.device.set_window(index, window)?;
+        Ok(self)
+    }
+
+    /// Sets the first values of an array, as [`Programs::fill`] does.
+    pub fn fill<V: AsRef<[u8]>>(
+        self,
+        map: &str,
+        values: impl IntoIterator<Item = V>,
+    ) -> Result<Self> {
+        self.programs.fill(map, values)?;
+        Ok(self)
+    }
+
+    /// Has a WORK program also run when `eventfd` is signalled, as
+    /// [`ImageDevice::set_work_eventfd`] does. The device keeps a duplicate.
+    pub fn work_eventfd(mut self, name: &str, eventfd: &impl AsRawFd) -> Result<Self> {
+        if self.programs.work(name).is_none() {
+            return Err(Error::NoSuchWork(name.to_string()));
+        }
+        let eventfd = sys::duplicate(eventfd).map_err(Error::Duplicate)?;
+        self.eventfds.insert(name.to_string(), eventfd);
+        Ok(self)
+    }
+
+    /// Has the device go on from a saved state: the maps have it now, and [`Self::plug`] runs the
+    /// WORK program `restore`, where there is one, before the guest sees the device.
+    ///
+    /// On an error the maps are as before.
+    pub fn state(mut self, state: &State) -> Result<Self> {
+        state::restore(self.programs.note(), self.programs.states(), state)?;
+        self.is_restored = true;
+        Ok(self)
+    }
+
+    /// The programs and maps.
+    pub fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    /// The KVM device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Has the programs handle the guest's accesses at that place, from now on.
+    pub fn plug(self, place: Place) -> Result<ImageDevice> {
+        let Builder {
+            device,
+            programs,
+            irqs,
+            mut eventfds,
+            is_restored,
+        } = self;
+        let read_pages = programs.note().read_pages.iter().zip(&programs.read_pages);
+        let read_pages = read_pages
+            .map(|(page, mapping)| ReadPage::new(place.addr() + page.offset, Arc::clone(mapping)))
+            .collect();
+        set_doorbells(&device, &programs, &mut eventfds)?;
+        let device = ImageDevice {
+            read_pages,
+            device,
+            place,
+            programs,
+            irqs,
+            eventfds,
+            clocks: Clocks::new(),
+        };
+        device.set_works()?;
+        if is_restored {
+            device.resume()?;
+        }
+        device.set_region()?;
+        Ok(device)
+    }
+}
+
+fn set_irq(device: &Device, note: &Note, index: u32, eventfd: &impl AsRawFd) -> Result<OwnedFd> {
+    if index >= note.nr_irqs {
+        let count = note.nr_irqs;
+        return Err(Error::NoSuchIrq { index, count });
+    }
+    let eventfd = sys::duplicate(eventfd).map_err(Error::Duplicate)?;
+    device.set_irq(index, &eventfd)?;
+    Ok(eventfd)
+}
+
+/// A device that one object file describes, in a VM: a single region, its programs and its maps.
+#[derive(Debug)]
+pub struct ImageDevice {
+    /// The first to go: a guest that runs on then finds the programs.
+    read_pages: Vec<ReadPage>,
+    device: Device,
+    place: Place,
+    programs: Programs,
+    /// What the interrupts signal, by index: open, so that KVM's irqfds stay.
+    irqs: BTreeMap<u32, OwnedFd>,
+    /// By the name of the WORK program, what also runs it.
+    eventfds: BTreeMap<String, OwnedFd>,
+    /// What a saved state tells of the time.
+    clocks: Clocks,
+}
+
+impl ImageDevice {
+    /// Begins to make a device of these programs.
+    pub fn builder(device: Device, programs: Programs) -> Builder {
+        Builder {
+            device,
+            programs,
+            irqs: BTreeMap::new(),
+            eventfds: BTreeMap::new(),
+            is_restored: false,
+        }
+    }
+
+    /// Goes over to the programs of a new file while the guest runs: [`Self::load`], and then
+    /// [`Self::swap`].
+    #[cfg(feature = "loader")]
+    pub fn replace(
+        &mut self,
+        image: OpenImage,
+        on_loss: OnLoss,
+        paused: impl FnOnce(&mut dyn FnMut()),
+    ) -> Result<MapChanges> {
+        let programs = self.load(image, on_loss)?;
+        self.swap(programs, on_loss, paused)
+    }
+
+    /// Loads a new file for [`Self::swap`], with the maps that it has in common with the running
+    /// one. The caller fills the others in between.
+    #[cfg(feature = "loader")]
+    pub fn load(&self, mut image: OpenImage, on_loss: OnLoss) -> Result<Programs> {
+        self.check(image.note())?;
+        image.reuse_maps(&self.programs, on_loss)?;
+        Ok(image.load()?)
+    }
+
+    /// What becomes of the maps if [`Self::swap`] goes over to these programs, or why it would not.
+    ///
+    /// [`MapChanges::needs_pause`] says whether the vCPUs will have to be paused.
+    pub fn changes(&self, new: &Programs, on_loss: OnLoss) -> Result<MapChanges> {
+        self.check(new.note())?;
+        Ok(maps::changes(&self.programs, new, on_loss)?)
+    }
+
+    fn check(&self, new: &Note) -> Result<()> {
+        if new.is_same_device(self.programs.note()) {
+            return Ok(());
+        }
+        Err(Error::OtherDevice {
+            running: Box::new(self.programs.note().clone()),
+            new: Box::new(new.clone()),
+        })
+    }
+
+    /// Goes over to new programs while the guest runs, and runs their WORK program `replaced`; or
+    /// `restore`, where the state is converted after a run of the old `save`. They are those of
+    /// [`Self::load`], or of another process, which has made them for [`Self::programs`].
+    ///
+    /// `paused` is called only where the state has other types than before and the new programs load
+    /// the version of the old one. It has to call what it is given, once, while no vCPU is in
+    /// `KVM_RUN`. When this returns, no callback of the old programs runs or is to run: the old WORK
+    /// program `save`, and `replaced` or `restore` of the new ones, see to that.
+    ///
+    /// Memory slots of read pages stay where the page's map is carried over. Of others they are
+    /// taken away before and set with the new map after; in between, loads run the read program.
+    ///
+    /// It waits until no vCPU runs the old programs, as [`Device::set_region`] says. It calls neither
+    /// bpf(2) nor libbpf.
+    ///
+    /// On an error the device goes on as it was, but for one of `replaced` or `restore` itself.
+    pub fn swap(
+        &mut self,
+        new: Programs,
+        on_loss: OnLoss,
+        paused: impl FnOnce(&mut dyn FnMut()),
+    ) -> Result<MapChanges> {
+        let changes = self.changes(&new, on_loss)?;
+        if !changes.needs_pause() {
+            self.set_programs(new)?;
+            self.run("replaced", 0)?;
+            return Ok(changes);
+        }
+        let mut new = Some(new);
+        let mut result = Err(Error::NotPaused);
+        paused(&mut || {
+            if let Some(new) = new.take() {
+                result = self.convert(new);
+            }
+        });
+        result.map(|()| changes)
+    }
+
+    /// Has the programs of `new` handle accesses and the rest.
+    fn set_programs(&mut self, new: Programs) -> Result<()> {
+        let swapped = self.swap_programs(new);
+        // With the old maps, where the old programs go on.
+        self.read_pages.iter_mut().for_each(ReadPage::set_again);
+        swapped
+    }
+
+    /// The same, with the state by the names of its fields, while no vCPU is in `KVM_RUN`.
+    fn convert(&mut self, new: Programs) -> Result<()> {
+        let state = self.save()?;
+        // Maps that go on have what they had.
+        let taken = state::restore(new.note(), new.states(), &state).map_err(Error::from);
+        let set = taken.and_then(|_| self.set_programs(new));
+        let resumed = self.resume();
+        set.and(resumed)
+    }
+
+    fn swap_programs(&mut self, new: Programs) -> Result<()> {
+        // No load must see the old map when a store has run a new program.
+        for (page, mapping) in self.read_pages.iter_mut().zip(&new.read_pages) {
+            if !page.is_same_map(mapping) {
+                suspend(page)?;
+            }
+        }
+        let names: Vec<_> = self.eventfds.keys().cloned().collect();
+        let old = std::mem::replace(&mut self.programs, new);
+        if let Err(error) = self.go_over(&old) {
+            let new = std::mem::replace(&mut self.programs, old);
+            self.eventfds.retain(|name, _| names.contains(name));
+            // They were set before: that the kernel refuses them now is less news than the first.
+            let _ = self.go_over(&new);
+            return Err(error);
+        }
+        for (page, mapping) in self.read_pages.iter_mut().zip(&self.programs.read_pages) {
+            if !page.is_same_map(mapping) {
+                page.exchange(Arc::clone(mapping));
+            }
+        }
+        self.eventfds
+            .retain(|name, _| self.programs.work(name).is_some());
+        Ok(())
+    }
+
+    /// Has the image's programs handle accesses and the rest, instead of those of `from`.
+    fn go_over(&mut self, from: &Programs) -> Result<()> {
+        set_doorbells(&self.device, &self.programs, &mut self.eventfds)?;
+        self.free_eventfds(from);
+        self.set_works()?;
+        self.set_region()?;
+        self.unset_works(from);
+        self.unset_doorbells(from);
+        Ok(())
+    }
+
+    fn set_region(&self) -> Result<()> {
+        let range = only_region(self.programs.note(), self.place.space())?;
+        self.device.set_region(
+            range.region,
+            self.place,
+            range.size,
+            self.programs.read_program(),
+            self.programs.write_program(),
+        )
+    }
+
+    fn set_works(&self) -> Result<()> {
+        self.programs.works().try_for_each(|work| {
+            let eventfd = self.eventfds.get(work.name);
+            let eventfd = eventfd.map(|eventfd| eventfd as &dyn AsRawFd);
+            self.device.set_work(work.index, work.program, eventfd)
+        })
+    }
+
+    /// An eventfd is one program's: has `from` give up those that go to another index.
+    fn free_eventfds(&self, from: &Programs) {
+        self.remove_works(from, |old| {
+            let new = self.programs.work(old.name);
+            self.eventfds.contains_key(old.name) && new.is_some_and(|new| new.index != old.index)
+        });
+    }
+
+    /// Removes those of `from` that have no successor.
+    fn unset_works(&self, from: &Programs) {
+        self.remove_works(from, |old| {
+            !self.programs.works().any(|new| new.index == old.index)
+        });
+    }
+
+    fn remove_works(&self, from: &Programs, is_gone: impl Fn(&Work<'_>) -> bool) {
+        for work in from.works().filter(is_gone) {
+            // It fails only where there is none.
+            let _ = self.device.unset_work(work.index);
+        }
+    }
+
+    /// Takes the eventfds from the doorbells that only `from` has.
+    fn unset_doorbells(&self, from: &Programs) {
+        let own = &self.programs.note().doorbells;
+        for bell in &from.note().doorbells {
+            if !own.iter().any(|other| other.irq == bell.irq) {
+                // It fails only where there is none.
+                let _ = self.device.unset_irq(bell.irq);
+            }
+        }
+    }
+
+    /// Has a WORK program also run when `eventfd` is signalled, or no more.
+    ///
+    /// It may be the eventfd of one of the device's interrupts, so that the device's other programs
+    /// have it run. It stays with the name when the programs are replaced.
+    pub fn set_work_eventfd(&mut self, name: &str, eventfd: Option<&dyn AsRawFd>) -> Result<()> {
+        let no_such = || Error::NoSuchWork(name.to_string());
+        let work = self.programs.work(name).ok_or_else(no_such)?;
+        let eventfd = eventfd.map(|eventfd| sys::duplicate(&eventfd.as_raw_fd()));
+        let eventfd = eventfd.transpose().map_err(Error::Duplicate)?;
+        self.device.set_work(
+            work.index,
+            work.program,
+            eventfd.as_ref().map(|eventfd| eventfd as &dyn AsRawFd),
+        )?;
+        match eventfd {
+            Some(eventfd) => self.eventfds.insert(name.to_string(), eventfd),
+            None => self.eventfds.remove(name),
+        };
+        Ok(())
+    }
+
+    /// Has an interrupt of the device signal `eventfd` instead of an earlier one, as
+    /// [`Builder::irq`] does. It waits as [`Device::set_irq`] does.
+    pub fn set_irq(&mut self, index: u32, eventfd: &impl AsRawFd) -> Result<()> {
+        let eventfd = set_irq(&self.device, self.programs.note(), index, eventfd)?;
+        self.irqs.insert(index, eventfd);
+        Ok(())
+    }
+
+    /// Runs the WORK program of that name, until it has no more to do; returns whether there is one.
+    pub fn run(&self, name: &str, arg: u64) -> Result<bool> {
+        let Some(work) = self.programs.work(name) else {
+            return Ok(false);
+        };
+        for _ in 0..MAX_RUNS {
+            if self.device.run(work.index, arg)? == Ran::Done {
+                return Ok(true);
+            }
+        }
+        Err(Error::Endless(name.to_string()))
+    }
+
+    /// Puts the device into the state of a new one, where it has a WORK program `reset`; returns
+    /// whether it has.
+    pub fn reset(&self) -> Result<bool> {
+        self.run("reset", 0)
+    }
+
+    /// Has an input of the device be at a level, where it has a WORK program `input`; returns
+    /// whether it has.
+    pub fn input(&self, line: u32, level: bool) -> Result<bool> {
+        self.run("input", u64::from(line) | u64::from(level) << 32)
+    }
+
+    /// The state of the device, after a run of its WORK program `save` where it has one.
+    ///
+    /// No vCPU may be in `KVM_RUN`, from before until [`Self::resume`], where the device goes on
+    /// here. On an error it goes on without. Calls neither bpf(2) nor libbpf.
+    pub fn save(&self) -> Result<State> {
+        if self.programs.work("save").is_none()
+            && let Some((map, what)) = self.programs.runs_later()
+        {
+            let (map, what) = (map.to_string(), what.to_string());
+            return Err(state::Error::TimersWithoutSave { map, what }.into());
+        }
+        let saved = self.run("save", 0).and_then(|_| {
+            let (note, maps) = (self.programs.note(), self.programs.states());
+            Ok(state::save(note, maps, &self.clocks)?)
+        });
+        if saved.is_err() {
+            // What kept the state from being saved is the news.
+            let _ = self.resume();
+        }
+        saved
+    }
+
+    /// Has the device go on after [`Self::save`] or [`Self::prepare`], with its WORK program
+    /// `restore` where it has one.
+    pub fn resume(&self) -> Result<()> {
+        self.run("restore", 0).map(drop)
+    }
+
+    /// Has the device go on from a saved state, with a run of its WORK program `restore` where it
+    /// has one.
+    ///
+    /// No vCPU may be in `KVM_RUN`. On an error the state maps are as before; if it is one of
+    /// `restore` itself, what else that did is done. Calls neither bpf(2) nor libbpf.
+    pub fn restore(&mut self, state: &State) -> Result<()> {
+        let maps = self.programs.states();
+        let before = state::restore(self.programs.note(), maps, state)?;
+        if let Err(error) = self.run("restore", 0) {
+            state::undo(maps, &before);
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// The first half of [`Self::restore`]: puts the state into the maps. [`Self::resume`] is the other.
+    ///
+    /// So the device does nothing yet, while it is not certain that the guest goes on here: from
+    /// `restore` on it may access guest memory, which may still be another's too.
+    pub fn prepare(&mut self, state: &State) -> Result<()> {
+        state::restore(self.programs.note(), self.programs.states(), state)?;
+        Ok(())
+    }
+
+    /// The pages whose loads have no side effect, in the note's order.
+    pub fn read_pages(&self) -> &[ReadPage] {
+        &self.read_pages
+    }
+
+    /// Has the guest read a page, by its index in [`Self::read_pages`], through a read-only memory
+    /// slot of that number, which is free: loads then leave the guest no more.
+    ///
+    /// The slot goes with the device, or with [`Self::unset_read_page`]; it must not be set
+    /// otherwise. Without one all is the same, but for the cost: go on after an error.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such page.
+    pub fn set_read_page(
+        &mut self,
+        vm: &impl AsRawFd,
+        index: usize,
+        slot: u32,
+    ) -> std::result::Result<(), &NoSlot> {
+        self.read_pages[index].set(vm, slot)
+    }
+
+    /// Takes the memory slot of a page away, if it has one: loads run the read program from then on.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such page.
+    pub fn unset_read_page(&mut self, index: usize) -> Result<()> {
+        let page = &mut self.read_pages[index];
+        let addr = page.addr();
+        let unset = page.unset();
+        unset.map_err(|source| Error::UnsetReadPage { addr, source })
+    }
+
+    /// Where it is.
+    pub fn place(&self) -> Place {
+        self.place
+    }
+
+    /// The running programs and maps.
+    pub fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    /// The KVM device, for regions and windows of the VMM's own. Its region, WORK programs and
+    /// doorbells are this value's: they must not be set otherwise.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+}
+
+/// Has each doorbell signal the eventfd of its WORK program, and makes those that are not there.
+fn set_doorbells(
+    device: &Device,
+    programs: &Programs,
+    eventfds: &mut BTreeMap<String, OwnedFd>,
+) -> Result<()> {
+    for bell in &programs.note().doorbells {
+        let Some(work) = programs.works().find(|work| work.index == bell.work) else {
+            continue;
+        };
+        let eventfd = match eventfds.entry(work.name.to_string()) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let eventfd = sys::eventfd();
+                entry.insert(eventfd.map_err(|error| Error::Doorbell(bell.irq, error))?)
+            }
+        };
+        device.set_irq(bell.irq, eventfd)?;
+    }
+    Ok(())
+}
+
+fn suspend(page: &mut ReadPage) -> Result<()> {
+    let addr = page.addr();
+    let suspended = page.suspend();
+    suspended.map_err(|source| Error::UnsetReadPage { addr, source })
+}
