@@ -247,17 +247,15 @@ pub enum Error {
     UnknownKind(u16),
 }
 
-impl From<object::read::Error> for Error {
-    fn from(error: object::read::Error) -> Self {
-        Error::BadElf(error.to_string())
-    }
+fn damaged(error: object::read::Error) -> Error {
+    Error::BadElf(error.to_string())
 }
 
 impl Note {
     /// Finds and reads the note in the bytes of an object file.
     pub fn from_elf(file: &[u8]) -> Result<Self, Error> {
         let header = FileHeader64::<Endianness>::parse(file).map_err(|_| Error::NotElf)?;
-        let endian = header.endian()?;
+        let endian = header.endian().map_err(damaged)?;
         if endian == Endianness::Big {
             return Err(Error::BigEndian);
         }
@@ -266,16 +264,17 @@ impl Note {
             return Err(Error::NotBpf(machine));
         }
 
-        let sections = header.sections(endian, file)?;
+        let sections = header.sections(endian, file).map_err(damaged)?;
         let Some((_, section)) = sections.section_by_name(endian, SECTION.as_bytes()) else {
             return Err(Error::NoNote);
         };
         if section.sh_type(endian) != elf::SHT_NOTE {
             return Err(Error::NoNote);
         }
-        let mut notes = section.notes(endian, file)?.ok_or(Error::NoNote)?;
+        let notes = section.notes(endian, file).map_err(damaged)?;
+        let mut notes = notes.ok_or(Error::NoNote)?;
         let (mut device, mut lists) = (None, Vec::new());
-        while let Some(note) = notes.next()? {
+        while let Some(note) = notes.next().map_err(damaged)? {
             match note.n_type(endian) {
                 _ if note.name() != OWNER.as_bytes() => {}
                 TYPE if device.is_some() => {
