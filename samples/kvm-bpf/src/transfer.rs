@@ -12,7 +12,7 @@
 //! The receiver takes nothing on trust that could harm it: sizes have limits, notes and types are
 //! checked as those of a file are, and what the kernel says in `/proc/self/fdinfo` must agree with
 //! the description. Without `/proc`, numbers and sizes of maps are taken as described; memory is
-//! still mapped only as far as the kernel has it. It calls no bpf(2) for what comes over a socket.
+//! still mapped only as far as the kernel has it, and never that of a file. It calls no bpf(2) for what comes over a socket.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -313,20 +313,23 @@ fn len_behind(header: &[u8; HEADER_LEN]) -> Result<usize> {
 
 /// What it is where `/proc` says it; the kernel finds out the rest when it is to run.
 fn check_program(fd: BorrowedFd<'_>, name: &str) -> Result<()> {
-    match FdInfo::of(fd) {
-        Ok(info) if info.number("prog_id").is_none() => Err(Error::NotProgram(name.to_string())),
-        _ => Ok(()),
+    let is_one = match FdInfo::of(fd) {
+        Ok(info) => info.number("prog_id").is_some(),
+        Err(_) => sys::is_anonymous(fd),
+    };
+    match is_one {
+        true => Ok(()),
+        false => Err(Error::NotProgram(name.to_string())),
     }
 }
 
 fn check_map(fd: BorrowedFd<'_>, name: &str, described: &MapInfo) -> Result<()> {
-    let Ok(info) = FdInfo::of(fd) else {
-        return Ok(());
-    };
-    let why = match info.map() {
-        Some(info) if info == *described => return Ok(()),
-        Some(info) => format!("it is {info:?}, and described as {described:?}"),
-        None => "no eBPF map".to_string(),
+    let why = match FdInfo::of(fd).map(|info| info.map()) {
+        Ok(Some(info)) if info == *described => return Ok(()),
+        Ok(Some(info)) => format!("it is {info:?}, and described as {described:?}"),
+        // Somebody may shorten a file, and then its memory is none.
+        Err(_) if sys::is_anonymous(fd) => return Ok(()),
+        Ok(None) | Err(_) => "no eBPF map".to_string(),
     };
     let name = name.to_string();
     Err(Error::Map { name, why })
