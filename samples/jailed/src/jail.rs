@@ -104,6 +104,7 @@ const RULES: &[Rule] = &[
     ),
     kvm("KVM_HAS_DEVICE_ATTR", 0x4018_aee3, &[SetUp, Swap]),
     kvm("KVM_CREATE_DEVICE", 0xc00c_aee0, &[SetUp]),
+    kvm("KVM_ENABLE_CAP", 0x4068_aea3, &[SetUp]),
     kvm("KVM_CREATE_VM", 0xae01, &[SetUp]),
     kvm("KVM_CHECK_EXTENSION", 0xae03, &[SetUp]),
     kvm("KVM_GET_VCPU_MMAP_SIZE", 0xae04, &[SetUp]),

@@ -19,7 +19,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use kvm_bpf::{Device, ImageDevice, OnLoss, Place, Programs, State};
+use kvm_bpf::perms::{self, Allow};
+use kvm_bpf::{Device, ImageDevice, OnLoss, Permissions, Place, Programs, State};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -32,7 +33,7 @@ const USAGE: &str = "usage: kvm-bpf-jailed-vmm MANAGER NAME
 
 Runs a guest whose clock the programs of object file NAME are, as kvm-bpf-manager has it, which listens
 at the path MANAGER. Commands come on standard input, one in each line: status, swap NAME,
-save-restore NAME, alarm SECONDS, quiet, busy, wait, forbidden, quit.
+save-restore NAME, another, alarm SECONDS, quiet, busy, wait, forbidden, quit.
 
        kvm-bpf-jailed-vmm --rules
 
@@ -82,6 +83,18 @@ fn restore(clock: &mut ImageDevice, state: &State) -> Result<()> {
 }
 // --- the device part ends
 
+/// Gives up what the clock does not need: its programs may signal interrupts, set timers and sleep,
+/// and be replaced by such; it has no other programs and no guest memory; and there is no other
+/// device.
+fn lock_down(vm: &VmFd, clock: &Device) -> Result<()> {
+    let programs = Allow::IRQ | Allow::ASYNC | Allow::SLEEP;
+    clock.restrict(Permissions {
+        allow: programs | Allow::REPLACE | Allow::SET_WORK | Allow::RUN,
+        extensible: false,
+    })?;
+    Ok(perms::seal(vm)?)
+}
+
 /// Reads a line of the manager's, and nothing behind it: there come file descriptors.
 fn line(mut stream: impl Read) -> Result<String> {
     const MAX: usize = 2000;
@@ -110,7 +123,7 @@ struct Running {
 struct Machine {
     /// The first to go: the device outlives no VM.
     clock: ImageDevice,
-    _vm: VmFd,
+    vm: VmFd,
     running: Arc<Running>,
     thread: Option<JoinHandle<Result<VcpuFd>>>,
     /// What stands still.
@@ -124,9 +137,10 @@ impl Machine {
         memory.give(&vm)?;
         let vcpu = guest::vcpu(kvm, &vm)?;
         let clock = plug(&vm, programs, irq)?;
+        lock_down(&vm, clock.device())?;
         Ok(Machine {
             clock,
-            _vm: vm,
+            vm,
             running: Arc::default(),
             thread: None,
             vcpu: Some(vcpu),
@@ -260,6 +274,12 @@ impl Vmm {
                 *machine = new;
                 machine.start(&self.filters);
                 "in a new VM".to_string()
+            }
+            ["another"] => {
+                let vm = &machine.vm;
+                let another = || Ok(Device::new(vm).map(drop)?);
+                self.filters.run(Phase::SetUp, another)?;
+                "there is another device".to_string()
             }
             ["alarm", seconds] => match shared.arm(seconds.parse()?) {
                 true => format!("in {seconds} s"),
