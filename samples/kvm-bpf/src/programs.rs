@@ -344,7 +344,7 @@ impl Programs {
     /// Programs that somebody else has loaded, with maps of these names.
     ///
     /// Where nothing says what is in the maps, the device's state is none: it can be neither saved
-    /// nor carried over. [`OpenImage::load`](crate::OpenImage) and [`Self::recv`] know it.
+    /// nor carried over. `OpenImage::load()` and `recv()` know it.
     pub fn from_fds(
         note: Note,
         read: Option<OwnedFd>,

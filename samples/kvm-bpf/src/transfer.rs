@@ -643,11 +643,16 @@ mod tests {
         (one, other)
     }
 
-    /// How many file descriptors this process has of pipes whose other end it does not have.
-    fn is_open(reader: &mut impl Read) -> bool {
-        let mut byte = [0];
-        // A pipe that nobody can write to any more is at its end.
-        !matches!(reader.read(&mut byte), Ok(0))
+    /// Whether somebody can still write to a pipe. A process that another test starts may have it
+    /// for a moment, so it waits for the end.
+    fn is_open(reader: &io::PipeReader, milliseconds: i32) -> bool {
+        let mut poll = libc::pollfd {
+            fd: reader.as_raw_fd(),
+            events: 0,
+            revents: 0,
+        };
+        // SAFETY: the kernel reads and writes one structure.
+        unsafe { libc::poll(&mut poll, 1, milliseconds) == 0 || poll.revents & libc::POLLHUP == 0 }
     }
 
     /// Sends these bytes with the writing ends of as many pipes, and receives; then all pipes must
@@ -670,8 +675,8 @@ mod tests {
         let error = Programs::recv(&other).unwrap_err();
         drop(other);
         rest.join().unwrap();
-        for reader in &mut readers {
-            assert!(!is_open(reader), "leaked after {error}");
+        for reader in &readers {
+            assert!(!is_open(reader, 5000), "leaked after {error}");
         }
         error
     }
@@ -709,6 +714,18 @@ mod tests {
         assert_eq!(&byte, b"y");
         let too_many: Vec<_> = (0..=MAX_FDS).map(|_| reader.as_fd()).collect();
         assert!(send_with_fds(&one, b"x", &too_many).is_err());
+    }
+
+    #[test]
+    fn a_leak_would_be_seen() {
+        let (reader, writer) = io::pipe().unwrap();
+        let (one, other) = pair();
+        send_with_fds(&one, b"x", &[writer.as_fd()]).unwrap();
+        drop(writer);
+        let (_, fds) = receive_with_fds(&other, &mut [0]).unwrap();
+        assert!(is_open(&reader, 0));
+        drop(fds);
+        assert!(!is_open(&reader, 5000));
     }
 
     #[test]

@@ -426,7 +426,7 @@ fn wrong_maps_are_refused() {
     }
     for (map, offset, wanted) in [
         ("nowhere", SIZE, "there is no such map"),
-        ("hash", SIZE, "it is no array, but of type Hash"),
+        ("hash", SIZE, "it is no array, but of type 1"),
         ("per_cpu", SIZE, "it is no array, but of type PercpuArray"),
         ("not_mapped", SIZE, "it has no flag BPF_F_MMAPABLE"),
         (
