@@ -10,7 +10,7 @@ use kvm_bpf_selftests::bpf::{Prog, ProgType, program_id};
 use kvm_bpf_selftests::device::{Device, region, work};
 use kvm_bpf_selftests::guest::Guest;
 use kvm_bpf_selftests::harness::meanwhile;
-use kvm_bpf_selftests::programs::{answer, only_return, plug, ret, sample};
+use kvm_bpf_selftests::programs::{answer, only_return, plug, ret, sample, test_image};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ADDR, SIZE, beside_this_program};
@@ -133,11 +133,8 @@ fn counts(lines: &[String], what: &str) -> [u64; 2] {
 
 fn counts_while_it_runs() {
     let guest = Guest::new();
-    let device = Device::new(guest.vm());
-    let read = answer(1);
-    // Also of a sleepable one.
-    let declines = Prog::load_sleepable(ProgType::WRITE, &ret(1));
-    device.set_region(0, &region(ADDR, SIZE, Some(&read), Some(&declines)));
+    // Reads of what is there it handles, writes to that it declines.
+    let _device = plug(guest.vm(), ADDR, test_image("half_bank"));
     let mut vcpu = guest.vcpu(0);
     vcpu.read(ADDR, 4);
     let lines = own(&["--for", "0.1"]);
@@ -158,6 +155,14 @@ fn counts_while_it_runs() {
         handled > 0 && handled.abs_diff(declined) <= 1 + handled / 2,
         "as many reads as writes: {handled}, {declined}"
     );
+    // Of a program without types only that it cannot be counted is known.
+    let device = Device::new(guest.vm());
+    device.set_region(0, &region(ADDR + SIZE, SIZE, Some(&answer(1)), None));
+    let lines = own(&["--for", "0"]);
+    let bare = lines
+        .iter()
+        .any(|line| line.ends_with("not counted: it has no BTF"));
+    assert!(bare, "{lines:#?}");
     // Nobody counts any more.
     let lines = own(&[]);
     assert!(
