@@ -57,6 +57,11 @@ impl Program {
         }
     }
 
+    /// Whether it has come with BTF, which says what can be attached to it.
+    pub fn has_types(&self) -> bool {
+        self.function != 0
+    }
+
     pub fn id(&self) -> u32 {
         self.id
     }

@@ -94,17 +94,16 @@ fn inspect(pid: u32, seconds: Option<f64>, out: &mut impl Write) -> Result<(), E
         .map(|program| (program.id(), program))
         .collect();
     let counters = match wait {
-        None => BTreeMap::new(),
+        None => None,
         Some(wait) => {
-            let counters = programs
-                .values()
-                .map(|program| match Counter::new(program) {
-                    Ok(counter) => Ok((program.id(), counter)),
-                    Err(error) => Err(Error::Count(program.name.clone(), error)),
-                });
+            let countable = programs.values().filter(|program| program.has_types());
+            let counters = countable.map(|program| match Counter::new(program) {
+                Ok(counter) => Ok((program.id(), counter)),
+                Err(error) => Err(Error::Count(program.name.clone(), error)),
+            });
             let counters = counters.collect::<Result<BTreeMap<_, _>, _>>()?;
             process::wait(pid, wait).map_err(|error| Error::Process(pid, error))?;
-            counters
+            Some(counters)
         }
     };
     for (number, device) in &devices {
@@ -113,7 +112,7 @@ fn inspect(pid: u32, seconds: Option<f64>, out: &mut impl Write) -> Result<(), E
             "process {pid} ({}), file descriptor {number}",
             command.trim_end()
         )?;
-        show(device, &programs, &counters, out)?;
+        show(device, &programs, counters.as_ref(), out)?;
     }
     Ok(())
 }
@@ -121,7 +120,7 @@ fn inspect(pid: u32, seconds: Option<f64>, out: &mut impl Write) -> Result<(), E
 fn show(
     device: &Device,
     programs: &BTreeMap<u32, &bpf::Program>,
-    counters: &BTreeMap<u32, Counter>,
+    counters: Option<&BTreeMap<u32, Counter>>,
     out: &mut impl Write,
 ) -> Result<(), Error> {
     let show_program = |out: &mut dyn Write, what: &str, program: &fdinfo::Program| {
@@ -133,9 +132,14 @@ fn show(
             "    {what}: {name} (program {}, tag {}{sleeps})",
             program.id, program.tag
         )?;
-        if let Some(counter) = counters.get(&program.id) {
-            let [handled, declined] = counter.get()?;
-            write!(out, ": handled {handled}, declined {declined}")?;
+        if let Some(counters) = counters {
+            match counters.get(&program.id) {
+                Some(counter) => {
+                    let [handled, declined] = counter.get()?;
+                    write!(out, ": handled {handled}, declined {declined}")?;
+                }
+                None => write!(out, ": not counted: it has no BTF")?,
+            }
         } else if let Some(known) = known
             && known.run_cnt > 0
         {

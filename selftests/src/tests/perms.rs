@@ -154,10 +154,15 @@ fn containing(what: u32, place: u32) -> Programs {
 }
 
 /// Refused without the permission, and attached with it alone.
+///
+/// One call of each permission is tried in all places, the others in one.
 fn each_call_wherever_it_is() {
     let guest = Guest::new();
+    let mut tried = 0;
     for (what, name, bit) in CALLS {
-        for (place, place_name) in (0..).zip(PLACES) {
+        let places = if tried & bit == 0 { 3 } else { 1 };
+        tried |= bit;
+        for (place, place_name) in (0..).zip(PLACES).take(places) {
             let image = containing(what, place);
             let region = fd_region(0, image.read_program(), None);
             let device = Device::new(guest.vm());
@@ -192,7 +197,7 @@ fn hardened_code() {
     // Of all loaders.
     fs::write(PATH, "2").expect("bpf_jit_harden");
     let guest = Guest::new();
-    for (what, name, bit) in CALLS {
+    for (what, name, bit) in CALLS.into_iter().step_by(4) {
         let image = containing(what, 2);
         let device = Device::new(guest.vm());
         device.set_perms(ALL & !bit, 0);
@@ -600,7 +605,7 @@ fn each_device_has_its_own() {
 
 /// Either the program is there and the permission with it, or neither.
 fn no_program_slips_through_a_race() {
-    let rounds = number_from_env("KVM_BPF_RACES", 2000);
+    let rounds = number_from_env("KVM_BPF_RACES", 500);
     let guest = Guest::new();
     let image = containing(1, 0);
     let mut random = Random::new(rounds);
