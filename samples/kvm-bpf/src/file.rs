@@ -3,7 +3,9 @@
 //! Files that others name: regular ones only.
 
 use std::fs::{self, File, Metadata, OpenOptions};
-use std::io::{self, Read};
+use std::io;
+#[cfg(any(feature = "loader", feature = "serde"))]
+use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -37,6 +39,7 @@ pub fn open_regular_to(options: &mut OpenOptions, path: &Path) -> io::Result<Fil
 }
 
 /// Reads so many bytes of a regular file, or all that it has.
+#[cfg(any(feature = "loader", feature = "serde"))]
 pub(crate) fn read_start(path: &Path, max: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     open_regular(path)?.take(max).read_to_end(&mut bytes)?;

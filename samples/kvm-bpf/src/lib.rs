@@ -81,6 +81,7 @@ mod image_device;
 #[cfg(feature = "loader")]
 mod layouts;
 mod mapping;
+#[cfg_attr(not(feature = "loader"), allow(dead_code))]
 mod maps;
 pub mod note;
 #[cfg(feature = "loader")]
@@ -88,9 +89,12 @@ mod object_types;
 pub mod page;
 pub mod programs;
 mod ring_buffer;
+#[cfg_attr(not(feature = "loader"), allow(dead_code))]
 mod schema;
 pub mod state;
 mod sys;
+#[cfg(feature = "serde")]
+pub mod transfer;
 pub mod uapi;
 
 pub use abi::Abi;

@@ -117,6 +117,8 @@ pub enum Space {
 
 /// A region of the device, without its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Range {
     /// Memory or ports.
     pub space: Space,
@@ -128,6 +130,8 @@ pub struct Range {
 
 /// Bytes of a region that the guest may read from a map: no load of them has a side effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct ReadPage {
     /// Index of the region, which is one of memory.
     pub region: u32,
@@ -139,6 +143,8 @@ pub struct ReadPage {
 
 /// A program that runs without a guest's access.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct WorkName {
     /// Its index in the device, 0 to 15.
     pub index: u32,
@@ -148,6 +154,8 @@ pub struct WorkName {
 
 /// How a device accesses guest memory; in one way at least.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Rights {
     /// It reads it.
     pub read: bool,
@@ -157,6 +165,8 @@ pub struct Rights {
 
 /// What a program signals to have a WORK program run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct Doorbell {
     /// Its index among those of interrupts, which it is none of.
     pub irq: u32,
@@ -166,6 +176,8 @@ pub struct Doorbell {
 
 /// Which states of a device another of its kind can load.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub struct StateVersion {
     /// Version of the state that this device saves.
     pub version: u32,
@@ -175,6 +187,8 @@ pub struct StateVersion {
 
 /// What the note says about a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(try_from = "Unchecked"))]
 #[non_exhaustive]
 pub struct Note {
     /// Bytes of guest-physical address space that region 0 has, 1 to `i32::MAX`; 0 if `ranges` are
@@ -276,11 +290,16 @@ impl Note {
         for list in lists {
             note.add_items(list)?;
         }
-        note.check_regions()?;
-        note.check_read_pages()?;
-        note.check_works()?;
-        note.check_doorbells()?;
+        note.check()?;
         Ok(note)
+    }
+
+    /// Checks what the parts say of each other.
+    fn check(&self) -> Result<(), Error> {
+        self.check_regions()?;
+        self.check_read_pages()?;
+        self.check_works()?;
+        self.check_doorbells()
     }
 
     /// Whether both describe the same device to a guest and want the same guest memory. What programs
@@ -415,17 +434,7 @@ impl Note {
             return bad(format!("{} bytes, at least {FIXED_LEN} needed", desc.len()));
         };
         let (nr_irqs, mmio_size) = (u32_at(fixed, 4), u64_at(fixed, 8));
-        if mmio_size > i32::MAX as u64 {
-            return bad(format!(
-                "MMIO size {mmio_size:#x}, more than {:#x}",
-                i32::MAX
-            ));
-        }
-        if u64::from(nr_irqs) > KVM_DEV_BPF_MAX_IRQS {
-            return bad(format!(
-                "{nr_irqs} interrupts, more than {KVM_DEV_BPF_MAX_IRQS}"
-            ));
-        }
+        check_fixed(nr_irqs, mmio_size).map_err(Error::BadNote)?;
 
         let Some((&0, strings)) = strings.split_last() else {
             return bad("no compatible string that ends in NUL".to_string());
@@ -503,6 +512,97 @@ impl Note {
     }
 }
 
+/// A note that somebody has written down, of which nothing is known.
+#[cfg(feature = "serde")]
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Unchecked {
+    mmio_size: u64,
+    nr_irqs: u32,
+    compatible: Vec<String>,
+    #[serde(default)]
+    ranges: Vec<Range>,
+    #[serde(default)]
+    read_pages: Vec<ReadPage>,
+    #[serde(default)]
+    works: Vec<WorkName>,
+    #[serde(default)]
+    window: Option<Rights>,
+    #[serde(default)]
+    doorbells: Vec<Doorbell>,
+    #[serde(default)]
+    state_version: Option<StateVersion>,
+}
+
+#[cfg(feature = "serde")]
+impl TryFrom<Unchecked> for Note {
+    type Error = Error;
+
+    /// What holds for the note of a file holds for it.
+    fn try_from(from: Unchecked) -> Result<Self, Error> {
+        /// More than any device has.
+        const MAX_ITEMS: usize = 256;
+
+        let note = Note {
+            mmio_size: from.mmio_size,
+            nr_irqs: from.nr_irqs,
+            compatible: from.compatible,
+            ranges: from.ranges,
+            read_pages: from.read_pages,
+            works: from.works,
+            window: from.window,
+            doorbells: from.doorbells,
+            state_version: from.state_version,
+        };
+        let bad = |reason: &str| Err(Error::BadNote(reason.to_string()));
+        let lens = [
+            note.compatible.len(),
+            note.ranges.len(),
+            note.read_pages.len(),
+            note.works.len(),
+            note.doorbells.len(),
+        ];
+        let is_name = |name: &String| !name.is_empty() && !name.contains('\0');
+        if lens.iter().any(|&len| len > MAX_ITEMS) {
+            return bad("more items than a device has");
+        }
+        check_fixed(note.nr_irqs, note.mmio_size).map_err(Error::BadNote)?;
+        if note.compatible.is_empty() || !note.compatible.iter().all(is_name) {
+            return bad("an empty compatible string, or none");
+        }
+        note.ranges
+            .iter()
+            .try_for_each(check_range)
+            .map_err(Error::BadNote)?;
+        for page in &note.read_pages {
+            let is_short = is_name(&page.map) && page.map.len() < NAME_LEN;
+            if !page.offset.is_multiple_of(MIN_PAGE) || !is_short {
+                return bad("a read page in the middle of a page, or without a map's name");
+            }
+        }
+        for work in &note.works {
+            let is_good = is_work_name(work.name.as_bytes()) && work.name.len() < NAME_LEN;
+            if u64::from(work.index) >= KVM_DEV_BPF_MAX_WORKS || !is_good {
+                return bad("a WORK program with a bad index or name");
+            }
+        }
+        if note
+            .window
+            .is_some_and(|rights| !rights.read && !rights.write)
+        {
+            return bad("a window without rights");
+        }
+        if note
+            .state_version
+            .is_some_and(|own| own.oldest > own.version)
+        {
+            return bad("a state that does not load its own version");
+        }
+        note.check()?;
+        Ok(note)
+    }
+}
+
 fn add<T>(items: &mut Vec<T>, item: Result<T, String>) -> Result<(), String> {
     items.push(item?);
     Ok(())
@@ -521,9 +621,39 @@ fn first_twice<T>(items: &[T], same: impl Fn(&T, &T) -> bool) -> Option<&T> {
     (0..items.len()).find(is_again).map(|at| &items[at])
 }
 
+fn check_fixed(nr_irqs: u32, mmio_size: u64) -> Result<(), String> {
+    if mmio_size > i32::MAX as u64 {
+        return Err(format!(
+            "MMIO size {mmio_size:#x}, more than {:#x}",
+            i32::MAX
+        ));
+    }
+    if u64::from(nr_irqs) > KVM_DEV_BPF_MAX_IRQS {
+        return Err(format!(
+            "{nr_irqs} interrupts, more than {KVM_DEV_BPF_MAX_IRQS}"
+        ));
+    }
+    Ok(())
+}
+
 fn parse_range(space: Space, payload: &[u8]) -> Result<Range, String> {
     check_len("range", payload, RANGE_LEN)?;
-    let (region, size) = (u32_at(payload, 0), u64_at(payload, 8));
+    let range = Range {
+        space,
+        region: u32_at(payload, 0),
+        size: u64_at(payload, 8),
+    };
+    check_range(&range)?;
+    check_flags("range", payload)?;
+    Ok(range)
+}
+
+fn check_range(range: &Range) -> Result<(), String> {
+    let Range {
+        space,
+        region,
+        size,
+    } = *range;
     let max = match space {
         Space::Memory => i32::MAX as u64,
         Space::Ports => MAX_PORTS,
@@ -536,12 +666,13 @@ fn parse_range(space: Space, payload: &[u8]) -> Result<Range, String> {
             "region {region}, not below {KVM_DEV_BPF_MAX_REGIONS}"
         ));
     }
-    check_flags("range", payload)?;
-    Ok(Range {
-        space,
-        region,
-        size,
-    })
+    Ok(())
+}
+
+/// Whether these are bytes that names of WORK programs have.
+fn is_work_name(name: &[u8]) -> bool {
+    let is_good = |byte: &u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_');
+    !name.is_empty() && name.iter().all(is_good)
 }
 
 fn parse_read_page(payload: &[u8]) -> Result<ReadPage, String> {
@@ -571,8 +702,7 @@ fn parse_work(payload: &[u8]) -> Result<WorkName, String> {
         ));
     }
     check_flags("WORK program", payload)?;
-    let is_good = |byte: &u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_');
-    let name = name_in(&payload[8..]).filter(|name| name.iter().all(is_good));
+    let name = name_in(&payload[8..]).filter(|name| is_work_name(name));
     let Some(name) = name else {
         let name = String::from_utf8_lossy(&payload[8..]);
         return Err(format!(

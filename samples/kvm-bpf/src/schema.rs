@@ -13,6 +13,10 @@ pub(crate) const MAX_DEPTH: usize = 32;
 /// often have many.
 pub(crate) const MAX_PARTS: usize = 1 << 16;
 
+/// How many bytes of text the places of all parts of a type may have.
+#[cfg(feature = "serde")]
+const MAX_TEXT: usize = 16 << 20;
+
 /// A type, with all that it contains.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -98,6 +102,53 @@ impl Type {
         }
     }
 
+    /// Whether another's word for it can be worked with: not nested too deeply, with no more parts
+    /// than an object's has, and no numbers that no object has.
+    #[cfg(feature = "serde")]
+    pub fn is_sound(&self) -> bool {
+        let mut room = Room {
+            parts: MAX_PARTS,
+            text: MAX_TEXT,
+        };
+        self.takes(&mut room, 0, 0).is_some()
+    }
+
+    /// What it takes of what there is room for; `path` is the length of its place in words.
+    #[cfg(feature = "serde")]
+    fn takes(&self, room: &mut Room, depth: usize, path: usize) -> Option<()> {
+        let is_small = |number: usize| u32::try_from(number).is_ok();
+        if depth > MAX_DEPTH || !is_small(self.size) {
+            return None;
+        }
+        room.take(path + self.tags.len())?;
+        match &self.kind {
+            Kind::Int { .. } => {}
+            Kind::Enum { values, .. } => values
+                .iter()
+                .try_for_each(|one| room.take(path + one.name.len()))?,
+            Kind::Array { count, element } => {
+                is_small(*count).then_some(())?;
+                element.takes(room, depth + 1, path + "[]".len())?;
+            }
+            Kind::Struct { name, fields } | Kind::Union { name, fields } => {
+                room.take(path + name.len())?;
+                for field in fields {
+                    is_small(field.offset / 8).then_some(())?;
+                    let path = path + 1 + field.name.len();
+                    field.ty.takes(room, depth + 1, path)?;
+                }
+            }
+            Kind::Section(variables) => {
+                for variable in variables {
+                    is_small(variable.offset / 8).then_some(())?;
+                    variable.ty.takes(room, depth + 1, variable.name.len())?;
+                }
+            }
+            Kind::Pointer { to: name, .. } | Kind::Bytes(name) => room.take(path + name.len())?,
+        }
+        Some(())
+    }
+
     /// What `look` finds first in the type itself and all that it contains.
     fn find<T>(&self, look: &impl Fn(&Kind) -> Option<T>) -> Option<T> {
         look(&self.kind).or_else(|| match &self.kind {
@@ -178,6 +229,23 @@ impl Type {
         if !self.tags.is_empty() {
             lines.push(Line::part(format!("{what}: tags {}", self.tags)));
         }
+    }
+}
+
+/// What types may take yet.
+#[cfg(feature = "serde")]
+struct Room {
+    parts: usize,
+    text: usize,
+}
+
+#[cfg(feature = "serde")]
+impl Room {
+    /// For a part with so many bytes of text.
+    fn take(&mut self, text: usize) -> Option<()> {
+        self.parts = self.parts.checked_sub(1)?;
+        self.text = self.text.checked_sub(text)?;
+        Some(())
     }
 }
 

@@ -54,6 +54,8 @@ use crate::schema::{self, Encoding, Field, Kind, Type};
 #[cfg(feature = "serde")]
 mod json;
 #[cfg(feature = "serde")]
+pub(crate) use json::check_json;
+#[cfg(feature = "serde")]
 pub use json::check_size;
 #[cfg(feature = "serde")]
 use json::{Envelope, number};
@@ -374,6 +376,7 @@ impl StateMap {
     }
 
     /// Its name, and what it has in a new device.
+    #[cfg(feature = "serde")]
     pub fn initial(&self) -> (&str, &[u8]) {
         (&self.shape.name, &self.shape.initial)
     }

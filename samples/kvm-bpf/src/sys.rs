@@ -149,12 +149,15 @@ pub(crate) fn eventfd() -> io::Result<OwnedFd> {
 
 // --- bpf(2): numbers and layouts are those of include/uapi/linux/bpf.h ---
 
+#[cfg(feature = "serde")]
 const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+#[cfg(feature = "serde")]
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+#[cfg(feature = "serde")]
 const BPF_MAP_FREEZE: libc::c_int = 22;
 
 /// The types of maps that the library has to tell.
@@ -204,6 +207,8 @@ fn owned(fd: io::Result<i32>) -> io::Result<OwnedFd> {
 
 /// What the kernel says about a map.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
 pub(crate) struct MapInfo {
     pub map_type: u32,
     pub id: u32,
@@ -265,6 +270,7 @@ pub(crate) fn map_update(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::R
 }
 
 /// Makes an array of one element with these bytes, which nobody changes any more.
+#[cfg(feature = "serde")]
 pub(crate) fn frozen_array(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     let mut attr = Attr([0; 10]);
     attr.0[0] = pair(map_type::ARRAY, size_of::<u32>() as u32);
@@ -280,7 +286,7 @@ pub(crate) fn frozen_array(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     attr.0[5] = pair(word(12), 0);
     // SAFETY: there are no addresses.
     let map = owned(unsafe { bpf(BPF_MAP_CREATE, &mut attr) })?;
-    let fd = borrow(&map);
+    let fd = std::os::fd::AsFd::as_fd(&map);
     map_update(fd, &[0; 4], bytes)?;
     let mut attr = Attr([0; 10]);
     attr.0[0] = pair(fd.as_raw_fd() as u32, 0);
@@ -289,16 +295,13 @@ pub(crate) fn frozen_array(name: &str, bytes: &[u8]) -> io::Result<OwnedFd> {
     Ok(map)
 }
 
-fn borrow(fd: &OwnedFd) -> BorrowedFd<'_> {
-    std::os::fd::AsFd::as_fd(fd)
-}
-
 fn c_path(path: &Path) -> io::Result<CString> {
     let path = CString::new(path.as_os_str().as_bytes());
     path.map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))
 }
 
 /// Pins a program or map in a bpf file system.
+#[cfg(feature = "serde")]
 pub(crate) fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
     let mut attr = Attr([0; 10]);
@@ -340,6 +343,7 @@ impl FdInfo {
     }
 
     /// What it says of a map; none if it is of something else.
+    #[cfg(feature = "serde")]
     pub fn map(&self) -> Option<MapInfo> {
         let number = |name| u32::try_from(self.number(name)?).ok();
         Some(MapInfo {
@@ -367,6 +371,7 @@ const _: () = assert!(mem::size_of::<MemoryRegion>() == 32);
 mod tests {
     use super::*;
 
+    #[cfg(feature = "serde")]
     #[test]
     fn lines_of_fdinfo_are_numbers() {
         let text = "pos:\t0\nmap_type:\t2\nkey_size:\t4\nvalue_size:\t24\nmax_entries:\t1\n\

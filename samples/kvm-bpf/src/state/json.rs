@@ -205,7 +205,14 @@ impl State {
 /// Refuses JSON that has more than a state, or something with several states in it, before it takes
 /// memory: more bytes, more levels, or more than so many values.
 pub fn check_size(json: &[u8], max_values: usize) -> Result<()> {
-    let too_much = || Err(Error::Size { max_values });
+    match json.len() as u64 <= MAX_FILE_SIZE && check_json(json, max_values, MAX_DEPTH) {
+        true => Ok(()),
+        false => Err(Error::Size { max_values }),
+    }
+}
+
+/// Whether JSON has no more than so many values and levels.
+pub(crate) fn check_json(json: &[u8], max_values: usize, max_depth: usize) -> bool {
     let (mut depth, mut values, mut in_text) = (0_usize, 0, false);
     let mut bytes = json.iter();
     while let Some(byte) = bytes.next() {
@@ -220,12 +227,9 @@ pub fn check_size(json: &[u8], max_values: usize) -> Result<()> {
             b',' => values += 1,
             _ => {}
         }
-        if depth > MAX_DEPTH || values > max_values {
-            return too_much();
+        if depth > max_depth || values > max_values {
+            return false;
         }
     }
-    match json.len() as u64 > MAX_FILE_SIZE {
-        true => too_much(),
-        false => Ok(()),
-    }
+    true
 }
