@@ -60,6 +60,7 @@ mod context;
 mod device;
 mod doorbell;
 mod fault;
+mod fuzz;
 mod info;
 mod irq;
 mod kfunc;
@@ -80,6 +81,7 @@ mod region;
 mod replace;
 mod rights;
 mod state;
+mod stress;
 mod swap;
 #[cfg(target_arch = "x86_64")]
 mod uart16550;
@@ -125,6 +127,8 @@ pub fn all() -> Vec<Trial> {
         virtio_regs::all(),
         doorbell::all(),
         fault::all(),
+        stress::all(),
+        fuzz::all(),
         verifier::all(),
         regbank::all(),
         pl031::all(),
