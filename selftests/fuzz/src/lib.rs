@@ -5,6 +5,9 @@
 //!
 //! `cargo test` runs all on mutations of `seeds/`, the same each time; `scripts/fuzz` runs one under
 //! libFuzzer, which follows what the code does.
+//!
+//! The seeds are small, so that much of them counts: objects of `samples/devices` and
+//! `selftests/progs` without debugging information, for `note` their notes alone.
 
 use std::io::{IoSlice, Write};
 use std::net::Shutdown;

@@ -12,7 +12,7 @@ use kvm_bpf_selftests::harness::{Random, number_from_env};
 
 fn seeds(target: &str) -> Vec<Vec<u8>> {
     let mut directories = vec![target];
-    // The same files are read twice: once for the note.
+    // Object files have a note, too.
     if target == "note" {
         directories.push("object");
     }
