@@ -123,6 +123,18 @@ pub enum Routine {
     /// `count` times: makes the next `value` entries of the queue at `pair.1` available, as they
     /// are, and notifies at `addr`.
     Notifications = 52,
+    /// Reads two registers of 8 bytes at once.
+    #[cfg(target_arch = "aarch64")]
+    ReadPair = 53,
+    /// Writes two.
+    #[cfg(target_arch = "aarch64")]
+    WritePair = 54,
+    /// Reads 4 bytes and begins an exclusive access.
+    #[cfg(target_arch = "aarch64")]
+    ReadExclusive = 55,
+    /// Writes 4 bytes and adds to the address.
+    #[cfg(target_arch = "aarch64")]
+    WriteBack = 56,
     /// Exchanges 4 bytes with `value`.
     #[cfg(target_arch = "x86_64")]
     Exchange = 53,
@@ -826,6 +838,18 @@ impl Vcpu {
         serve: impl FnMut(Access<'_>),
     ) -> Results {
         self.run_until(routine, variant, args, serve, arch::is_done)
+    }
+
+    /// Runs a routine that KVM cannot go on with; returns what `KVM_RUN` says.
+    #[cfg(target_arch = "aarch64")]
+    #[track_caller]
+    pub fn errno_of(&mut self, routine: Routine, args: Args) -> Errno {
+        arch::set_registers(&self.fd, CODE + routine.offset(), &args);
+        self.has_run.store(true, Ordering::Relaxed);
+        match self.fd.run() {
+            Err(error) => Errno(error.errno()),
+            Ok(exit) => panic!("{routine:?} {args:x?}: wanted no exit, got {exit:?}"),
+        }
     }
 
     /// Runs a routine that ends in an error of KVM's own; returns which.

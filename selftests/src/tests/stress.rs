@@ -393,7 +393,11 @@ impl World<'_> {
         };
         let is_pio = cfg!(target_arch = "x86_64") && random.below(3) == 0;
         let (addr, size) = if is_pio { ports(random) } else { range(random) };
-        let index = random.below(INDICES);
+        // Most often an index that has the range, if it has one.
+        let index = match random.below(4) {
+            0 => random.below(INDICES),
+            _ => addr / if is_pio { 4 } else { SIZE / 2 } % INDICES,
+        };
         let directions = 1 + random.below(3);
         let mut choose = |choices: &[Choice], bit| {
             let choice = &choices[random.below(choices.len() as u64) as usize];
@@ -809,9 +813,10 @@ impl Slow {
             mov(R7, R0),
             mov_imm(R1, 1),
             atomic_add(8, R7, 0, R1),
-            mov_imm(R6, 4000),
+            mov_imm(R6, 1000),
+            call_helper(sys::BPF_FUNC_ktime_get_ns),
             add_imm(R6, -1),
-            jump_if_ne(R6, 0, -2),
+            jump_if_ne(R6, 0, -3),
             mov_imm(R1, 1),
             atomic_add(8, R7, 8, R1),
         ]);
