@@ -82,6 +82,24 @@ const fn insn(code: u8, dst: Reg, src: u8, off: i16, imm: i32) -> Insn {
     }
 }
 
+impl Insn {
+    /// Any instruction: operation code, destination, source, offset, immediate.
+    pub const fn raw(code: u8, dst: u8, src: u8, off: i16, imm: i32) -> Self {
+        Insn {
+            code,
+            registers: src << 4 | dst & 0xf,
+            off,
+            imm,
+        }
+    }
+
+    /// The same five.
+    pub const fn parts(self) -> (u8, u8, u8, i16, i32) {
+        let (dst, src) = (self.registers & 0xf, self.registers >> 4);
+        (self.code, dst, src, self.off, self.imm)
+    }
+}
+
 /// The size bits of a memory instruction.
 const fn size(width: usize) -> u8 {
     match width {

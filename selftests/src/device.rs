@@ -28,6 +28,17 @@ const KVM_CREATE_DEVICE: libc::c_ulong = ioctl_expr(
     size_of::<kvm_create_device>() as u32,
 );
 
+/// What is done with an attribute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// `KVM_SET_DEVICE_ATTR`.
+    Set,
+    /// `KVM_GET_DEVICE_ATTR`.
+    Get,
+    /// `KVM_HAS_DEVICE_ATTR`.
+    Has,
+}
+
 /// An errno, or nothing.
 pub type Answer = Result<(), Errno>;
 
@@ -263,6 +274,26 @@ impl Device {
         };
         // SAFETY: the caller's promise.
         answer(unsafe { self.0.get_device_attr(&mut attr) })
+    }
+
+    /// Any call with any arguments.
+    ///
+    /// # Safety
+    ///
+    /// Where the kernel can write an attribute of the group to, nothing else may be.
+    pub unsafe fn call(&self, call: Call, group: u32, attr: u64, addr: u64, flags: u32) -> Answer {
+        let mut attr = kvm_device_attr {
+            group,
+            attr,
+            addr,
+            flags,
+        };
+        answer(match call {
+            Call::Set => self.0.set_device_attr(&attr),
+            // SAFETY: the caller's promise.
+            Call::Get => unsafe { self.0.get_device_attr(&mut attr) },
+            Call::Has => self.0.has_device_attr(&attr),
+        })
     }
 
     /// Sets or detaches (-1) an interrupt's eventfd.

@@ -123,6 +123,45 @@ pub enum Routine {
     /// `count` times: makes the next `value` entries of the queue at `pair.1` available, as they
     /// are, and notifies at `addr`.
     Notifications = 52,
+    /// Reads two registers of 8 bytes at once.
+    #[cfg(target_arch = "aarch64")]
+    ReadPair = 53,
+    /// Writes two.
+    #[cfg(target_arch = "aarch64")]
+    WritePair = 54,
+    /// Reads 4 bytes and begins an exclusive access.
+    #[cfg(target_arch = "aarch64")]
+    ReadExclusive = 55,
+    /// Writes 4 bytes and adds to the address.
+    #[cfg(target_arch = "aarch64")]
+    WriteBack = 56,
+    /// Exchanges 4 bytes with `value`.
+    #[cfg(target_arch = "x86_64")]
+    Exchange = 53,
+    /// Adds `value` to 8 bytes, locked; the result is what was there.
+    #[cfg(target_arch = "x86_64")]
+    LockedAdd = 54,
+    /// Adds `value` to 4 bytes.
+    #[cfg(target_arch = "x86_64")]
+    Add = 55,
+    /// Copies `count` bytes to `pair.0`, one after the other.
+    #[cfg(target_arch = "x86_64")]
+    CopyBytes = 56,
+    /// Copies `count` times 4 bytes.
+    #[cfg(target_arch = "x86_64")]
+    CopyWords = 57,
+    /// Writes `value` `count` times, 4 bytes one after the other.
+    #[cfg(target_arch = "x86_64")]
+    Fill = 58,
+    /// Reads 16 bytes at once: the result, and in place of the rounds that are left the upper half.
+    #[cfg(target_arch = "x86_64")]
+    ReadVector = 59,
+    /// Writes 16 bytes at once, `value` and `pair.0`.
+    #[cfg(target_arch = "x86_64")]
+    WriteVector = 60,
+    /// Reads 4 bytes and extends the sign.
+    #[cfg(target_arch = "x86_64")]
+    ReadSigned = 61,
 }
 
 /// What the routines for a disk have in the queue's page; numbers are those in the assembly.
@@ -799,6 +838,18 @@ impl Vcpu {
         serve: impl FnMut(Access<'_>),
     ) -> Results {
         self.run_until(routine, variant, args, serve, arch::is_done)
+    }
+
+    /// Runs a routine that KVM cannot go on with; returns what `KVM_RUN` says.
+    #[cfg(target_arch = "aarch64")]
+    #[track_caller]
+    pub fn errno_of(&mut self, routine: Routine, args: Args) -> Errno {
+        arch::set_registers(&self.fd, CODE + routine.offset(), &args);
+        self.has_run.store(true, Ordering::Relaxed);
+        match self.fd.run() {
+            Err(error) => Errno(error.errno()),
+            Ok(exit) => panic!("{routine:?} {args:x?}: wanted no exit, got {exit:?}"),
+        }
     }
 
     /// Runs a routine that ends in an error of KVM's own; returns which.

@@ -60,6 +60,7 @@ mod context;
 mod device;
 mod doorbell;
 mod fault;
+mod fuzz;
 mod info;
 mod inspect;
 mod irq;
@@ -82,6 +83,7 @@ mod region;
 mod replace;
 mod rights;
 mod state;
+mod stress;
 mod swap;
 #[cfg(target_arch = "x86_64")]
 mod uart16550;
@@ -129,6 +131,8 @@ pub fn all() -> Vec<Trial> {
         virtio_regs::all(),
         doorbell::all(),
         fault::all(),
+        stress::all(),
+        fuzz::all(),
         verifier::all(),
         regbank::all(),
         pl031::all(),

@@ -245,7 +245,20 @@ kvm_bpf_guest:
         subs x2, x2, #1
         b.ne 2b
         done
+    // What the syndrome of an abort does not describe: two registers, exclusive ones, writeback.
     routine 53
+        ldp x0, x6, [x1]
+        done
+    routine 54
+        stp x0, x6, [x1]
+        done
+    routine 55
+        ldxr w0, [x1]
+        done
+    routine 56
+        str w0, [x1], #4
+        done
+    routine 57
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection

@@ -272,7 +272,44 @@ kvm_bpf_guest:
         dec ecx
         jnz 2b
         done
-    routine 53
+    routine 53      // what reads and writes: exchanges, adds with and without a lock
+        xchg [rbx], eax
+        done
+    routine 54
+        lock xadd [rbx], rax
+        done
+    routine 55
+        add [rbx], eax
+        done
+    .macro string_routine number, insns:vararg
+    routine \number
+        mov rsi, rbx
+        mov rdi, r8
+        \insns
+        done
+    .endm
+    string_routine 56, rep movsb
+    string_routine 57, rep movsd
+    routine 58      // fills
+        mov rdi, rbx
+        rep stosd
+        done
+    routine 59      // reads 16 bytes into rax and rcx
+        movups xmm0, [rbx]
+        movq rax, xmm0
+        psrldq xmm0, 8
+        movq rcx, xmm0
+        done
+    routine 60      // writes 16 bytes, of rax and r8
+        movq xmm0, rax
+        movq xmm1, r8
+        punpcklqdq xmm0, xmm1
+        movups [rbx], xmm0
+        done
+    routine 61      // reads 4 bytes, with their sign
+        movsxd rax, dword ptr [rbx]
+        done
+    routine 62
     .global kvm_bpf_guest_end
 kvm_bpf_guest_end:
     .popsection
@@ -299,6 +336,8 @@ const LARGE_PAGE: u64 = 1 << 7;
 const CR0_PROTECTION: u64 = 1;
 const CR0_PAGING: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
+/// Vector registers.
+const CR4_OSFXSR: u64 = 1 << 9;
 const EFER_LONG_MODE: u64 = (1 << 8) | (1 << 10);
 
 /// The vector whose handler is the guest's interrupt routine.
@@ -382,7 +421,7 @@ pub(super) fn prepare_vcpu(kvm: &Kvm, _vm: &VmFd, vcpu: &VcpuFd, paging: bool) {
     if paging {
         sregs.cr0 |= CR0_PAGING;
         sregs.cr3 = PML4 as u64;
-        sregs.cr4 |= CR4_PAE;
+        sregs.cr4 |= CR4_PAE | CR4_OSFXSR;
         sregs.efer |= EFER_LONG_MODE;
     }
     vcpu.set_sregs(&sregs).expect("KVM_SET_SREGS");

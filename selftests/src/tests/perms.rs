@@ -652,7 +652,7 @@ const KVM_CHECK_EXTENSION: libc::c_ulong = ioctl_expr(_IOC_NONE, KVMIO, 0x03, 0)
 const KVM_ENABLE_CAP: libc::c_ulong =
     ioctl_expr(_IOC_WRITE, KVMIO, 0xa3, size_of::<kvm_enable_cap>() as u32);
 
-fn seal(vm: &VmFd, arg: u64, flags: u32) -> Answer {
+pub(super) fn seal(vm: &VmFd, arg: u64, flags: u32) -> Answer {
     let mut cap = kvm_enable_cap {
         cap: KVM_CAP_BPF_SEAL,
         flags,
