@@ -131,6 +131,7 @@ const RULES: &[Rule] = &[
     any(libc::SYS_rt_sigreturn, "rt_sigreturn", &[Run]),
     any(libc::SYS_ppoll, "ppoll", &[Command]),
     any(libc::SYS_clone3, "clone3", &[Command]),
+    rule(libc::SYS_clone, "clone", Only::Value(0, THREAD), &[Command]),
     any(libc::SYS_getpid, "getpid", &[Command]),
     any(libc::SYS_tgkill, "tgkill", &[Command]),
     any(libc::SYS_clock_nanosleep, "clock_nanosleep", &[Command]),
@@ -163,6 +164,16 @@ const RULES: &[Rule] = &[
 /// How std opens a file to read.
 const READ_ONLY: u64 = (libc::O_RDONLY | libc::O_CLOEXEC) as u64;
 const DUPLICATE: u64 = libc::F_DUPFD_CLOEXEC as u64;
+/// What pthread_create(3) asks for where the C library has no clone3(2), as 2.36 on arm64.
+const THREAD: u64 = (libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SETTLS
+    | libc::CLONE_PARENT_SETTID
+    | libc::CLONE_CHILD_CLEARTID) as u64;
 const NO_NEW_PRIVS: u64 = libc::PR_SET_NO_NEW_PRIVS as u64;
 
 /// What differs by architecture: how vCPUs get their registers.
