@@ -9,6 +9,9 @@
 //! * `KVM_BPF_DEVICES`: where the compiled `samples/devices` are, `/devices` by default,
 //! * `KVM_BPF_SEED`, `KVM_BPF_ACCESSES`: the script by which sample devices are compared with
 //!   models in user space, 1 and 5000 by default,
+//! * `KVM_BPF_STRESS_MS`, `KVM_BPF_FUZZ_MS`, `KVM_BPF_LOADS`: for how long everything is done at
+//!   once (6000), for how long each of calls and accesses is tried (2000), and how many random
+//!   programs (400), with the same seed,
 //! * `KVM_BPF_SWAPS`: how many swaps under load, 1000 by default,
 //! * `KVM_BPF_MODULE`: the file of `kvm_bpf.ko`, to test unloading and loading.
 

@@ -328,8 +328,26 @@ impl Bench {
                 }
                 #[cfg(target_arch = "x86_64")]
                 other => self.odd_instruction(other, value, random),
-                #[cfg(not(target_arch = "x86_64"))]
-                _ => unreachable!("two sorts"),
+                #[cfg(target_arch = "aarch64")]
+                _ => {
+                    let routines = [
+                        Routine::ReadPair,
+                        Routine::WritePair,
+                        Routine::ReadExclusive,
+                        Routine::WriteBack,
+                    ];
+                    let routine = one_of(random, &routines);
+                    // In memory they just do what they do.
+                    let addr = Self::address(random, 16).max(BASE);
+                    let args = Args {
+                        value,
+                        addr,
+                        ..Default::default()
+                    };
+                    let errno = self.vcpu.errno_of(routine, args);
+                    let got = (Vec::new(), errno.0 as u64);
+                    (format!("{routine:?}"), addr, got, libc::ENOSYS as u64)
+                }
             };
         let context = format!("KVM_BPF_SEED={} step {number}: {what} at {addr:#x}", seed());
         let trace = std::mem::take(&mut self.model.trace);
