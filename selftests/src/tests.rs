@@ -62,6 +62,7 @@ mod doorbell;
 mod fault;
 mod fuzz;
 mod info;
+mod inspect;
 mod irq;
 mod kfunc;
 mod lifetime;
@@ -109,6 +110,7 @@ pub fn all() -> Vec<Trial> {
         rights::all(),
         perms::all(),
         info::all(),
+        inspect::all(),
         access::all(),
         pio::all(),
         context::all(),

@@ -10,6 +10,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use kvm_bpf::perms::Allow;
 use kvm_bpf::uapi;
 
 mod bpf;
@@ -20,29 +21,6 @@ use fdinfo::Device;
 
 /// Entries of a map that are shown.
 const MAX_ENTRIES: u32 = 16;
-
-/// Bits of the permissions, in words.
-const ALLOW: [(u64, &str); 19] = [
-    (uapi::KVM_BPF_ALLOW_IRQ, "irq"),
-    (uapi::KVM_BPF_ALLOW_HOST_CPU, "host-cpu"),
-    (uapi::KVM_BPF_ALLOW_UCLAMP, "uclamp"),
-    (uapi::KVM_BPF_ALLOW_MEM_R, "read-memory"),
-    (uapi::KVM_BPF_ALLOW_MEM_W, "write-memory"),
-    (uapi::KVM_BPF_ALLOW_ASYNC, "async"),
-    (uapi::KVM_BPF_ALLOW_SLEEP, "sleep"),
-    (uapi::KVM_BPF_ALLOW_TAIL_CALL, "tail-call"),
-    (uapi::KVM_BPF_ALLOW_INNER_MAPS, "inner-maps"),
-    (uapi::KVM_BPF_ALLOW_ARENA, "arena"),
-    (uapi::KVM_BPF_ALLOW_OTHER_KFUNC, "other-kfunc"),
-    (uapi::KVM_BPF_ALLOW_NEW_REGION, "new-region"),
-    (uapi::KVM_BPF_ALLOW_REPLACE, "replace"),
-    (uapi::KVM_BPF_ALLOW_REMOVE, "remove"),
-    (uapi::KVM_BPF_ALLOW_SET_IRQ, "set-irq"),
-    (uapi::KVM_BPF_ALLOW_SET_MEM, "set-memory"),
-    (uapi::KVM_BPF_ALLOW_SET_PIO, "set-ports"),
-    (uapi::KVM_BPF_ALLOW_SET_WORK, "set-work"),
-    (uapi::KVM_BPF_ALLOW_RUN, "run"),
-];
 
 #[derive(Debug, Parser)]
 #[command(
@@ -252,15 +230,12 @@ fn show_maps(
 
 /// What is allowed, or what is not, whichever is shorter.
 fn allowed(allow: u64) -> String {
-    let names = |has: bool| {
-        let names = ALLOW.iter().filter(|(bit, _)| (allow & bit != 0) == has);
-        names.map(|&(_, name)| name).collect::<Vec<_>>()
-    };
-    match (names(true), names(false)) {
-        (_, lost) if lost.is_empty() => "all".to_string(),
-        (left, _) if left.is_empty() => "nothing".to_string(),
-        (left, lost) if lost.len() < left.len() => format!("all but {}", lost.join(", ")),
-        (left, _) => left.join(", "),
+    let left = Allow::from_bits(allow);
+    let lost = Allow::ALL.without(left);
+    match lost {
+        Allow::NONE => "all".to_string(),
+        _ if lost.bits().count_ones() < allow.count_ones() => format!("all but {lost}"),
+        _ => left.to_string(),
     }
 }
 
@@ -272,7 +247,7 @@ mod tests {
     fn permissions_in_words() {
         assert_eq!(allowed(0xff_07ff), "all");
         assert_eq!(allowed(0), "nothing");
-        assert_eq!(allowed(0x1_0001), "irq, new-region");
-        assert_eq!(allowed(0xff_07ff & !0x40), "all but sleep");
+        assert_eq!(allowed(0x1_0001), "IRQ, NEW_REGION");
+        assert_eq!(allowed(0xff_07ff & !0x40), "all but SLEEP");
     }
 }

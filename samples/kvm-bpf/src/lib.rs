@@ -87,6 +87,7 @@ pub mod note;
 #[cfg(feature = "loader")]
 mod object_types;
 pub mod page;
+pub mod perms;
 pub mod programs;
 mod ring_buffer;
 #[cfg_attr(not(feature = "loader"), allow(dead_code))]
@@ -106,6 +107,7 @@ pub use mapping::Words;
 pub use maps::{MapChanges, OnLoss};
 pub use note::Note;
 pub use page::{NoSlot, ReadPage};
+pub use perms::Permissions;
 pub use programs::{Map, ProgramStats, Programs, Work};
 pub use ring_buffer::RingBuffer;
 pub use state::State;

@@ -27,6 +27,15 @@ struct DeviceAttr {
     addr: u64,
 }
 
+/// `struct kvm_enable_cap`.
+#[repr(C)]
+struct EnableCap {
+    cap: u32,
+    flags: u32,
+    args: [u64; 4],
+    pad: [u8; 64],
+}
+
 /// `struct kvm_userspace_memory_region`.
 #[repr(C)]
 #[derive(Debug)]
@@ -43,8 +52,10 @@ pub(crate) const KVM_MEM_READONLY: u32 = 1 << 1;
 
 const KVM_CHECK_EXTENSION: u64 = 0xae03;
 const KVM_SET_USER_MEMORY_REGION: u64 = 0x4020_ae46;
+const KVM_ENABLE_CAP: u64 = 0x4068_aea3;
 const KVM_CREATE_DEVICE: u64 = 0xc00c_aee0;
 const KVM_SET_DEVICE_ATTR: u64 = 0x4018_aee1;
+const KVM_GET_DEVICE_ATTR: u64 = 0x4018_aee2;
 const KVM_HAS_DEVICE_ATTR: u64 = 0x4018_aee3;
 /// Only asks whether there is such a device.
 const KVM_CREATE_DEVICE_TEST: u32 = 1;
@@ -96,6 +107,40 @@ pub(crate) fn set_attr<T>(
     };
     // SAFETY: the kernel reads one structure, and `value`, which lives as long as the call.
     unsafe { ioctl(device.as_raw_fd(), KVM_SET_DEVICE_ATTR, &mut attr) }.map(drop)
+}
+
+/// Returns an attribute of a device.
+///
+/// # Safety
+///
+/// The kernel writes a `T` for attributes of that group, for which any bytes are a value.
+pub(crate) unsafe fn get_attr<T: Default>(
+    device: BorrowedFd<'_>,
+    group: u32,
+    attr: u64,
+) -> io::Result<T> {
+    let mut value = T::default();
+    let mut attr = DeviceAttr {
+        flags: 0,
+        group,
+        attr,
+        addr: (&raw mut value) as u64,
+    };
+    // SAFETY: the kernel reads one structure, and writes to `value` what fits.
+    unsafe { ioctl(device.as_raw_fd(), KVM_GET_DEVICE_ATTR, &mut attr)? };
+    Ok(value)
+}
+
+/// Enables a capability of a VM, with one argument.
+pub(crate) fn enable_cap(vm: RawFd, cap: u32, arg: u64) -> io::Result<()> {
+    let mut enable = EnableCap {
+        cap,
+        flags: 0,
+        args: [arg, 0, 0, 0],
+        pad: [0; 64],
+    };
+    // SAFETY: the kernel reads one structure.
+    unsafe { ioctl(vm, KVM_ENABLE_CAP, &mut enable) }.map(drop)
 }
 
 /// Whether a device has an attribute.
