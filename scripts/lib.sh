@@ -69,7 +69,7 @@ kernel_dir() { say "$CACHE/out/$1-$2"; }
 # What takes long, in minutes on the two processors that CI has: all that is fetched and
 # installed first, a kernel's first build, and that of the programs that run on it.
 # shellcheck disable=SC2034
-FETCH_MINUTES=3 BUILD_MINUTES=11 DEBUG_BUILD_MINUTES=30 USER_MINUTES=1
+FETCH_MINUTES=3 TOOLS_MINUTES=6 BUILD_MINUTES=11 DEBUG_BUILD_MINUTES=30 USER_MINUTES=1
 
 # step WHAT MINUTES: a line of a plan, whose total is the caller's.
 step() {
@@ -316,6 +316,15 @@ cargo_for() {
 		fi
 	fi
 	cargo "$@"
+}
+
+# What checks the library, as cargo install gets it: scripts/deps --tools.
+# shellcheck disable=SC2034
+CARGO_TOOLS=(cargo-deny@0.20.2 cargo-public-api@0.52.0)
+
+# cargo_tool NAME@VERSION: the directory of its binary.
+cargo_tool() {
+	say "$CACHE/tools/$1/bin"
 }
 
 # apt_extra NAME SUITES...: a private set of package lists under the cache, of

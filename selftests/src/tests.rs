@@ -77,6 +77,7 @@ mod pio;
 mod pio;
 mod pl031;
 mod pl061;
+mod programs;
 mod regbank;
 mod region;
 mod replace;
@@ -104,6 +105,7 @@ const PATTERN: u64 = 0xf8e7_d6c5_b4a3_9281;
 pub fn all() -> Vec<Trial> {
     [
         device::all(),
+        programs::all(),
         bpftool::all(),
         region::all(),
         bus::all(),

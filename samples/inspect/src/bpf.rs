@@ -273,7 +273,8 @@ fn dump(btf: *mut sys::btf, ty: u32, bytes: &[u8]) -> io::Result<String> {
 
     let mut text = String::new();
     // SAFETY: only the type of the last argument differs, which is passed the same.
-    let append = unsafe { std::mem::transmute::<Print, _>(append as Print) };
+    let append =
+        unsafe { std::mem::transmute::<Print, sys::btf_dump_printf_fn_t>(append as Print) };
     // SAFETY: `text` outlives what this returns.
     let dump = unsafe { sys::btf_dump__new(btf, append, (&raw mut text).cast(), ptr::null()) };
     if dump.is_null() {

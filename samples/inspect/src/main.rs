@@ -6,7 +6,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Write};
 use std::process::ExitCode;
-use std::thread::sleep;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
@@ -15,6 +14,7 @@ use kvm_bpf::uapi;
 
 mod bpf;
 mod fdinfo;
+mod process;
 
 use bpf::{Counter, Map};
 use fdinfo::Device;
@@ -41,8 +41,8 @@ enum Command {
     Inspect {
         /// The process, a VMM.
         pid: u32,
-        /// Count for so long how often each program handled what it ran for, and how often it
-        /// declined. Otherwise nothing is counted.
+        /// Count for so long, or until the process ends, how often each program handled what it ran
+        /// for, and how often it declined. Otherwise nothing is counted.
         #[arg(long = "for", value_name = "SECONDS")]
         seconds: Option<f64>,
     },
@@ -82,6 +82,7 @@ fn inspect(pid: u32, seconds: Option<f64>, out: &mut impl Write) -> Result<(), E
     if devices.is_empty() {
         return Err(Error::NoDevice(pid));
     }
+    let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let ids: Vec<u32> = devices
         .iter()
         .flat_map(|(_, device)| device.programs())
@@ -102,11 +103,10 @@ fn inspect(pid: u32, seconds: Option<f64>, out: &mut impl Write) -> Result<(), E
                     Err(error) => Err(Error::Count(program.name.clone(), error)),
                 });
             let counters = counters.collect::<Result<BTreeMap<_, _>, _>>()?;
-            sleep(wait);
+            process::wait(pid, wait).map_err(|error| Error::Process(pid, error))?;
             counters
         }
     };
-    let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     for (number, device) in &devices {
         writeln!(
             out,

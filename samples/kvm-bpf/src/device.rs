@@ -173,7 +173,7 @@ pub enum Error {
     #[error("the state has other types than before, and the vCPUs were not paused")]
     NotPaused,
     /// The new programs are of another device than the one it should replace.
-    #[error("the new programs are not of the same device: {new:?} instead of {running:?}")]
+    #[error("the new programs are not the same device: {new:?} instead of {running:?}")]
     OtherDevice {
         /// The running device's note.
         running: Box<Note>,

@@ -360,7 +360,7 @@ impl OpenImage {
     /// Creates the maps and loads the programs.
     ///
     /// libbpf also prints warnings on stderr when this fails, for the whole process; with feature
-    /// `log`, [`log_libbpf`] sends them elsewhere.
+    /// `log`, `log_libbpf()` sends them elsewhere.
     pub fn load(mut self) -> Result<Programs, Error> {
         let names = self.program_names()?;
         if names.read.is_none() && names.write.is_none() {

@@ -223,7 +223,7 @@ impl ImageDevice {
 
     /// Goes over to new programs while the guest runs, and runs their WORK program `replaced`; or
     /// `restore`, where the state is converted after a run of the old `save`. They are those of
-    /// [`Self::load`], or of another process, which has made them for [`Self::programs`].
+    /// `load()`, or of another process, which has made them for [`Self::programs`].
     ///
     /// `paused` is called only where the state has other types than before and the new programs load
     /// the version of the old one. It has to call what it is given, once, while no vCPU is in

@@ -135,3 +135,47 @@ impl Words {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+    use std::sync::atomic::Ordering::SeqCst;
+
+    use super::*;
+
+    /// Memory of this process, as that of a map.
+    fn memory(len: i64) -> OwnedFd {
+        // SAFETY: the name is a string, and the file is new.
+        let file = unsafe {
+            let file = libc::memfd_create(c"map".as_ptr(), libc::MFD_CLOEXEC);
+            assert_eq!(libc::ftruncate(file, len), 0);
+            file
+        };
+        // SAFETY: likewise.
+        unsafe { OwnedFd::from_raw_fd(file) }
+    }
+
+    #[test]
+    fn bytes_are_in_words() {
+        let file = memory(4096);
+        let words = Words::new(file.as_fd(), 24).unwrap();
+        let again = Words::new(file.as_fd(), 24).unwrap();
+        words.write(8, &[1, 2, 3, 4, 5]);
+        assert_eq!(again.read(8, 5), [1, 2, 3, 4, 5]);
+        assert_eq!(
+            again.get(8).unwrap().load(SeqCst).to_ne_bytes(),
+            [1, 2, 3, 4]
+        );
+        again.get(12).unwrap().store(u32::MAX, SeqCst);
+        assert_eq!(
+            words.copy()[8..],
+            [[1, 2, 3, 4], [255; 4], [0; 4], [0; 4]].concat()
+        );
+        // Nothing outside of it is written.
+        words.write(16, &[7; 100]);
+        assert_eq!(words.copy()[16..], [7; 8]);
+        for none in [1, 2, 24, 4096] {
+            assert!(words.get(none).is_none(), "{none}");
+        }
+    }
+}

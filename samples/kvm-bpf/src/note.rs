@@ -247,17 +247,15 @@ pub enum Error {
     UnknownKind(u16),
 }
 
-impl From<object::read::Error> for Error {
-    fn from(error: object::read::Error) -> Self {
-        Error::BadElf(error.to_string())
-    }
+fn damaged(error: object::read::Error) -> Error {
+    Error::BadElf(error.to_string())
 }
 
 impl Note {
     /// Finds and reads the note in the bytes of an object file.
     pub fn from_elf(file: &[u8]) -> Result<Self, Error> {
         let header = FileHeader64::<Endianness>::parse(file).map_err(|_| Error::NotElf)?;
-        let endian = header.endian()?;
+        let endian = header.endian().map_err(damaged)?;
         if endian == Endianness::Big {
             return Err(Error::BigEndian);
         }
@@ -266,16 +264,17 @@ impl Note {
             return Err(Error::NotBpf(machine));
         }
 
-        let sections = header.sections(endian, file)?;
+        let sections = header.sections(endian, file).map_err(damaged)?;
         let Some((_, section)) = sections.section_by_name(endian, SECTION.as_bytes()) else {
             return Err(Error::NoNote);
         };
         if section.sh_type(endian) != elf::SHT_NOTE {
             return Err(Error::NoNote);
         }
-        let mut notes = section.notes(endian, file)?.ok_or(Error::NoNote)?;
+        let notes = section.notes(endian, file).map_err(damaged)?;
+        let mut notes = notes.ok_or(Error::NoNote)?;
         let (mut device, mut lists) = (None, Vec::new());
-        while let Some(note) = notes.next()? {
+        while let Some(note) = notes.next().map_err(damaged)? {
             match note.n_type(endian) {
                 _ if note.name() != OWNER.as_bytes() => {}
                 TYPE if device.is_some() => {
@@ -1425,6 +1424,50 @@ mod tests {
         let notes = [first.clone(), note(b"kvm-bpf\0", TYPE_ITEMS, &range)].concat();
         for len in first.len() + 1..notes.len() {
             assert!(Note::from_elf(&elf(&notes[..len])).is_err(), "{len} bytes");
+        }
+    }
+
+    #[cfg(feature = "serde")]
+    #[test]
+    fn json_is_checked_like_a_file() {
+        let text = r#"{"mmio_size":4096,"nr_irqs":2,"compatible":["a,b"],
+            "ranges":[{"space":"ports","region":1,"size":8}],
+            "read_pages":[{"region":0,"offset":0,"map":"page"}],
+            "works":[{"index":3,"name":"save"}],"window":{"read":true,"write":false},
+            "doorbells":[{"irq":2,"work":3}],"state_version":{"version":2,"oldest":1}}"#;
+        let note: Note = serde_json::from_str(text).unwrap();
+        assert_eq!((note.nr_irqs, note.work_index("save")), (2, Some(3)));
+        let again = serde_json::to_string(&note).unwrap();
+        assert_eq!(serde_json::from_str::<Note>(&again).unwrap(), note);
+        let least = r#"{"mmio_size":1,"nr_irqs":0,"compatible":["a"]}"#;
+        serde_json::from_str::<Note>(least).unwrap();
+        for (good, bad) in [
+            ("\"mmio_size\":4096", "\"mmio_size\":2147483648"),
+            ("\"nr_irqs\":2", "\"nr_irqs\":257"),
+            ("[\"a,b\"]", "[]"),
+            ("[\"a,b\"]", "[\"\"]"),
+            ("[\"a,b\"]", "[\"a\\u0000b\"]"),
+            ("\"size\":8", "\"size\":0"),
+            ("\"size\":8", "\"size\":65537"),
+            ("\"region\":1", "\"region\":256"),
+            ("\"region\":1", "\"region\":0"),
+            ("\"offset\":0", "\"offset\":1"),
+            ("\"offset\":0", "\"offset\":4096"),
+            ("\"page\"", "\"\""),
+            ("\"page\"", "\"sixteen_letters_\""),
+            ("\"index\":3", "\"index\":16"),
+            ("\"save\"", "\"Save\""),
+            ("\"save\"", "\"sixteen_letters_\""),
+            ("\"read\":true", "\"read\":false"),
+            ("\"irq\":2", "\"irq\":1"),
+            ("\"irq\":2", "\"irq\":256"),
+            ("\"work\":3", "\"work\":4"),
+            ("\"oldest\":1", "\"oldest\":3"),
+            ("\"window\"", "\"windows\""),
+        ] {
+            assert!(text.contains(good), "{good}");
+            let other = text.replacen(good, bad, 1);
+            assert!(serde_json::from_str::<Note>(&other).is_err(), "{bad}");
         }
     }
 }

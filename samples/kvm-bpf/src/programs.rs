@@ -344,7 +344,7 @@ impl Programs {
     /// Programs that somebody else has loaded, with maps of these names.
     ///
     /// Where nothing says what is in the maps, the device's state is none: it can be neither saved
-    /// nor carried over. [`OpenImage::load`](crate::OpenImage) and [`Self::recv`] know it.
+    /// nor carried over. `OpenImage::load()` and `recv()` know it.
     pub fn from_fds(
         note: Note,
         read: Option<OwnedFd>,
@@ -535,5 +535,93 @@ pub(crate) fn check_pages_have_program(note: &Note, reads: bool) -> Result<(), E
             why: "no read program has its values while the guest has no slot".to_string(),
         }),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::note::WorkName;
+
+    fn note() -> Note {
+        let mut note = Note::default();
+        (note.mmio_size, note.compatible) = (0x1000, vec!["kvm-bpf,test".to_string()]);
+        note
+    }
+
+    fn file() -> OwnedFd {
+        std::fs::File::open("/dev/null").unwrap().into()
+    }
+
+    #[test]
+    fn threads_may_share_all() {
+        fn is_shared<T: Send + Sync>() {}
+
+        is_shared::<Programs>();
+        is_shared::<crate::ImageDevice>();
+        is_shared::<crate::Builder>();
+        is_shared::<crate::Device>();
+        is_shared::<crate::RingBuffer>();
+        is_shared::<Words>();
+    }
+
+    #[test]
+    fn the_note_names_the_programs() {
+        let none = Programs::from_fds(note(), None, None, [], Vec::new());
+        assert!(matches!(none, Err(Error::NoProgram)), "{none:?}");
+        let odd = Programs::from_fds(note(), Some(file()), None, [(3, file())], Vec::new());
+        assert!(matches!(odd, Err(Error::Work(3))), "{odd:?}");
+        let mut with_work = note();
+        with_work.works.push(WorkName {
+            index: 5,
+            name: "save".to_string(),
+        });
+        let missing = Programs::from_fds(with_work.clone(), None, Some(file()), [], Vec::new());
+        assert!(matches!(missing, Err(Error::Work(5))), "{missing:?}");
+        let good = Programs::from_fds(with_work, None, Some(file()), [(5, file())], Vec::new());
+        let good = good.unwrap();
+        assert!(good.read_program().is_none() && good.write_program().is_some());
+        assert_eq!(good.work("save").unwrap().index, 5);
+        assert!(good.map("x").is_none());
+    }
+
+    #[test]
+    fn what_is_no_program_has_no_counts() {
+        let programs = Programs::from_fds(note(), Some(file()), None, [], Vec::new()).unwrap();
+        let error = programs.stats().unwrap_err();
+        assert_eq!(error.to_string(), "no line prog_id of a program");
+    }
+
+    #[test]
+    fn values_have_sizes() {
+        let map = |map_type| {
+            let info = MapInfo {
+                map_type,
+                key_size: 4,
+                value_size: 12,
+                max_entries: 2,
+                ..MapInfo::default()
+            };
+            Map::with_info("m", file(), info)
+        };
+        let array = map(map_type::ARRAY);
+        assert!(array.words().is_none() && array.value(0).is_none());
+        for (result, wanted) in [
+            (array.lookup(&[0; 3]).map(drop), "key of 3 bytes, not 4"),
+            (array.update(&[0; 4], &[0; 8]), "value of 8 bytes, not 12"),
+            (array.fill([[0; 8]]), "value of 8 bytes, not 12"),
+            (
+                map(map_type::HASH).fill([[0; 12]]),
+                "no array, but of type 1",
+            ),
+            (
+                map(map_type::PERCPU_ARRAY).lookup(&[0; 4]).map(drop),
+                "a map whose values have a copy per CPU",
+            ),
+        ] {
+            let error = result.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+            assert_eq!(error.to_string(), wanted);
+        }
     }
 }

@@ -402,6 +402,18 @@ impl FdInfo {
     }
 }
 
+/// Whether it is no file that has a name or could have one, no pipe and no socket: as programs, maps
+/// and what else the kernel has file descriptors for.
+#[cfg(feature = "serde")]
+pub(crate) fn is_anonymous(fd: BorrowedFd<'_>) -> bool {
+    // SAFETY: all zeroes is a good structure, which the kernel only writes to.
+    let (result, stat) = unsafe {
+        let mut stat: libc::stat = mem::zeroed();
+        (libc::fstat(fd.as_raw_fd(), &mut stat), stat)
+    };
+    result == 0 && stat.st_mode & libc::S_IFMT == 0
+}
+
 /// Bytes of a page of this host.
 pub(crate) fn page_size() -> usize {
     // SAFETY: asks for a number.
@@ -435,6 +447,23 @@ mod tests {
         assert_eq!(program.map(), None);
         assert_eq!(program.number("run_cnt"), Some(7));
         assert_eq!(program.number("cnt"), None);
+    }
+
+    #[cfg(feature = "serde")]
+    #[test]
+    fn files_are_not_anonymous() {
+        use std::os::fd::AsFd;
+
+        assert!(is_anonymous(eventfd().unwrap().as_fd()));
+        // SAFETY: the name is a string.
+        let memory = unsafe { libc::memfd_create(c"x".as_ptr(), libc::MFD_CLOEXEC) };
+        // SAFETY: it is new.
+        let memory = unsafe { OwnedFd::from_raw_fd(memory) };
+        assert!(!is_anonymous(memory.as_fd()));
+        let (reader, _) = io::pipe().unwrap();
+        assert!(!is_anonymous(reader.as_fd()));
+        let null = fs::File::open("/dev/null").unwrap();
+        assert!(!is_anonymous(null.as_fd()));
     }
 
     #[test]

@@ -228,8 +228,7 @@ pub fn load(
         initrd,
         cpus,
         devices,
-    })
-    .map_err(Error::Fdt)?;
+    })?;
     if tree.len() as u64 > FDT_MAX_SIZE {
         return Err(Error::FdtSize(tree.len()));
     }

@@ -35,6 +35,9 @@ pub enum Error {
     #[error("the command line has {len} bytes and the kernel takes {max}")]
     Cmdline { len: usize, max: usize },
     #[cfg(target_arch = "x86_64")]
+    #[error(transparent)]
+    Acpi(#[from] kvm_bpf::acpi::Error),
+    #[cfg(target_arch = "x86_64")]
     #[error("{0} bytes of ACPI tables, too many devices or CPUs")]
     AcpiSize(usize),
     #[cfg(target_arch = "aarch64")]
@@ -49,8 +52,8 @@ pub enum Error {
     #[error("cannot set register {0:#x} to what it was: is this host's CPU another?")]
     Register(u64, #[source] errno::Error),
     #[cfg(target_arch = "aarch64")]
-    #[error("cannot write the device tree")]
-    Fdt(#[source] vm_fdt::Error),
+    #[error(transparent)]
+    Fdt(#[from] kvm_bpf::fdt::Error),
     #[cfg(target_arch = "aarch64")]
     #[error("{0} bytes of device tree, too many devices")]
     FdtSize(usize),

@@ -282,7 +282,7 @@ pub fn load(
     memory.write_slice(cmdline.as_bytes(), GuestAddress(CMDLINE_ADDR))?;
     memory.write_obj(0u8, GuestAddress(CMDLINE_ADDR + cmdline.len() as u64))?;
 
-    let tables = acpi::tables(ACPI_TABLES, cpus, devices);
+    let tables = acpi::tables(ACPI_TABLES, cpus, devices)?;
     if tables.len() as u64 > HIGH_RAM - ACPI_TABLES {
         return Err(Error::AcpiSize(tables.len()));
     }

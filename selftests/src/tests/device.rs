@@ -263,7 +263,18 @@ fn loading_needs_cap_bpf_alone() {
 fn samples_load_with_cap_bpf_alone() {
     in_a_thread(|| {
         set_capabilities(&[CAP_BPF]);
-        for name in ["regbank", "pl031", "vcpufreq"] {
+        for name in [
+            "doorbell",
+            "pagebank",
+            "pl031",
+            "pl061",
+            "regbank",
+            "uart16550",
+            "vcpufreq",
+            "virtio_blk",
+            "virtio_regs",
+            "virtio_rng",
+        ] {
             loaded(sample(name));
         }
         for name in ["regbank_sleepable", "pl031_sleepable"] {

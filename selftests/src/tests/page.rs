@@ -426,8 +426,8 @@ fn wrong_maps_are_refused() {
     }
     for (map, offset, wanted) in [
         ("nowhere", SIZE, "there is no such map"),
-        ("hash", SIZE, "it is no array, but of type Hash"),
-        ("per_cpu", SIZE, "it is no array, but of type PercpuArray"),
+        ("hash", SIZE, "it is no array, but of type 1"),
+        ("per_cpu", SIZE, "it is no array, but of type 6"),
         ("not_mapped", SIZE, "it has no flag BPF_F_MMAPABLE"),
         (
             "small",

@@ -4,7 +4,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Barrier;
-use std::{hint, thread};
+use std::{fs, hint, thread};
 
 use Reg::{R2, R3};
 use kvm_bindings::{KVMIO, kvm_enable_cap};
@@ -35,6 +35,7 @@ tests!(
     a_new_device_has_all,
     they_only_become_fewer,
     each_call_wherever_it_is,
+    hardened_code,
     what_is_never_reached_is_not_there,
     maps_and_tail_calls,
     programs_that_sleep,
@@ -173,6 +174,30 @@ fn each_call_wherever_it_is() {
             let got = device.try_set_region(0, &region);
             assert_got!(got, Ok(()), "{name}() in {place_name} with its permission");
         }
+    }
+}
+
+/// What the kernel does to constants, against those who would spray them, hides no call.
+fn hardened_code() {
+    const PATH: &str = "/proc/sys/net/core/bpf_jit_harden";
+
+    struct Restore(String);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            fs::write(PATH, self.0.trim()).expect("what it was");
+        }
+    }
+
+    let _restore = Restore(fs::read_to_string(PATH).expect("bpf_jit_harden"));
+    // Of all loaders.
+    fs::write(PATH, "2").expect("bpf_jit_harden");
+    let guest = Guest::new();
+    for (what, name, bit) in CALLS {
+        let image = containing(what, 2);
+        let device = Device::new(guest.vm());
+        device.set_perms(ALL & !bit, 0);
+        let got = device.try_set_region(0, &fd_region(0, image.read_program(), None));
+        assert_got!(got, DENIED, "{name}() without its permission");
     }
 }
 

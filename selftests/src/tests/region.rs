@@ -9,8 +9,9 @@ use std::thread;
 
 use Reg::{R0, R1, R2, R6};
 use kvm_bpf::uapi::{
-    KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
-    KVM_DEV_BPF_ATTR_GROUP_RUN, KVM_DEV_BPF_MAX_IRQS, KVM_DEV_BPF_MAX_REGIONS, kvm_bpf_user_region,
+    KVM_DEV_BPF_ATTR_GROUP_INFO, KVM_DEV_BPF_ATTR_GROUP_IRQ, KVM_DEV_BPF_ATTR_GROUP_PERMS,
+    KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_BPF_MAX_IRQS,
+    KVM_DEV_BPF_MAX_REGIONS, kvm_bpf_user_region,
 };
 use kvm_bpf_selftests::bpf::{Census, Index, LOADERS, Map, ProgType, Reg, load, lookup, store};
 use kvm_bpf_selftests::device::{Device, NO_REGION, region};
@@ -94,9 +95,9 @@ fn get_returns_the_range() {
     );
 }
 
-const BAD_ATTRS: [(u32, u64); 12] = [
+const BAD_ATTRS: [(u32, u64); 15] = [
     (0, 0),
-    (KVM_DEV_BPF_ATTR_GROUP_RUN + 1, 0),
+    (KVM_DEV_BPF_ATTR_GROUP_INFO + 1, 0),
     (u32::MAX, 0),
     (KVM_DEV_BPF_ATTR_GROUP_REGION, KVM_DEV_BPF_MAX_REGIONS),
     (KVM_DEV_BPF_ATTR_GROUP_REGION, u64::MAX),
@@ -107,6 +108,9 @@ const BAD_ATTRS: [(u32, u64); 12] = [
     (KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_MAX_REGIONS),
     (KVM_DEV_BPF_ATTR_GROUP_PIO, u64::MAX),
     (KVM_DEV_BPF_ATTR_GROUP_PIO, 1 << 32),
+    (KVM_DEV_BPF_ATTR_GROUP_PERMS, 1),
+    (KVM_DEV_BPF_ATTR_GROUP_PERMS, 1 << 32),
+    (KVM_DEV_BPF_ATTR_GROUP_INFO, KVM_DEV_BPF_MAX_REGIONS),
 ];
 
 fn has_attr_is_true_for_what_can_be_set() {

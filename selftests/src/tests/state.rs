@@ -9,7 +9,7 @@ use kvm_bpf::device::Error;
 use kvm_bpf::{ImageDevice, OnLoss, Programs, State, image, state};
 use kvm_bpf_selftests::guest::Guest;
 use kvm_bpf_selftests::harness::{
-    Errno, Random, number_from_env, skip, status_of_a_process, trial_within, unpaused,
+    Random, forbid_bpf, number_from_env, skip, status_of_a_process, trial_within, unpaused,
 };
 use kvm_bpf_selftests::programs::{plug, test_image};
 use libtest_mimic::Trial;
@@ -505,50 +505,6 @@ fn any_text() {
         [unread, refused, restored].iter().all(|&count| count > 0),
         "wanted some of each, got {unread}, {refused}, {restored}"
     );
-}
-
-/// Has the kernel kill this process when it calls bpf(2); whether there are such filters at all.
-fn forbid_bpf() -> Result<(), Errno> {
-    let instruction = |code: u32, jt, jf, k| libc::sock_filter {
-        code: code as u16,
-        jt,
-        jf,
-        k,
-    };
-    let mut filter = [
-        // The number of the system call.
-        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        instruction(
-            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
-            0,
-            1,
-            libc::SYS_bpf as u32,
-        ),
-        instruction(
-            libc::BPF_RET | libc::BPF_K,
-            0,
-            0,
-            libc::SECCOMP_RET_KILL_PROCESS,
-        ),
-        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
-    let program = libc::sock_fprog {
-        len: filter.len() as u16,
-        filter: filter.as_mut_ptr(),
-    };
-    // SAFETY: the kernel reads the program and copies it.
-    let result = unsafe {
-        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-        libc::prctl(
-            libc::PR_SET_SECCOMP,
-            libc::SECCOMP_MODE_FILTER,
-            &raw const program,
-        )
-    };
-    match result {
-        0 => Ok(()),
-        _ => Err(Errno::last()),
-    }
 }
 
 /// When all is loaded, saving, restoring and a swap are without bpf(2), with WORK programs and a

@@ -13,7 +13,8 @@
 //!
 //! Bindings are those of Documentation/devicetree/bindings in the kernel tree.
 
-use vm_fdt::{Error, FdtWriter};
+use kvm_bpf::fdt::{Error, Node, Trigger, gic_spi};
+use vm_fdt::FdtWriter;
 
 use crate::bus::Range;
 use crate::vm::GuestDevice;
@@ -37,11 +38,8 @@ pub const GIC_REDIST_SIZE: u64 = 0x2_0000;
 const PHANDLE_GIC: u32 = 1;
 const PHANDLE_CLOCK: u32 = 2;
 
-/// First cell of an interrupt: shared by all CPUs, or private to each.
-const SPI: u32 = 0;
+/// First and last cell of an interrupt that each CPU has for itself.
 const PPI: u32 = 1;
-/// Last cell of an interrupt.
-const EDGE_RISING: u32 = 1;
 const LEVEL_HIGH: u32 = 4;
 
 /// Private interrupts of the architected timer: secure, non-secure, virtual, hypervisor.
@@ -106,7 +104,7 @@ pub fn build(machine: &Machine<'_>) -> Result<Vec<u8>, Error> {
         device(&mut fdt, info)?;
     }
     fdt.end_node(root)?;
-    fdt.finish()
+    Ok(fdt.finish()?)
 }
 
 fn cpus(fdt: &mut FdtWriter, count: u8) -> Result<(), Error> {
@@ -128,7 +126,7 @@ fn cpus(fdt: &mut FdtWriter, count: u8) -> Result<(), Error> {
     let compatible = ["arm,psci-1.0", "arm,psci-0.2"].map(String::from);
     fdt.property_string_list("compatible", compatible.into())?;
     fdt.property_string("method", "hvc")?;
-    fdt.end_node(psci)
+    Ok(fdt.end_node(psci)?)
 }
 
 /// Affinity of a vCPU, as KVM sets it (`kvm_calculate_mpidr()`): clusters of 16.
@@ -168,42 +166,31 @@ fn platform(fdt: &mut FdtWriter, cpus: u8) -> Result<(), Error> {
     let serial = fdt.begin_node(&format!("serial@{SERIAL_ADDR:x}"))?;
     fdt.property_string("compatible", "ns16550a")?;
     fdt.property_array_u64("reg", &[SERIAL_ADDR, SERIAL_SIZE])?;
-    fdt.property_array_u32("interrupts", &[SPI, SERIAL_GSI, EDGE_RISING])?;
+    let interrupt = gic_spi(SERIAL_GSI, Trigger::EdgeRising);
+    fdt.property_array_u32("interrupts", &interrupt)?;
     // Of a PC's, 115200 baud at divisor 1; output takes no time anyway.
     fdt.property_u32("clock-frequency", 1_843_200)?;
-    fdt.end_node(serial)
+    Ok(fdt.end_node(serial)?)
 }
 
 fn device(fdt: &mut FdtWriter, info: &GuestDevice) -> Result<(), Error> {
-    let node = fdt.begin_node(&format!("device@{:x}", info.range.addr))?;
-    if !info.compatible.is_empty() {
-        fdt.property_string_list("compatible", info.compatible.clone())?;
+    let trigger = |index| match info.is_level && index == 0 {
+        true => Trigger::LevelHigh,
+        false => Trigger::EdgeRising,
+    };
+    let interrupts = (info.gsis.iter().enumerate())
+        .flat_map(|(index, &gsi)| gic_spi(gsi, trigger(index)))
+        .collect();
+    Node {
+        name: "device",
+        compatible: &info.compatible,
+        addr: info.range.addr,
+        size: info.range.size,
+        interrupts,
+        interrupt_parent: None,
+        clock: Some(PHANDLE_CLOCK),
     }
-    fdt.property_array_u64("reg", &[info.range.addr, info.range.size])?;
-    if !info.gsis.is_empty() {
-        // Edges, whatever the hardware of that name has: KVM on arm64 raises the line of
-        // an irqfd without resamplefd and never lowers it, so that a level would stay.
-        let trigger = |index| match info.is_level && index == 0 {
-            true => LEVEL_HIGH,
-            false => EDGE_RISING,
-        };
-        let interrupts: Vec<_> = (info.gsis.iter().enumerate())
-            .flat_map(|(index, &gsi)| [SPI, gsi, trigger(index)])
-            .collect();
-        fdt.property_array_u32("interrupts", &interrupts)?;
-    }
-    let is_a = |own| info.compatible.iter().any(|name| name == own);
-    if is_a("arm,pl061") {
-        fdt.property_null("gpio-controller")?;
-        fdt.property_u32("#gpio-cells", 2)?;
-        fdt.property_null("interrupt-controller")?;
-        fdt.property_u32("#interrupt-cells", 2)?;
-    }
-    if is_a("arm,primecell") {
-        fdt.property_u32("clocks", PHANDLE_CLOCK)?;
-        fdt.property_string("clock-names", "apb_pclk")?;
-    }
-    fdt.end_node(node)
+    .write(fdt)
 }
 
 #[cfg(test)]

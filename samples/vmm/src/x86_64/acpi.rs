@@ -10,8 +10,7 @@
 //! only those of one Intel board; and a device there could have no interrupt.)
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
-    Package, PackageBuilder, Path, ResourceTemplate, Scope, Uuid,
+    Device, EISAName, IO, Interrupt as Descriptor, Name, Package, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, GAS};
@@ -22,27 +21,26 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, gas};
+use kvm_bpf::Place;
+use kvm_bpf::acpi::{Error, Interrupt, Object};
+use kvm_bpf::note::Space;
 
 use super::{
     COM1_GSI, COM1_PORT, IOAPIC_ADDR, LOCAL_APIC_ADDR, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
     SLEEP_TYPE_OFF,
 };
 use crate::vm::GuestDevice;
-use kvm_bpf::note::Space;
 
 const OEM: [u8; 6] = *b"KVMBPF";
 const TABLE: [u8; 8] = *b"KVMBPFVM";
 const REVISION: u32 = 1;
-
-/// UUID of `_DSD` data that are properties.
-const DSD_PROPERTIES: &str = "daffd814-6eba-4d8c-8a91-bc9bbf4aa301";
 
 /// Boot architecture flags: there is neither VGA nor a CMOS clock.
 const NO_VGA: u16 = 1 << 2;
 const NO_CMOS_RTC: u16 = 1 << 5;
 
 /// All tables as one block for the guest-physical address `base`; the RSDP comes first.
-pub fn tables(base: u64, cpus: u8, devices: &[GuestDevice]) -> Vec<u8> {
+pub fn tables(base: u64, cpus: u8, devices: &[GuestDevice]) -> Result<Vec<u8>, Error> {
     let mut block = vec![0; Rsdp::len()];
     let mut place = |table: &dyn Aml| {
         block.resize(block.len().next_multiple_of(16), 0);
@@ -51,7 +49,7 @@ pub fn tables(base: u64, cpus: u8, devices: &[GuestDevice]) -> Vec<u8> {
         addr
     };
 
-    let dsdt = place(&dsdt(devices));
+    let dsdt = place(&dsdt(devices)?);
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
     xsdt.add_entry(place(&fadt(dsdt)));
     xsdt.add_entry(place(&madt(cpus)));
@@ -60,7 +58,7 @@ pub fn tables(base: u64, cpus: u8, devices: &[GuestDevice]) -> Vec<u8> {
     let mut rsdp = Vec::new();
     Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
     block[..rsdp.len()].copy_from_slice(&rsdp);
-    block
+    Ok(block)
 }
 
 fn fadt(dsdt: u64) -> impl Aml {
@@ -92,7 +90,7 @@ fn madt(cpus: u8) -> impl Aml {
     madt
 }
 
-fn dsdt(devices: &[GuestDevice]) -> impl Aml {
+fn dsdt(devices: &[GuestDevice]) -> Result<impl Aml + use<>, Error> {
     let mut aml = Vec::new();
     let off = Package::new(vec![&SLEEP_TYPE_OFF]);
     Name::new("_S5_".into(), &off).to_aml_bytes(&mut aml);
@@ -106,7 +104,7 @@ fn dsdt(devices: &[GuestDevice]) -> impl Aml {
                 &Name::new(
                     "_CRS".into(),
                     &ResourceTemplate::new(vec![
-                        &Interrupt::new(true, true, false, false, COM1_GSI),
+                        &Descriptor::new(true, true, false, false, COM1_GSI),
                         &IO::new(COM1_PORT, COM1_PORT, 0, 8),
                     ]),
                 ),
@@ -115,78 +113,34 @@ fn dsdt(devices: &[GuestDevice]) -> impl Aml {
     )
     .to_aml_bytes(&mut aml);
     for (index, device) in devices.iter().enumerate() {
-        append_device(&mut aml, index, device);
+        append_device(&mut aml, index, device)?;
     }
 
     // 2: integers have 64 bits.
     let mut dsdt = Sdt::new(*b"DSDT", 36, 2, OEM, TABLE, REVISION);
     dsdt.append_slice(&aml);
-    Bytes(dsdt.as_slice().to_vec())
+    Ok(Bytes(dsdt.as_slice().to_vec()))
 }
 
-/// A `PRP0001` object with the device's range, interrupts and `compatible` strings.
-///
-/// A 16550 at ports has the object that Linux knows it by, as COM1 has: no driver takes it by its
-/// string there.
-fn append_device(aml: &mut Vec<u8>, index: usize, device: &GuestDevice) {
+fn append_device(aml: &mut Vec<u8>, index: usize, device: &GuestDevice) -> Result<(), Error> {
     let range = &device.range;
-    let last = range.addr + (range.size - 1);
-    let is_port = range.space == Space::Ports;
-    let place: Box<dyn Aml> = match (u32::try_from(range.addr), u32::try_from(last)) {
-        // A descriptor of this kind has no room for more; what is longer is a bridge's.
-        _ if is_port && range.size <= 0xff => Box::new(IO::new(
-            range.addr as u16,
-            range.addr as u16,
-            0,
-            range.size as u8,
-        )),
-        _ if is_port => Box::new(AddressSpace::new_io(range.addr as u16, last as u16, None)),
-        (Ok(addr), Ok(_)) => Box::new(Memory32Fixed::new(true, addr, range.size as u32)),
-        _ => Box::new(AddressSpace::new_memory(
-            AddressSpaceCacheable::NotCacheable,
-            true,
-            range.addr,
-            last,
-            None,
-        )),
+    let place = match range.space {
+        Space::Memory => Place::Memory(range.addr),
+        Space::Ports => Place::Port(range.addr as u16),
     };
-    let interrupts: Vec<Interrupt> = device
-        .gsis
-        .iter()
-        .enumerate()
-        .map(|(index, &gsi)| {
-            let is_edge = !device.is_level || index != 0;
-            Interrupt::new(true, is_edge, false, false, gsi)
+    let name = format!("D{index:03X}");
+    // COM1 is 0 among its kind.
+    let uid = index as u32 + 1;
+    let mut object = Object::new(&name, uid, &device.compatible, place, range.size)?;
+    let interrupts = device.gsis.iter().enumerate();
+    object.interrupts = interrupts
+        .map(|(index, &gsi)| Interrupt {
+            gsi,
+            is_level: device.is_level && index == 0,
         })
         .collect();
-    let mut resources: Vec<&dyn Aml> = vec![place.as_ref()];
-    resources.extend(interrupts.iter().map(|interrupt| interrupt as &dyn Aml));
-
-    let mut compatible = PackageBuilder::new();
-    for string in &device.compatible {
-        compatible.add_element(string);
-    }
-
-    let is_uart = is_port && device.compatible.iter().any(|own| own == "ns16550a");
-    let uart = EISAName::new("PNP0501");
-    let id: &dyn Aml = match is_uart {
-        true => &uart,
-        false => &"PRP0001",
-    };
-    let id = Name::new("_HID".into(), id);
-    // COM1 is 0 among its kind.
-    let uid = Name::new("_UID".into(), &(index + 1));
-    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(resources));
-    let strings = Package::new(vec![&"compatible", &compatible]);
-    let properties = Package::new(vec![&strings]);
-    let uuid = Uuid::new(DSD_PROPERTIES);
-    let properties = Name::new("_DSD".into(), &Package::new(vec![&uuid, &properties]));
-    let mut parts: Vec<&dyn Aml> = vec![&id, &uid, &resources];
-    if !is_uart {
-        parts.push(&properties);
-    }
-    let path = Path::new(&format!("D{index:03X}"));
-    Scope::new("_SB_".into(), vec![&Device::new(path, parts)]).to_aml_bytes(aml);
+    Scope::new("_SB_".into(), vec![&object]).to_aml_bytes(aml);
+    Ok(())
 }
 
 /// A table that is bytes already.
@@ -241,7 +195,7 @@ mod tests {
             of_ports(0x400, "long"),
         ];
         let mut uart = Vec::new();
-        append_device(&mut uart, 0, &devices[0]);
+        append_device(&mut uart, 0, &devices[0]).unwrap();
         let has = |aml: &[u8], bytes: &[u8]| aml.windows(bytes.len()).any(|part| part == bytes);
         // The EISA id, and a descriptor of ports: decodes 10 bits, from, to, alignment, length.
         let hid = 0x0105_d041_u32.to_le_bytes();
@@ -249,12 +203,12 @@ mod tests {
         assert!(has(&uart, &hid) && has(&uart, &io), "{uart:x?}");
         assert!(!has(&uart, b"PRP0001"));
         let mut other = Vec::new();
-        append_device(&mut other, 1, &devices[1]);
+        append_device(&mut other, 1, &devices[1]).unwrap();
         assert!(has(&other, &io) && has(&other, b"PRP0001") && has(&other, b"other\0"));
         let mut long = Vec::new();
-        append_device(&mut long, 2, &devices[2]);
+        append_device(&mut long, 2, &devices[2]).unwrap();
         assert!(!has(&long, &[0x47, 1]));
-        assert!(tables(BASE, 1, &devices).len() < 0x1000);
+        assert!(tables(BASE, 1, &devices).unwrap().len() < 0x1000);
     }
 
     #[test]
@@ -263,7 +217,7 @@ mod tests {
         held.gsis = vec![5, 6];
         held.is_level = true;
         let mut aml = Vec::new();
-        append_device(&mut aml, 0, &held);
+        append_device(&mut aml, 0, &held).unwrap();
         // Descriptors of one interrupt each: bit 1 of the flags is set for an edge.
         for descriptor in [
             [0x89, 6, 0, 1, 1, 5, 0, 0, 0],
@@ -276,7 +230,7 @@ mod tests {
     #[test]
     fn tables_lead_to_each_other() {
         let devices = [device(0xd000_0000), device(0x10_0000_0000)];
-        let block = tables(BASE, 3, &devices);
+        let block = tables(BASE, 3, &devices).unwrap();
         assert_eq!(&block[..8], b"RSD PTR ");
         let xsdt = table(&block, u64_at(&block, 24));
         assert_eq!(&xsdt[..4], b"XSDT");

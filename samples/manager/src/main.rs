@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The manager's process: what it listens at, and what it may do.
+
+use std::error::Error;
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+use std::thread;
+
+use caps::{CapSet, Capability, CapsHashSet};
+use clap::Parser;
+use kvm_bpf_manager::Files;
+use listenfd::ListenFd;
+
+/// The most VMMs that are served at the same time.
+const MAX_CONNECTIONS: u32 = 64;
+
+type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+/// Loads devices made of eBPF programs, for VMMs that have no right to.
+///
+/// It gives up all rights but CAP_BPF. Without that, a BPF token in LIBBPF_BPF_TOKEN_PATH does.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    /// The directory of the object files; links in it are not followed
+    #[arg(long, value_name = "DIRECTORY")]
+    files: PathBuf,
+    /// Where to listen; by default the socket that was handed over (LISTEN_FDS)
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// A user who may ask for programs, by number; others are refused
+    #[arg(long = "allow", value_name = "UID", required = true)]
+    allowed: Vec<libc::uid_t>,
+    /// The user to become, by number
+    #[arg(long, value_name = "UID")]
+    user: Option<libc::uid_t>,
+}
+
+fn listen(path: Option<&Path>) -> Result<UnixListener> {
+    let Some(path) = path else {
+        let handed_over = ListenFd::from_env().take_unix_listener(0)?;
+        return handed_over.ok_or_else(|| "no --socket, and none handed over".into());
+    };
+    let listener = UnixListener::bind(path)?;
+    // Who may is not a matter of the file.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
+    Ok(listener)
+}
+
+/// Gives up all rights but CAP_BPF, if it has that, for good.
+fn drop_privileges(user: Option<libc::uid_t>) -> Result<()> {
+    let check = |result: libc::c_int| match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    };
+    let mut keep = CapsHashSet::new();
+    if caps::has_cap(None, CapSet::Permitted, Capability::CAP_BPF)? {
+        keep.insert(Capability::CAP_BPF);
+    }
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
+        caps::clear(None, CapSet::Bounding)?;
+    }
+    if let Some(user) = user {
+        // SAFETY: no pointers but an empty list. There are no other threads so far.
+        unsafe {
+            check(libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0))?;
+            check(libc::setgroups(0, std::ptr::null()))?;
+            check(libc::setresgid(user, user, user))?;
+            check(libc::setresuid(user, user, user))?;
+        }
+    }
+    caps::clear(None, CapSet::Ambient)?;
+    caps::clear(None, CapSet::Inheritable)?;
+    caps::set(None, CapSet::Effective, &keep)?;
+    caps::set(None, CapSet::Permitted, &keep)?;
+    // SAFETY: no pointers.
+    Ok(check(unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    })?)
+}
+
+fn run(args: Args) -> Result<()> {
+    let files = Arc::new(Files::new(&args.files)?);
+    let listener = listen(args.socket.as_deref())?;
+    drop_privileges(args.user)?;
+    let allowed: Arc<[_]> = args.allowed.into();
+    let connections = Arc::new(AtomicU32::new(0));
+    println!("kvm-bpf-manager: ready");
+    loop {
+        let mut stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            // It is gone, or there are too many files.
+            Err(error) => {
+                eprintln!("kvm-bpf-manager: {error}");
+                thread::sleep(std::time::Duration::from_millis(100));
+                continue;
+            }
+        };
+        if connections.fetch_add(1, SeqCst) >= MAX_CONNECTIONS {
+            connections.fetch_sub(1, SeqCst);
+            _ = writeln!(stream, "error {MAX_CONNECTIONS} connections are there");
+            continue;
+        }
+        let (files, allowed) = (Arc::clone(&files), Arc::clone(&allowed));
+        let own = Served(Arc::clone(&connections));
+        let serve = move || {
+            let _own = own;
+            serve(&files, &stream, &allowed);
+        };
+        // Where there is no thread, the connection is closed.
+        if let Err(error) = thread::Builder::new().spawn(serve) {
+            eprintln!("kvm-bpf-manager: {error}");
+        }
+    }
+}
+
+/// A connection among those that are served.
+struct Served(Arc<AtomicU32>);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
+}
+
+fn serve(files: &Files, stream: &UnixStream, allowed: &[libc::uid_t]) {
+    let (granted, ended) = files.serve(stream, allowed);
+    match ended {
+        Ok(()) => println!("kvm-bpf-manager: {granted} granted"),
+        Err(error) => eprintln!("kvm-bpf-manager: {granted} granted; {error}"),
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kvm-bpf-manager: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,490 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Programs that one process has loaded, and another one uses: over a socket, and pinned.
+//!
+//! The manager is a process of root's. The VMM is one of nobody's, without capabilities; what must do
+//! without bpf(2) runs where the kernel kills a process that calls it.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::chown;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use kvm_bpf::device::Error;
+use kvm_bpf::{Abi, Device, ImageDevice, OnLoss, Place, Programs, State, programs, transfer};
+use kvm_bpf_selftests::guest::Guest;
+use kvm_bpf_selftests::harness::{
+    Errno, forbid_bpf, set_capabilities, status_of_a_process, unpaused, wait_for,
+};
+use kvm_bpf_selftests::programs::{loaded, plug, sample, test_image};
+use kvm_ioctls::Kvm;
+
+use super::{ADDR, PATTERN};
+
+tests!(
+    the_kernel_tells_its_numbers,
+    maps_are_listed,
+    runs_are_counted,
+    of_a_manager_that_ends,
+    timers_outlive_the_manager,
+    replaced_by_the_manager,
+    another_map_is_no_replacement,
+    not_what_is_described,
+    pinned,
+    pinned_as_a_whole_or_not,
+);
+
+const NOBODY: u32 = 65534;
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn the_kernel_tells_its_numbers() {
+    let abi = Abi::from_running_kernel().expect("the kernel's BTF");
+    assert_got!(abi, Abi::default(), "numbers of types");
+    let guest = Guest::new();
+    kvm_bpf::Device::is_supported(guest.vm(), &abi).expect("KVM_CREATE_DEVICE_TEST");
+    let mut other = abi;
+    other.device_type = 0xffff;
+    match Device::with_abi(guest.vm(), &other) {
+        Err(error @ Error::Unsupported) => {
+            let text = error.to_string();
+            assert!(text.contains("modprobe kvm_bpf"), "{text}");
+        }
+        other => panic!("wanted Unsupported, got {other:?}"),
+    }
+}
+
+fn maps_are_listed() {
+    let programs = loaded(test_image("state"));
+    let mut names: Vec<_> = programs.maps().map(|map| map.name()).collect();
+    names.sort();
+    let wanted = [
+        ".bss",
+        ".data",
+        ".data.own",
+        ".rodata",
+        "changing",
+        "kinds",
+        "raw",
+        "scratch",
+    ];
+    assert_got!(names, wanted);
+    let raw = programs.map("raw").expect("the map");
+    assert!(raw.is_array(), "{raw:?}");
+    assert_got!(
+        (raw.key_size(), raw.value_size(), raw.max_entries()),
+        (4, 12, 2)
+    );
+    let value: Vec<u8> = (1..=12).collect();
+    raw.update(&1_u32.to_ne_bytes(), &value)
+        .expect("BPF_MAP_UPDATE_ELEM");
+    assert_got!(raw.value(1), Some(value));
+    assert_got!(raw.value(0), Some(vec![0; 12]));
+    assert_got!(raw.value(2), None);
+    // In memory as with bpf(2).
+    programs.fill("raw", [[7; 12], [9; 12]]).expect("values");
+    let second = raw.lookup(&1_u32.to_ne_bytes()).expect("a value");
+    assert_got!(second, Some(vec![9; 12]));
+    let scratch = programs.map("scratch").expect("the map");
+    assert_got!((scratch.words().is_some(), scratch.value(0)), (false, None));
+    programs.fill("scratch", [[3; 8]]).expect("a value");
+    assert_got!(scratch.lookup(&[0; 4]).expect("a value"), Some(vec![3; 8]));
+
+    for (map, values, wanted) in [
+        ("none", vec![vec![0; 8]], "there is no map none"),
+        ("scratch", vec![vec![0; 4]], "cannot access map scratch"),
+        ("raw", vec![vec![0; 12]; 3], "cannot access map raw"),
+    ] {
+        let error = programs.fill(map, values).expect_err("values");
+        assert_got!(error.to_string(), wanted);
+    }
+}
+
+fn runs_are_counted() {
+    const SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let device = plug(guest.vm(), ADDR, sample("regbank"));
+    let counts = || {
+        let stats = device.programs().stats().expect("/proc/self/fdinfo");
+        let one = |name| {
+            let found = stats.iter().find(|one| one.name == name);
+            let found = found.expect("a program");
+            assert!(found.id != 0 && found.verified_insns != 0, "{found:?}");
+            (found.run_count, found.run_time_ns)
+        };
+        (one("read"), one("write"))
+    };
+    assert_got!(vcpu.read(ADDR + 8, 8).exits, []);
+    assert_got!(counts(), ((0, 0), (0, 0)), "runs that nobody counts");
+    fs::write(SWITCH, "1").expect("counting runs");
+    for _ in 0..10 {
+        assert_got!(vcpu.read(ADDR + 8, 8).exits, []);
+    }
+    assert_got!(vcpu.write(ADDR + 8, 8, PATTERN), []);
+    fs::write(SWITCH, "0").expect("counting no runs");
+    let (read, write) = counts();
+    assert_got!((read.0, write.0), (10, 1), "runs");
+    assert!(read.1 > 0 && write.1 > 0, "{read:?}, {write:?}");
+}
+
+/// Runs both ends, each in a process of its own. The VMM has no rights, and may open `/dev/kvm` no
+/// more: it has it.
+#[track_caller]
+fn between(manager: impl FnOnce(UnixStream) + Send, vmm: impl FnOnce(UnixStream, Kvm) + Send) {
+    let (ours, theirs) = UnixStream::pair().expect("socketpair");
+    for end in [&ours, &theirs] {
+        end.set_read_timeout(Some(LIMIT)).expect("a limit");
+    }
+    let kvm = Kvm::new().expect("open /dev/kvm");
+    let vmm = || {
+        become_nobody();
+        vmm(theirs, kvm);
+    };
+    let (manager, vmm) = thread::scope(|scope| {
+        let manager = scope.spawn(|| status_of_a_process(|| manager(ours)));
+        let vmm = scope.spawn(|| status_of_a_process(vmm));
+        (manager.join(), vmm.join())
+    });
+    let statuses = (manager.expect("the manager"), vmm.expect("the VMM"));
+    assert_got!(statuses, (0, 0), "the manager's and the VMM's status");
+}
+
+/// Gives up all rights, for good.
+fn become_nobody() {
+    // SAFETY: the raw system call changes this thread alone, and a process that is new has no other.
+    let result = unsafe { libc::syscall(libc::SYS_setresuid, NOBODY, NOBODY, NOBODY) };
+    assert_got!(result, 0, "setresuid to nobody");
+    set_capabilities(&[]);
+}
+
+/// From here on bpf(2) kills the process, where the kernel has such filters.
+fn without_bpf() {
+    if let Err(error) = forbid_bpf() {
+        assert_got!(error, Errno(libc::EINVAL), "a seccomp filter");
+    }
+}
+
+/// Tells the VMM who the manager is.
+fn say_id(stream: &mut UnixStream) {
+    let id = std::process::id();
+    stream.write_all(&id.to_ne_bytes()).expect("its id sent");
+}
+
+fn id_of_the_manager(stream: &mut UnixStream) -> i32 {
+    let mut id = [0; 4];
+    stream.read_exact(&mut id).expect("the manager's id");
+    i32::from_ne_bytes(id)
+}
+
+fn wait_for_the_end_of(manager: i32) {
+    wait_for("the manager's end", libc::ESRCH, || {
+        // SAFETY: signal 0 is none.
+        match unsafe { libc::kill(manager, 0) } {
+            0 => 0,
+            _ => Errno::last().0,
+        }
+    });
+}
+
+fn plugged(guest: &Guest, programs: Programs) -> ImageDevice {
+    let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
+    let builder = ImageDevice::builder(device, programs);
+    builder
+        .plug(Place::Memory(ADDR))
+        .unwrap_or_else(|error| panic!("wanted it plugged, got {error:#?}"))
+}
+
+#[track_caller]
+fn received(stream: &UnixStream) -> Programs {
+    Programs::recv(stream).unwrap_or_else(|error| panic!("wanted programs, got {error:#?}"))
+}
+
+fn json(state: &State) -> serde_json::Value {
+    let mut json = serde_json::to_value(state).expect("JSON");
+    json["clock"].take();
+    json
+}
+
+/// A device has all that it had where it was loaded: it saves and restores.
+fn of_a_manager_that_ends() {
+    let manager = |mut stream: UnixStream| {
+        let guest = Guest::new();
+        let programs = loaded(test_image("state"));
+        programs.fill("raw", [[5; 12]]).expect("values");
+        programs.send(&stream).expect("the programs sent");
+        say_id(&mut stream);
+        let device = plugged(&guest, programs);
+        let state = device.save().expect("its state").to_json();
+        let state = state.expect("its JSON");
+        stream
+            .write_all(&(state.len() as u32).to_ne_bytes())
+            .and_then(|()| stream.write_all(&state))
+            .expect("its state sent");
+    };
+    between(manager, |mut stream, kvm| {
+        let guest = Guest::on(kvm);
+        without_bpf();
+        let programs = received(&stream);
+        assert_got!(
+            programs.note().compatible,
+            ["kvm-bpf,state", "kvm-bpf,test"]
+        );
+        let manager = id_of_the_manager(&mut stream);
+        let (mut len, mut state) = ([0; 4], Vec::new());
+        stream.read_exact(&mut len).expect("a length");
+        state.resize(u32::from_ne_bytes(len) as usize, 0);
+        stream.read_exact(&mut state).expect("the state");
+        wait_for_the_end_of(manager);
+        let saved = State::from_json(&state).expect("the state");
+
+        let mut device = plugged(&guest, programs);
+        assert_got!(json(&device.save().expect("a state")), json(&saved));
+        // As in a new device.
+        let preset = device.programs().map(".data").expect("the map").value(0);
+        assert_got!(preset.expect("a value")[..8], 7_u64.to_ne_bytes());
+        device.programs().fill("raw", [[6; 12]]).expect("values");
+        device.restore(&saved).expect("the state restored");
+        let raw = device.programs().map("raw").expect("the map").value(0);
+        assert_got!(raw, Some(vec![5; 12]));
+    });
+}
+
+/// Timers are a map's, and last as long as somebody has it.
+fn timers_outlive_the_manager() {
+    let manager = |mut stream: UnixStream| {
+        let programs = loaded(test_image("work_timer"));
+        programs.send(&stream).expect("the programs sent");
+        say_id(&mut stream);
+        stream.read_exact(&mut [0]).expect("the VMM's word");
+    };
+    between(manager, |mut stream, kvm| {
+        let guest = Guest::on(kvm);
+        without_bpf();
+        let programs = received(&stream);
+        let manager = id_of_the_manager(&mut stream);
+        let device = plugged(&guest, programs);
+        let callbacks = || {
+            let progress = device.programs().map("progress").expect("the map");
+            let begun = progress.value(0).expect("a value")[..4].try_into();
+            u32::from_ne_bytes(begun.expect("four bytes"))
+        };
+        device.resume().expect("starting the timer");
+        wait_for("callbacks", true, || callbacks() > 2);
+        stream.write_all(&[0]).expect("a word to the manager");
+        wait_for_the_end_of(manager);
+        let before = callbacks();
+        wait_for("callbacks afterwards", true, || callbacks() > before + 2);
+    });
+}
+
+/// The VMM sends what runs, and takes what comes back.
+fn replaced_by_the_manager() {
+    let manager = |stream: UnixStream| {
+        let programs = loaded(sample("regbank"));
+        programs.send(&stream).expect("the programs sent");
+        drop(programs);
+        let running = received(&stream);
+        let mut next = test_image("regbank_v2");
+        let changes = next.reuse_maps(&running, OnLoss::Refuse).expect("its maps");
+        assert_got!(
+            (changes.carried.is_empty(), changes.needs_pause()),
+            (false, false)
+        );
+        loaded(next).send(&stream).expect("the next programs sent");
+    };
+    between(manager, |stream, kvm| {
+        let guest = Guest::on(kvm);
+        let mut vcpu = guest.vcpu(0);
+        without_bpf();
+        let mut device = plugged(&guest, received(&stream));
+        assert_got!(vcpu.write(ADDR + 8, 8, PATTERN), []);
+        let mut state = || (vcpu.read(ADDR + 4, 4), vcpu.read(ADDR + 8, 8));
+        let (version, scratch) = state();
+        assert_got!((version.value, scratch.value), (1, PATTERN));
+        assert_got!((version.exits, scratch.exits), (vec![], vec![]));
+        device.programs().send(&stream).expect("the programs sent");
+        let next = received(&stream);
+        let changes = device.changes(&next, OnLoss::Refuse).expect("a successor");
+        let done = device
+            .swap(next, OnLoss::Refuse, unpaused)
+            .expect("the swap");
+        assert_got!(done, changes, "what became of the maps");
+        let (version, scratch) = state();
+        assert_got!((version.value, scratch.value), (2, PATTERN));
+        assert_got!((version.exits, scratch.exits), (vec![], vec![]));
+    });
+}
+
+/// A successor that the manager has made without the running maps would lose what is in them.
+fn another_map_is_no_replacement() {
+    let manager = |stream: UnixStream| {
+        for image in [sample("regbank"), test_image("regbank_v2")] {
+            loaded(image).send(&stream).expect("the programs sent");
+        }
+    };
+    between(manager, |stream, kvm| {
+        let guest = Guest::on(kvm);
+        without_bpf();
+        let mut device = plugged(&guest, received(&stream));
+        match device.swap(received(&stream), OnLoss::Refuse, unpaused) {
+            Err(Error::Programs(programs::Error::LostMap { why, .. })) => {
+                assert_got!(why, "the new programs have another map of that name");
+            }
+            other => panic!("wanted LostMap, got {other:?}"),
+        }
+        let version = guest.vcpu(0).read(ADDR + 4, 4);
+        assert_got!((version.value, version.exits), (1, vec![]));
+    });
+}
+
+/// What `/proc` says of a file descriptor must be what is described.
+fn not_what_is_described() {
+    let programs = loaded(sample("regbank"));
+    // As a description would have it, but with the file descriptors in another order.
+    let (one, other) = UnixStream::pair().expect("socketpair");
+    other.set_read_timeout(Some(LIMIT)).expect("a limit");
+    programs.send(&one).expect("the programs sent");
+    let fds = fs::read_dir("/proc/self/fd").expect("/proc").count();
+    drop(received(&other));
+    assert_got!(
+        fs::read_dir("/proc/self/fd").expect("/proc").count(),
+        fds,
+        "open files"
+    );
+
+    let read: OwnedFd = programs
+        .map(".bss")
+        .or_else(|| programs.maps().next())
+        .map(|map| map.try_clone().expect("a map"))
+        .map(|map| std::os::fd::AsFd::as_fd(&map).try_clone_to_owned())
+        .expect("a map")
+        .expect("a file descriptor");
+    let mut note = programs.note().clone();
+    note.works.clear();
+    note.doorbells.clear();
+    note.read_pages.clear();
+    let wrong = Programs::from_fds(note, Some(read), None, [], Vec::new());
+    wrong
+        .expect("nothing is asked yet")
+        .send(&one)
+        .expect("sent");
+    match Programs::recv(&other) {
+        Err(transfer::Error::NotProgram(name)) if name == "read" => {}
+        other => panic!("wanted NotProgram, got {other:?}"),
+    }
+    assert_got!(
+        fs::read_dir("/proc/self/fd").expect("/proc").count(),
+        fds,
+        "open files"
+    );
+}
+
+/// A directory of pins, gone when this is dropped.
+struct Pins(PathBuf);
+
+impl Pins {
+    fn new() -> Self {
+        Pins("/sys/fs/bpf/kvm_bpf_programs".into())
+    }
+
+    fn all(&self) -> Vec<PathBuf> {
+        let pins = fs::read_dir(&self.0).expect("the pins").flatten();
+        pins.map(|pin| pin.path()).collect()
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn pinned() {
+    let pins = Pins::new();
+    loaded(sample("regbank")).pin(&pins.0).expect("the pins");
+    let (path, all) = (pins.0.clone(), pins.all());
+    // Search permission to get there is root's matter.
+    fs::set_permissions(
+        "/sys/fs/bpf",
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .expect("a file system that others may look into");
+    let kvm = Kvm::new().expect("open /dev/kvm");
+    let status = status_of_a_process(move || {
+        become_nobody();
+        match Programs::from_pinned(&path) {
+            Err(transfer::Error::Open { source, .. }) => {
+                assert_got!(source.raw_os_error(), Some(libc::EACCES));
+            }
+            other => panic!("wanted no way in, got {other:?}"),
+        }
+        drop(kvm);
+    });
+    assert_got!(status, 0, "a VMM that was not let in");
+
+    for file in all.iter().chain([&pins.0]) {
+        chown(file, Some(NOBODY), None).expect("chown");
+    }
+    let (path, kvm) = (pins.0.clone(), Kvm::new().expect("open /dev/kvm"));
+    let status = status_of_a_process(move || {
+        become_nobody();
+        let programs = Programs::from_pinned(&path).expect("the programs");
+        let guest = Guest::on(kvm);
+        let device = plugged(&guest, programs);
+        assert_got!(vcpu_write(&guest), PATTERN);
+        device.save().expect("its state");
+    });
+    assert_got!(status, 0, "a VMM that was let in");
+    // The programs are pinned still, and have what the VMM left.
+    let again = Programs::from_pinned(&pins.0).expect("the programs");
+    let guest = Guest::new();
+    let _device = plugged(&guest, again);
+    let scratch = guest.vcpu(0).read(ADDR + 8, 8);
+    assert_got!((scratch.value, scratch.exits), (PATTERN, vec![]));
+}
+
+fn pinned_as_a_whole_or_not() {
+    let pins = Pins::new();
+    let programs = loaded(sample("regbank"));
+    programs.pin(&pins.0).expect("the pins");
+    let before = pins.all().len();
+    match programs.pin(&pins.0) {
+        Err(transfer::Error::Pin { path, source }) => {
+            assert_got!(path, pins.0);
+            assert_got!(source.raw_os_error(), Some(libc::EEXIST));
+        }
+        other => panic!("wanted the directory to be there, got {other:?}"),
+    }
+    assert_got!(pins.all().len(), before, "pins");
+    // No bpf file system.
+    let elsewhere = Path::new("/tmp/kvm_bpf_programs");
+    match programs.pin(elsewhere) {
+        Err(transfer::Error::Pin { path, .. }) => assert!(path.starts_with(elsewhere), "{path:?}"),
+        other => panic!("wanted no pins there, got {other:?}"),
+    }
+    assert!(!elsewhere.exists(), "something is left");
+    // A part is missing.
+    fs::remove_file(pins.0.join("read")).expect("unpinning");
+    match Programs::from_pinned(&pins.0) {
+        Err(transfer::Error::Open { path, source }) => {
+            assert_got!(path, pins.0.join("read"));
+            assert_got!(source.raw_os_error(), Some(libc::ENOENT));
+        }
+        other => panic!("wanted a pin to be missing, got {other:?}"),
+    }
+}
+
+/// Writes the register bank's scratch register, and returns what it then holds.
+#[track_caller]
+fn vcpu_write(guest: &Guest) -> u64 {
+    let mut vcpu = guest.vcpu(0);
+    assert_got!(vcpu.write(ADDR + 8, 8, PATTERN), []);
+    let read = vcpu.read(ADDR + 8, 8);
+    assert_got!(read.exits, []);
+    read.value
+}
