@@ -45,7 +45,12 @@ pub fn skip(reason: impl Into<String>) -> ! {
 
 /// Makes a test of a function that panics when it fails.
 pub fn trial(name: &'static str, test: fn()) -> Trial {
-    let more = number_from_env("KVM_BPF_ACCESSES", 0) / 50;
+    // What the variables ask for, and as much again.
+    let seconds = |name, share: u64| number_from_env(name, 0) / share;
+    let more = seconds("KVM_BPF_ACCESSES", 50)
+        + seconds("KVM_BPF_STRESS_MS", 500)
+        + seconds("KVM_BPF_FUZZ_MS", 500)
+        + seconds("KVM_BPF_LOADS", 10);
     trial_within(name, TEST_LIMIT + Duration::from_secs(more), test)
 }
 

@@ -9,25 +9,17 @@
 
 use std::time::{Duration, Instant};
 
-use kvm_bpf_selftests::harness::{Random, number_from_env, trial_within};
-use libtest_mimic::Trial;
+use kvm_bpf_selftests::harness::{Random, number_from_env};
 
 mod accesses;
 mod calls;
 mod programs;
 
-pub(super) fn all() -> Vec<Trial> {
-    // A load and two runs take milliseconds under emulation.
-    let limit = Duration::from_secs(300) + 4 * duration() + Duration::from_millis(100 * loads());
-    let tests: [(&str, fn()); 3] = [
-        ("fuzz::calls", calls::calls),
-        ("fuzz::programs", programs::programs),
-        ("fuzz::accesses", accesses::accesses),
-    ];
-    tests
-        .map(|(name, test)| trial_within(name, limit, test))
-        .into()
-}
+use accesses::accesses;
+use calls::calls;
+use programs::programs;
+
+tests!(calls, programs, accesses);
 
 fn seed() -> u64 {
     number_from_env("KVM_BPF_SEED", 1)

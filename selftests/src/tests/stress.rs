@@ -33,13 +33,10 @@ use kvm_bpf_selftests::device::{Device, NO_REGION, NO_WORK, work};
 #[cfg(target_arch = "x86_64")]
 use kvm_bpf_selftests::guest::PortExit;
 use kvm_bpf_selftests::guest::{Args, Exit, Guest, Routine, SharedMemory, USER_ANSWER, Vcpu, mask};
-use kvm_bpf_selftests::harness::{
-    Errno, Random, meanwhile, number_from_env, trial_within, wait_for,
-};
+use kvm_bpf_selftests::harness::{Errno, Random, meanwhile, number_from_env, wait_for};
 use kvm_bpf_selftests::programs::{CTX_BUF, answer_insns, ret};
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use libbpf_rs::libbpf_sys as sys;
-use libtest_mimic::Trial;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::irq::call_with_context;
@@ -47,13 +44,7 @@ use super::kfunc::required;
 use super::perms::seal;
 use super::{ADDR, SIZE};
 
-pub(super) fn all() -> Vec<Trial> {
-    let limit = Duration::from_secs(300) + 2 * duration();
-    let tests: [(&str, fn()); 1] = [("stress::everything_at_once", everything_at_once)];
-    tests
-        .map(|(name, test)| trial_within(name, limit, test))
-        .into()
-}
+tests!(everything_at_once);
 
 fn duration() -> Duration {
     Duration::from_millis(number_from_env("KVM_BPF_STRESS_MS", 6000))
