@@ -9,8 +9,20 @@
 
 KVM_BPF_MMIO_DEVICE(0x1000, 0, "kvm-bpf,test");
 
-enum { NOTHING, SIGNAL, ACQUIRE, FREQ, MAX_HW_FREQ, SCALE, UCLAMP, READ, WRITE, READ_NOFAULT,
-       WRITE_NOFAULT, RANDOM };
+enum {
+	NOTHING,
+	SIGNAL,
+	ACQUIRE,
+	FREQ,
+	MAX_HW_FREQ,
+	SCALE,
+	UCLAMP,
+	READ,
+	WRITE,
+	READ_NOFAULT,
+	WRITE_NOFAULT,
+	RANDOM
+};
 enum { MAIN, SUBPROGRAM, CALLBACK, NEVER };
 
 const volatile __u32 what = NOTHING;
@@ -70,7 +82,7 @@ static long callback(__u64 index, struct args *args)
 KVM_IO_READ_SLEEPABLE
 int perms_read(struct bpf_kvm_io_ctx *ctx)
 {
-	struct args args = { ctx };
+	struct args args = {ctx};
 
 	switch (where) {
 	case MAIN:

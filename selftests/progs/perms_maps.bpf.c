@@ -28,7 +28,7 @@ struct {
 	__type(key, __u32);
 	__array(values, struct inner);
 } outer SEC(".maps") = {
-	.values = { &inner },
+	.values = {&inner},
 };
 
 KVM_IO_READ
