@@ -5,8 +5,6 @@
  */
 #include "kvm_bpf.h"
 
-#define CLOCK_MONOTONIC 1
-
 KVM_BPF_MMIO_DEVICE(0x1000, 0, "kvm-bpf,test");
 
 enum {
