@@ -370,9 +370,22 @@ unsafe fn store(bytes: [u8; 8], to: *mut u8, len: u8) {
         match len {
             4 => to.cast::<[u8; 4]>().write([b0, b1, b2, b3]),
             8 => to.cast::<[u8; 8]>().write(bytes),
-            _ => copy(bytes.as_ptr(), to, len),
+            _ => store_odd(bytes, to, len),
         }
     }
+}
+
+/// As [`store()`], of a length that is not usual. Nothing is left to do behind it, so that a call
+/// costs the usual ones nothing.
+///
+/// # Safety
+///
+/// As for [`store()`].
+#[cold]
+#[inline(never)]
+unsafe fn store_odd(bytes: [u8; 8], to: *mut u8, len: u8) {
+    // SAFETY: By the safety requirements.
+    unsafe { copy(bytes.as_ptr(), to, len) };
 }
 
 /// Copies less than 8 bytes, in pieces of fixed size.

@@ -26,6 +26,7 @@ use crate::{
         ProgType, //
     },
     bpf_ctx_field,
+    jump_label::static_branch_unlikely,
     prelude::*,
     tracepoint::declare_trace, //
 };
@@ -243,9 +244,42 @@ declare_trace! {
     unsafe fn kvm_bpf_exit(prog: *const bindings::bpf_prog, ctx: *const Kern, ret: u32);
 }
 
+/// Whether somebody looks at one of these.
+#[inline(always)]
+fn is_traced() -> bool {
+    #[cfg(CONFIG_TRACEPOINTS)]
+    // SAFETY: The keys of tracepoints may be looked at at any time.
+    unsafe {
+        static_branch_unlikely!(
+            bindings::__tracepoint_kvm_bpf_enter,
+            bindings::tracepoint,
+            key
+        ) || static_branch_unlikely!(
+            bindings::__tracepoint_kvm_bpf_exit,
+            bindings::tracepoint,
+            key
+        )
+    }
+    #[cfg(not(CONFIG_TRACEPOINTS))]
+    false
+}
+
 /// Runs a program, as [`Prog::run()`], between two tracepoints.
 #[inline(always)]
 pub fn run<T: ProgType>(prog: &Prog<T>, ctx: &mut T::Context<'_>) -> u32
+where
+    for<'a> T::Context<'a>: ctx::Context<Inner = Kern>,
+{
+    // Apart, so that an access keeps nothing for the tracepoint behind it.
+    if is_traced() {
+        return run_traced(prog, ctx);
+    }
+    prog.run(ctx)
+}
+
+#[cold]
+#[inline(never)]
+fn run_traced<T: ProgType>(prog: &Prog<T>, ctx: &mut T::Context<'_>) -> u32
 where
     for<'a> T::Context<'a>: ctx::Context<Inner = Kern>,
 {
