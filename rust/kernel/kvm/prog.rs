@@ -248,7 +248,7 @@ declare_trace! {
 #[inline(always)]
 fn is_traced() -> bool {
     #[cfg(CONFIG_TRACEPOINTS)]
-    // SAFETY: The keys of tracepoints may be looked at at any time.
+    // SAFETY: A tracepoint has its key for as long as there is code of ours.
     unsafe {
         static_branch_unlikely!(
             bindings::__tracepoint_kvm_bpf_enter,
