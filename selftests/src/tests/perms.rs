@@ -605,15 +605,18 @@ fn each_device_has_its_own() {
 
 /// Either the program is there and the permission with it, or neither.
 fn no_program_slips_through_a_race() {
-    let rounds = number_from_env("KVM_BPF_RACES", 500);
+    let rounds = number_from_env("KVM_BPF_RACES", 5000);
     let guest = Guest::new();
     let image = containing(1, 0);
     let mut random = Random::new(rounds);
     let mut outcomes = [0; 2];
+    let mut devices = Vec::new();
     for round in 0..rounds {
         let device = Device::new(guest.vm());
-        let region = fd_region(0, image.read_program(), None);
-        let delays = [random.below(4000), random.below(4000)];
+        // Each at a place of its own: those of before are still there.
+        let at = devices.len() as u64;
+        let region = fd_region(at, image.read_program(), None);
+        let delays = [random.below(2000), random.below(2000)];
         let start = Barrier::new(2);
         let wait = |delay| {
             start.wait();
@@ -639,6 +642,15 @@ fn no_program_slips_through_a_race() {
             "round {round}, region there: {there}"
         );
         outcomes[usize::from(there)] += 1;
+        devices.push(device);
+        // A device that closes waits; many that close at once wait as long as one.
+        if devices.len() == 100 {
+            thread::scope(|scope| {
+                for device in devices.drain(..) {
+                    scope.spawn(|| drop(device));
+                }
+            });
+        }
     }
     println!("refused {}, attached {}", outcomes[0], outcomes[1]);
     assert!(
