@@ -605,7 +605,7 @@ fn each_device_has_its_own() {
 
 /// Either the program is there and the permission with it, or neither.
 fn no_program_slips_through_a_race() {
-    let rounds = number_from_env("KVM_BPF_RACES", 5000);
+    let rounds = number_from_env("KVM_BPF_RACES", 1000);
     let guest = Guest::new();
     let image = containing(1, 0);
     let mut random = Random::new(rounds);
