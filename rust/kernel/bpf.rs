@@ -156,9 +156,7 @@ impl<T: ProgType> Prog<T> {
         // SAFETY: By the existence of `&self` the program has a reference.
         to_result(unsafe { bindings::bpf_prog_forbid_extension(self.inner.get()) })?;
         // INVARIANT: Just called, and the reference is this one.
-        Ok(Unextended(
-            ARef::into_raw(ARef::<Self>::from(self)).cast(),
-        ))
+        Ok(Unextended(ARef::into_raw(ARef::<Self>::from(self)).cast()))
     }
 
     #[inline]

@@ -24,7 +24,8 @@ use kernel::{
         Vm, //
     },
     seq_file::SeqFile,
-    seq_print, uapi, //
+    seq_print,
+    uapi, //
 };
 
 /// What names a program.
@@ -139,7 +140,13 @@ impl BpfDevice {
             let Some(window) = self.mem.get(index) else {
                 continue;
             };
-            let right = |right, text| if window.rights() & right != 0 { text } else { "" };
+            let right = |right, text| {
+                if window.rights() & right != 0 {
+                    text
+                } else {
+                    ""
+                }
+            };
             seq_print!(
                 m,
                 "mem:\t{index} {:#x} {:#x} {}{}\n",

@@ -419,7 +419,7 @@ static u32 map_allow(const struct bpf_map *map)
  * insnsi, after the verifier has removed those that are never reached, and have no
  * far calls where KVM_BPF can be built. Of its maps this looks at all that it names.
  */
-u32 kvm_bpf_prog_allows(const struct bpf_prog *prog)
+u32 kvm_bpf_prog_needs(const struct bpf_prog *prog)
 {
 	u32 allow = prog->sleepable ? KVM_BPF_ALLOW_SLEEP : 0;
 
@@ -438,7 +438,7 @@ u32 kvm_bpf_prog_allows(const struct bpf_prog *prog)
 
 	return allow;
 }
-EXPORT_SYMBOL_FOR_MODULES(kvm_bpf_prog_allows, "kvm_bpf");
+EXPORT_SYMBOL_FOR_MODULES(kvm_bpf_prog_needs, "kvm_bpf");
 
 BTF_ID_LIST_SINGLE(kvm_io_uclamp_id, func, bpf_set_current_uclamp)
 

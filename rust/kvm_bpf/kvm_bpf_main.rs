@@ -63,9 +63,9 @@ mod perms;
 mod work;
 
 use perms::{
+    AnyAttached,
     Attached,
-    Perms,
-    Program, //
+    Perms, //
 };
 use work::Works;
 
@@ -125,11 +125,13 @@ impl Programs {
     }
 
     fn admit(&self, perms: &Perms) -> Result {
-        self.read.as_ref().map_or(Ok(()), |prog| prog.admit(perms))?;
+        self.read
+            .as_ref()
+            .map_or(Ok(()), |prog| prog.admit(perms))?;
         self.write.as_ref().map_or(Ok(()), |prog| prog.admit(perms))
     }
 
-    fn for_each(&self, f: &mut dyn FnMut(&dyn Program)) {
+    fn for_each(&self, f: &mut dyn FnMut(&dyn AnyAttached)) {
         if let Some(prog) = &self.read {
             f(prog);
         }
@@ -185,7 +187,8 @@ struct BpfDevice {
     regions: Mutex<KVec<Option<Arc<Region>>>>,
     #[pin]
     works: Works,
-    /// Held by who sets interrupts and windows; to change them, with the other locks too.
+    /// Held while interrupts and windows are set. Whoever changes it holds `changing` and the lock
+    /// of who sets work, too.
     #[pin]
     perms: Mutex<Perms>,
     irqs: ARef<Irqs>,
@@ -430,7 +433,7 @@ impl BpfDevice {
 
     /// Calls `f` with each program, always in the same order. The caller holds `changing` and the
     /// lock of who sets work.
-    fn for_each_program(&self, f: &mut dyn FnMut(&dyn Program)) {
+    fn for_each_program(&self, f: &mut dyn FnMut(&dyn AnyAttached)) {
         for region in self.regions.lock().iter().flatten() {
             region.with_handler(|programs| programs.for_each(f));
         }

@@ -103,8 +103,15 @@ impl Perms {
 /// A program that a device has.
 pub(crate) struct Attached<T: ProgType> {
     prog: ARef<Prog<T>>,
-    /// The `KVM_BPF_ALLOW_*` that it needs.
+    /// Apart: an access does not look at it, and finds all else in one line of the cache.
+    needs: KBox<Needs>,
+}
+
+/// What a program needs permissions for.
+struct Needs {
+    /// `KVM_BPF_ALLOW_*`.
     allow: u32,
+    /// Once no other program may extend it.
     unextended: SetOnce<Unextended>,
 }
 
@@ -117,10 +124,14 @@ impl<T: ProgType> Attached<T> {
         // CAST: Other negative numbers become ones that are never open: `EBADF`.
         let prog = Prog::from_fd(fd as u32)?;
 
-        Ok(Some(Self {
-            allow: prog::allows(&prog),
-            prog,
+        let needs = Needs {
+            allow: prog::needs(&prog),
             unextended: SetOnce::new(),
+        };
+
+        Ok(Some(Self {
+            prog,
+            needs: KBox::new(needs, GFP_KERNEL_ACCOUNT)?,
         }))
     }
 
@@ -130,7 +141,7 @@ impl<T: ProgType> Attached<T> {
     ///
     /// `EACCES`: it contains what is not allowed, or is extended and must not be.
     pub(crate) fn admit(&self, perms: &Perms) -> Result {
-        perms.check(self.allow)?;
+        perms.check(self.needs.allow)?;
         if perms.not_extensible() {
             self.keep(self.prog.forbid_extension().map_err(|_| EACCES)?);
         }
@@ -148,8 +159,8 @@ impl<T: ProgType> Deref for Attached<T> {
 }
 
 /// An [`Attached`] program of any type.
-pub(crate) trait Program {
-    /// Fails unless permissions that are to be, and that it may have had more of, are enough.
+pub(crate) trait AnyAttached {
+    /// Fails with `EACCES` unless these permissions allow what it contains.
     fn check(&self, perms: &Perms) -> Result;
 
     /// Keeps others from extending it; `EBUSY` if one does.
@@ -159,9 +170,9 @@ pub(crate) trait Program {
     fn keep(&self, unextended: Unextended);
 }
 
-impl<T: ProgType> Program for Attached<T> {
+impl<T: ProgType> AnyAttached for Attached<T> {
     fn check(&self, perms: &Perms) -> Result {
-        perms.check(self.allow)
+        perms.check(self.needs.allow)
     }
 
     fn forbid_extension(&self) -> Result<Unextended> {
@@ -169,6 +180,6 @@ impl<T: ProgType> Program for Attached<T> {
     }
 
     fn keep(&self, unextended: Unextended) {
-        self.unextended.populate(unextended);
+        self.needs.unextended.populate(unextended);
     }
 }

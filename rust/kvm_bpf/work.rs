@@ -15,9 +15,9 @@
 use super::{
     info,
     perms::{
+        AnyAttached,
         Attached,
-        Perms,
-        Program, //
+        Perms, //
     },
     NO_FD, //
 };
@@ -346,7 +346,7 @@ impl Works {
     }
 
     /// Calls `f` with each program.
-    pub(crate) fn for_each(&self, f: &mut dyn FnMut(&dyn Program)) {
+    pub(crate) fn for_each(&self, f: &mut dyn FnMut(&dyn AnyAttached)) {
         for slot in self.shared.slots.lock().slots.iter().flatten() {
             f(&slot.prog);
         }
@@ -373,12 +373,7 @@ impl Works {
         drop(self.thread.lock().take());
     }
 
-    fn remove(
-        &self,
-        index: usize,
-        work: &uapi::kvm_bpf_user_work,
-        perms: &Mutex<Perms>,
-    ) -> Result {
+    fn remove(&self, index: usize, work: &uapi::kvm_bpf_user_work, perms: &Mutex<Perms>) -> Result {
         if work.eventfd != NO_FD {
             return Err(EINVAL);
         }
@@ -398,7 +393,9 @@ impl Works {
         let _turn = self.shared.turn(index);
         let prog = self
             .shared
-            .with_slot(index, |slot| slot.as_ref().map(|slot| ARef::clone(&slot.prog)))
+            .with_slot(index, |slot| {
+                slot.as_ref().map(|slot| ARef::clone(&slot.prog))
+            })
             .flatten()
             .ok_or(ENOENT)?;
 

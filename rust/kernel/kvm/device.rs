@@ -263,7 +263,9 @@ impl<T: Device> DeviceVTable<T> {
         let vm = unsafe { Vm::from_raw((*dev).kvm) };
 
         // SAFETY: By the safety requirements.
-        device.get_ref().show_fdinfo(vm, unsafe { SeqFile::from_raw(m) });
+        device
+            .get_ref()
+            .show_fdinfo(vm, unsafe { SeqFile::from_raw(m) });
     }
 
     const VTABLE: bindings::kvm_device_ops = bindings::kvm_device_ops {

@@ -152,13 +152,13 @@ pub fn unclamp_current() {
     unsafe { bindings::kvm_bpf_unclamp_current() }
 }
 
-/// Returns the `KVM_BPF_ALLOW_*` that a device must have for the program.
+/// Returns what a device has to allow for the program, `KVM_BPF_ALLOW_*`.
 ///
 /// Context: process context, may sleep. It looks at each instruction.
 #[inline]
-pub fn allows<T: ProgType>(prog: &Prog<T>) -> u32 {
+pub fn needs<T: ProgType>(prog: &Prog<T>) -> u32 {
     // SAFETY: The program is valid.
-    unsafe { bindings::kvm_bpf_prog_allows(prog.as_raw()) }
+    unsafe { bindings::kvm_bpf_prog_needs(prog.as_raw()) }
 }
 
 type Kern = bindings::bpf_kvm_io_ctx_kern;
