@@ -370,22 +370,9 @@ unsafe fn store(bytes: [u8; 8], to: *mut u8, len: u8) {
         match len {
             4 => to.cast::<[u8; 4]>().write([b0, b1, b2, b3]),
             8 => to.cast::<[u8; 8]>().write(bytes),
-            _ => store_odd(bytes, to, len),
+            _ => copy(bytes.as_ptr(), to, len),
         }
     }
-}
-
-/// As [`store()`], of a length that is not usual. Nothing is left to do behind it, so that a call
-/// costs the usual ones nothing.
-///
-/// # Safety
-///
-/// As for [`store()`].
-#[cold]
-#[inline(never)]
-unsafe fn store_odd(bytes: [u8; 8], to: *mut u8, len: u8) {
-    // SAFETY: By the safety requirements.
-    unsafe { copy(bytes.as_ptr(), to, len) };
 }
 
 /// Copies less than 8 bytes, in pieces of fixed size.
@@ -426,6 +413,44 @@ impl<T: Handler> IoVTable<T> {
     /// and `this` is the `dev` of an [`Io<T>`] on the bus. `len` bytes at `val` are valid for
     /// writes, if it is at most 8.
     unsafe extern "C" fn read(
+        vcpu: *mut bindings::kvm_vcpu,
+        this: *mut bindings::kvm_io_device,
+        addr: bindings::gpa_t,
+        len: c_int,
+        val: *mut c_void,
+    ) -> c_int {
+        // Where the length is a constant, nothing has to remember it while the handler runs.
+        //
+        // SAFETY: By the safety requirements.
+        unsafe {
+            match len {
+                4 => Self::read_bytes(vcpu, this, addr, 4, val),
+                8 => Self::read_bytes(vcpu, this, addr, 8, val),
+                _ => Self::read_odd(vcpu, this, addr, len, val),
+            }
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As [`Self::read()`].
+    #[inline(never)]
+    unsafe fn read_odd(
+        vcpu: *mut bindings::kvm_vcpu,
+        this: *mut bindings::kvm_io_device,
+        addr: bindings::gpa_t,
+        len: c_int,
+        val: *mut c_void,
+    ) -> c_int {
+        // SAFETY: By the safety requirements.
+        unsafe { Self::read_bytes(vcpu, this, addr, len, val) }
+    }
+
+    /// # Safety
+    ///
+    /// As [`Self::read()`].
+    #[inline(always)]
+    unsafe fn read_bytes(
         vcpu: *mut bindings::kvm_vcpu,
         this: *mut bindings::kvm_io_device,
         addr: bindings::gpa_t,
