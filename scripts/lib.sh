@@ -255,13 +255,55 @@ series_base() {
 		git -C "$TREE" rev-list --max-parents=0 "${1:-HEAD}" | tail -n 1
 }
 
-# series_format REF DIR: the series that REF has, as patches in DIR.
-series_format() {
-	git_plain -C "$TREE" format-patch -q --numbered --zero-commit --no-signature --no-base \
-		--abbrev=12 --find-renames --diff-algorithm=myers -o "$2" "$(series_base "$1")..$1"
+# patches/series names every patch, in the order to apply them, by folder and file: a
+# folder is a series of its own. scripts/series writes it.
+series_patches() {
+	[[ ! -f $TOP/patches/series ]] || sed -n "s,^[^#],$TOP/patches/&,p" "$TOP/patches/series"
 }
 
-series_patches() { { compgen -G "$TOP/patches/*.patch" || true; } | sort; }
+# series_folder SUBJECT [FOLDER]: the folder in which patches/series has the patch of that
+# subject (as git's %f writes it); one that it has not goes where the one before it is.
+# A patch's file has the beginning of its subject for a name.
+series_folder() {
+	local patch slug
+	while read -r patch; do
+		slug=${patch##*/[0-9][0-9][0-9][0-9]-}
+		if [[ $patch == */* && $1 == "${slug%.patch}"* ]]; then
+			say "${patch%/*}"
+			return
+		fi
+	done < <(cat "$TOP/patches/series" 2>/dev/null)
+	[[ -n ${2:-} ]] || die "patches/series names no folder for the first patch: $1"
+	say "$2"
+}
+
+# series_format REF DIR: what REF has above the base, as the folders of patches/ in DIR,
+# and DIR/series.
+series_format() {
+	local from last commit subject folder='' now done=' '
+	from=$(series_base "$1")
+	last=$from
+	mkdir -p "$2"
+	: >"$2/series"
+	while read -r commit subject; do
+		now=$(series_folder "$subject" "$folder") || return
+		if [[ $now != "$folder" ]]; then
+			[[ $done != *" $now "* ]] || die "the patches of $now are not side by side"
+			[[ -z $folder ]] || series_format_folder "$folder" "$from..$last" "$2"
+			done+="$now "
+			folder=$now
+			from=$last
+		fi
+		last=$commit
+	done < <(git -C "$TREE" log --reverse --format='%H %f' "$from..$1")
+	[[ -z $folder ]] || series_format_folder "$folder" "$from..$last" "$2"
+}
+
+series_format_folder() { # FOLDER RANGE DIR
+	git_plain -C "$TREE" format-patch -q --numbered --zero-commit --no-signature --no-base \
+		--abbrev=12 --find-renames --diff-algorithm=myers -o "$3/$1" "$2"
+	(cd "$3" && printf '%s\n' "$1"/*.patch) >>"$3/series"
+}
 
 # What the patches amount to, in one number.
 series_sum() {

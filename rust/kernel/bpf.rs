@@ -37,7 +37,6 @@ use core::{
 };
 
 pub mod ctx;
-pub mod insn;
 
 /// A program type.
 ///

@@ -138,7 +138,7 @@ struct Waiter<T: Consume> {
     consume: T,
 }
 
-/// The consumer of an eventfd: whoever else waits for the eventfd is not woken up any more.
+/// The consumer of an eventfd: other waiters of the eventfd are not woken up.
 ///
 /// Dropping it gives the eventfd back. What has been signalled until then and not been taken is
 /// lost.
@@ -315,7 +315,7 @@ impl<T: Consume> Drop for Consumer<T> {
     fn drop(&mut self) {
         let mut lost = 0;
 
-        // SAFETY: By the type invariants. Nobody calls `wake()` any more when this returns.
+        // SAFETY: By the type invariants. Nothing calls `wake()` after this returns.
         unsafe {
             bindings::eventfd_ctx_remove_wait_queue(
                 self.waiter.eventfd.ptr.as_ptr(),

@@ -41,7 +41,7 @@ struct Shared<T: Work> {
 /// A thread of the process that was current when it was made.
 ///
 /// Dropping it waits for the thread to finish what it is at, and must not be done by the thread
-/// itself. When the process is killed, the thread ends, and waking it up has no effect any more.
+/// itself. When the process is killed, the thread ends, and waking it up has no effect.
 ///
 /// # Invariants
 ///
@@ -132,7 +132,7 @@ impl<T: Work> VhostTask<T> {
 
 impl<T: Work> Drop for VhostTask<T> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants; and the thread does not touch its data any more when
+        // SAFETY: By the type invariants; and the thread does not touch its data when
         // this returns.
         unsafe { bindings::vhost_task_stop(self.task.as_ptr()) };
     }

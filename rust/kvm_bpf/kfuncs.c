@@ -100,7 +100,7 @@ __bpf_kfunc int bpf_kvm_irq_signal(struct bpf_kvm_io_ctx_kern *ctx, u32 irq)
  * For where there is no context, as in a timer's callback: keep it in a map with
  * bpf_kptr_xchg(), and use bpf_kvm_irq_signal_kept() there.
  *
- * Return: A reference, to be given up with bpf_kvm_irq_release(); NULL if @irq
+ * Return: A reference, to be released with bpf_kvm_irq_release(); NULL if @irq
  * is KVM_DEV_BPF_MAX_IRQS or more.
  */
 __bpf_kfunc struct bpf_kvm_irq *
@@ -110,7 +110,7 @@ bpf_kvm_irq_acquire(struct bpf_kvm_io_ctx_kern *ctx, u32 irq)
 }
 
 /**
- * bpf_kvm_irq_release() - Give up a reference to an interrupt
+ * bpf_kvm_irq_release() - Release a reference to an interrupt
  * @irq: The reference.
  */
 __bpf_kfunc void bpf_kvm_irq_release(struct bpf_kvm_irq *irq)
@@ -118,7 +118,7 @@ __bpf_kfunc void bpf_kvm_irq_release(struct bpf_kvm_irq *irq)
 	kvm_bpf_irq_release(irq);
 }
 
-/* For maps that go away. */
+/* For maps that are freed. */
 __bpf_kfunc void bpf_kvm_irq_release_dtor(void *irq)
 {
 	kvm_bpf_irq_release(irq);

@@ -203,7 +203,7 @@ impl PinnedDrop for BpfDevice {
         Region::unregister_all(regions.iter().flatten().map(|region| &**region));
         self.works.clear();
         // After that, so that programs have their interrupts as long as they run. Those that a
-        // program has put aside outlive us, but not their eventfds.
+        // program has stored outlive us, but not their eventfds.
         self.irqs.close();
     }
 }

@@ -246,7 +246,7 @@ impl Works {
 
     /// Sets, replaces or removes a program.
     ///
-    /// When this returns, the one that was there before does not run any more.
+    /// When this returns, the one that was there before does not run.
     pub(crate) fn set(
         &self,
         index: usize,
@@ -364,7 +364,7 @@ impl Works {
             .flatten()
     }
 
-    /// Removes all programs. When this returns none runs any more. For a device that goes.
+    /// Removes all programs of a device that closes. When this returns, none runs.
     pub(crate) fn clear(&self) {
         for index in 0..MAX_WORKS {
             drop(self.shared.with_slot(index, |slot| slot.take()));

@@ -48,58 +48,76 @@
 //! }
 //!
 //! const CPU: kernel::bpf::ctx::Field =
-//!     kernel::bpf_ctx_field!(Real, cpu: Rights::Read, Real.cpu => Cpu.id);
+//!     kernel::bpf_ctx_field!(Real, cpu: Rights::Load, Real.cpu => Cpu.id);
 //! const VERDICT: kernel::bpf::ctx::Field =
-//!     kernel::bpf_ctx_field!(Real, verdict: Rights::Write, Real.verdict);
+//!     kernel::bpf_ctx_field!(Real, verdict: Rights::Store, Real.verdict);
 //!
-//! assert!(CPU.allows(0, 4, Rights::Read));
-//! assert!(CPU.allows(2, 2, Rights::Read));
-//! assert!(!CPU.allows(1, 2, Rights::Read)); // not aligned
-//! assert!(!CPU.allows(0, 8, Rights::Read)); // past the field's end
-//! assert!(!CPU.allows(0, 4, Rights::Write));
-//! assert!(VERDICT.allows(4, 4, Rights::Write));
+//! assert!(CPU.allows(0, 4, Rights::Load));
+//! assert!(CPU.allows(2, 2, Rights::Load));
+//! assert!(!CPU.allows(1, 2, Rights::Load)); // not aligned
+//! assert!(!CPU.allows(0, 8, Rights::Load)); // past the field's end
+//! assert!(!CPU.allows(0, 4, Rights::Store));
+//! assert!(VERDICT.allows(4, 4, Rights::Store));
 //! # Ok::<(), Error>(())
 //! ```
 
-use super::{
-    insn::{
-        Insn,
-        Width, //
-    },
-    ProgType,
-};
+use super::ProgType;
 use crate::{
-    bindings,
+    bindings::{
+        self,
+        bpf_insn, //
+    },
     prelude::*, //
 };
-use core::marker::PhantomData;
+use core::{
+    marker::PhantomData,
+    ptr, //
+};
+
+/// The bits of an instruction's code that hold its class.
+const CLASS_MASK: u32 = 0x07;
+
+/// The bits of an instruction's code that hold the width of a memory access.
+const WIDTH_MASK: u32 = 0x18;
 
 /// The width of a pointer, of the steps of a chain but the last.
-const POINTER: Width = if size_of::<usize>() == 8 {
-    Width::DoubleWord
+const POINTER: u32 = if size_of::<usize>() == 8 {
+    bindings::BPF_DW
 } else {
-    Width::Word
+    bindings::BPF_W
 };
 
 /// The longest chain of structures, and so the most instructions an access becomes.
 pub const MAX_CHAIN: usize = 4;
 
+/// Returns the instruction `dst = *(width *)(src + off)`, where `width` is one of `BPF_B` to
+/// `BPF_DW`. It extends with zeroes.
+fn load(width: u32, dst: u8, src: u8, off: i16) -> bpf_insn {
+    bpf_insn {
+        // CAST: A code has 8 bits.
+        code: (bindings::BPF_LDX | bindings::BPF_MEM | width) as u8,
+        _bitfield_1: bpf_insn::new_bitfield_1(dst, src),
+        off,
+        ..Default::default()
+    }
+}
+
 /// What programs may do with a field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rights {
     /// Load it.
-    Read,
+    Load,
     /// Store to it.
-    Write,
+    Store,
 }
 
-impl Rights {
-    /// What an access of that kind needs.
-    fn to_do(access: bindings::bpf_access_type) -> Self {
+impl From<bindings::bpf_access_type> for Rights {
+    /// Returns what an access of that kind needs.
+    fn from(access: bindings::bpf_access_type) -> Self {
         if access == bindings::bpf_access_type::BPF_READ {
-            Self::Read
+            Self::Load
         } else {
-            Self::Write
+            Self::Store
         }
     }
 }
@@ -128,7 +146,7 @@ pub unsafe trait Context {
 /// - `start..start + len` is the field in the fake structure, and `len` is at most 8.
 /// - `chain` holds byte offsets. Each but the last is that of a pointer, to the structure which the
 ///   next one is an offset into; the last is that of a field of `len` bytes.
-/// - A field with [`Rights::Write`] has a chain of length 1.
+/// - A field with [`Rights::Store`] has a chain of length 1.
 #[derive(Clone, Copy, Debug)]
 pub struct Field {
     start: usize,
@@ -163,7 +181,7 @@ impl Field {
             "the real field is not aligned as the fake one is"
         );
         assert!(
-            matches!(rights, Rights::Read) || chain.len() == 1,
+            matches!(rights, Rights::Load) || chain.len() == 1,
             "a store has no register to follow a pointer with"
         );
         Self {
@@ -182,7 +200,7 @@ impl Field {
             && off % size == 0
             && matches!(
                 (self.rights, rights),
-                (Rights::Read, Rights::Read) | (Rights::Write, Rights::Write)
+                (Rights::Load, Rights::Load) | (Rights::Store, Rights::Store)
             )
     }
 
@@ -192,30 +210,34 @@ impl Field {
 
     /// Rewrites `access`, which [`Self::allows()`] has admitted, and returns how many instructions
     /// it became.
-    fn rewrite(&self, access: Insn, out: &mut [Insn; MAX_CHAIN]) -> usize {
-        // A load may use its destination to follow the pointers. A store has one step only, and
-        // leaves all registers as they are.
-        let mut base = access.src();
-        let mut n = 0_usize;
+    fn rewrite(&self, access: bpf_insn, out: &mut [bpf_insn; MAX_CHAIN]) -> usize {
+        let Some((&field, pointers)) = self.chain.split_last() else {
+            return 0;
+        };
+        let mut slots = out.iter_mut();
+        let mut base = access.src_reg();
 
-        for (slot, &off) in out.iter_mut().zip(self.chain) {
-            *slot = Insn::load(POINTER, access.dst(), base, off);
-            base = access.dst();
-            n += 1;
+        // A load may use its destination to follow the pointers. A store has none to follow, and
+        // leaves all registers as they are.
+        for (&off, slot) in pointers.iter().zip(&mut slots) {
+            *slot = load(POINTER, access.dst_reg(), base, off);
+            base = access.dst_reg();
         }
 
-        if let (Some(last), Some(&field)) = (out.get_mut(n.wrapping_sub(1)), self.chain.last()) {
+        if let Some(slot) = slots.next() {
+            let code = u32::from(access.code);
             // CAST: `is_valid_access()` has bounded the offset by the fake structure's size.
-            let inside = (access.offset() as usize).wrapping_sub(self.start) as i16;
+            let inside = (access.off as usize).wrapping_sub(self.start) as i16;
             let off = field.wrapping_add(inside);
-            *last = if access.is_load() {
-                // Sign extension, if any, is up to the verifier; `last` is a plain load.
-                Insn::load(access.width(), access.dst(), last.src(), off)
+
+            *slot = if code & CLASS_MASK == bindings::BPF_LDX {
+                // Sign extension, if any, is up to the verifier.
+                load(code & WIDTH_MASK, access.dst_reg(), base, off)
             } else {
-                access.at(off)
+                bpf_insn { off, ..access }
             };
         }
-        n
+        self.chain.len()
     }
 }
 
@@ -311,7 +333,7 @@ impl<T: ProgType> VerifierOps<T> {
         let (Ok(off), Ok(size)) = (usize::try_from(off), usize::try_from(size)) else {
             return false;
         };
-        let rights = Rights::to_do(access);
+        let rights = Rights::from(access);
 
         // `_info` stays as it is: a zero `ctx_field_size` has the verifier leave the width of the
         // access alone.
@@ -326,17 +348,17 @@ impl<T: ProgType> VerifierOps<T> {
     /// - `out` must be valid for writes of [`MAX_CHAIN`] instructions, `target_size` of a number.
     unsafe extern "C" fn convert_ctx_access(
         access: bindings::bpf_access_type,
-        src: *const bindings::bpf_insn,
-        out: *mut bindings::bpf_insn,
+        src: *const bpf_insn,
+        out: *mut bpf_insn,
         _prog: *mut bindings::bpf_prog,
         target_size: *mut u32,
     ) -> u32 {
-        let rights = Rights::to_do(access);
+        let rights = Rights::from(access);
         // SAFETY: By the safety requirements.
-        let insn = Insn::from(unsafe { *src });
+        let insn = unsafe { *src };
         let mut insns = [insn; MAX_CHAIN];
 
-        let Some((n, len)) = usize::try_from(insn.offset()).ok().and_then(|off| {
+        let Some((n, len)) = usize::try_from(insn.off).ok().and_then(|off| {
             // A field that programs load and store has an entry for each.
             let mut fields = T::FIELDS.iter();
             let field = fields.find(|f| f.contains(off, 1) && f.rights == rights)?;
@@ -346,10 +368,9 @@ impl<T: ProgType> VerifierOps<T> {
             return 0;
         };
 
-        for (i, insn) in insns.iter().take(n).enumerate() {
-            // SAFETY: `n` is at most `MAX_CHAIN`, so the safety requirements cover `out + i`.
-            unsafe { out.add(i).write((*insn).into()) };
-        }
+        // SAFETY: `n` is at most `MAX_CHAIN`; the safety requirements cover `out`, which is the
+        // verifier's, not `insns`.
+        unsafe { ptr::copy_nonoverlapping(insns.as_ptr(), out, n) };
         // SAFETY: By the safety requirements. CAST: A field has at most 8 bytes.
         unsafe { *target_size = len as u32 };
         // CAST: `n` is at most `MAX_CHAIN`.
@@ -383,58 +404,74 @@ mod tests {
         type Inner = Inner;
     }
 
-    const DATA: Field = bpf_ctx_field!(Inner, data: Rights::Write, Inner.data);
+    const DATA: Field = bpf_ctx_field!(Inner, data: Rights::Store, Inner.data);
     const DEEP: Field =
-        bpf_ctx_field!(Inner, deep: Rights::Read, Inner.next => Inner.next => Inner.deep);
+        bpf_ctx_field!(Inner, deep: Rights::Load, Inner.next => Inner.next => Inner.deep);
 
-    fn rewrite(field: &Field, access: Insn) -> ([Insn; MAX_CHAIN], usize) {
+    fn rewrite(field: &Field, access: bpf_insn) -> ([bpf_insn; MAX_CHAIN], usize) {
         let mut out = [access; MAX_CHAIN];
         let n = field.rewrite(access, &mut out);
         (out, n)
     }
 
+    /// Returns a store of `width` to `off` of the context in r6, of class `BPF_ST` or `BPF_STX`.
+    fn store(class: u32, width: u32, off: i16) -> bpf_insn {
+        bpf_insn {
+            code: (class | bindings::BPF_MEM | width) as u8,
+            _bitfield_1: bpf_insn::new_bitfield_1(6, 0),
+            off,
+            imm: 77,
+            ..Default::default()
+        }
+    }
+
+    fn parts(insn: bpf_insn) -> (u8, u8, u8, i16, i32) {
+        let registers = (insn.dst_reg(), insn.src_reg());
+
+        (insn.code, registers.0, registers.1, insn.off, insn.imm)
+    }
+
+    #[test]
+    fn a_load_is_encoded_as_in_c() {
+        let load = load(bindings::BPF_H, 3, 10, -8);
+
+        assert_eq!(parts(load), (0x69, 3, 10, -8, 0));
+    }
+
     #[test]
     fn a_store_keeps_width_and_registers() {
-        let store: Insn = bindings::bpf_insn {
-            code: (bindings::BPF_ST | bindings::BPF_MEM | bindings::BPF_H) as u8,
-            _bitfield_align_1: [],
-            _bitfield_1: bindings::bpf_insn::new_bitfield_1(6, 0),
-            off: 2,
-            imm: 77,
-        }
-        .into();
+        let store = store(bindings::BPF_ST, bindings::BPF_H, 2);
         let (out, n) = rewrite(&DATA, store);
 
         assert_eq!(n, 1);
-        assert_eq!(out[0], store.at(offset_of!(Inner, data) as i16 + 2));
+        let off = offset_of!(Inner, data) as i16 + 2;
+        assert_eq!(parts(out[0]), parts(bpf_insn { off, ..store }));
     }
 
     #[test]
     fn a_load_follows_pointers_in_its_destination() {
-        let (out, n) = rewrite(&DEEP, Insn::load(Width::Byte, 1, 6, 8 + 3));
+        let (out, n) = rewrite(&DEEP, load(bindings::BPF_B, 1, 6, 8 + 3));
 
         assert_eq!(n, 3);
         let next = offset_of!(Inner, next) as i16;
-        assert_eq!(out[0], Insn::load(POINTER, 1, 6, next));
-        assert_eq!(out[1], Insn::load(POINTER, 1, 1, next));
-        assert_eq!(
-            out[2],
-            Insn::load(Width::Byte, 1, 1, offset_of!(Inner, deep) as i16 + 3)
-        );
+        assert_eq!(parts(out[0]), parts(load(POINTER, 1, 6, next)));
+        assert_eq!(parts(out[1]), parts(load(POINTER, 1, 1, next)));
+        let deep = offset_of!(Inner, deep) as i16;
+        assert_eq!(parts(out[2]), parts(load(bindings::BPF_B, 1, 1, deep + 3)));
     }
 
     #[test]
     fn accesses_stay_inside_one_field() {
-        assert!(DATA.allows(0, 8, Rights::Write));
-        assert!(DATA.allows(7, 1, Rights::Write));
-        assert!(!DATA.allows(0, 8, Rights::Read));
-        assert!(!DATA.allows(4, 8, Rights::Write));
-        assert!(!DATA.allows(2, 4, Rights::Write));
-        assert!(!DATA.allows(0, 3, Rights::Write));
-        assert!(!DATA.allows(0, 0, Rights::Write));
-        assert!(!DATA.allows(8, 4, Rights::Write));
-        assert!(!DEEP.allows(8, 8, Rights::Read));
-        assert!(!DEEP.allows(usize::MAX - 3, 4, Rights::Read));
+        assert!(DATA.allows(0, 8, Rights::Store));
+        assert!(DATA.allows(7, 1, Rights::Store));
+        assert!(!DATA.allows(0, 8, Rights::Load));
+        assert!(!DATA.allows(4, 8, Rights::Store));
+        assert!(!DATA.allows(2, 4, Rights::Store));
+        assert!(!DATA.allows(0, 3, Rights::Store));
+        assert!(!DATA.allows(0, 0, Rights::Store));
+        assert!(!DATA.allows(8, 4, Rights::Store));
+        assert!(!DEEP.allows(8, 8, Rights::Load));
+        assert!(!DEEP.allows(usize::MAX - 3, 4, Rights::Load));
     }
 
     /// A field that is loaded from one place and stored to another.
@@ -445,27 +482,19 @@ mod tests {
         const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_UNSPEC;
         type Context<'a> = Inner;
         const FIELDS: &'static [Field] =
-            &[DEEP, bpf_ctx_field!(Inner, deep: Rights::Write, Inner.deep)];
+            &[DEEP, bpf_ctx_field!(Inner, deep: Rights::Store, Inner.deep)];
         const NO_PERFMON: bool = false;
     }
 
     #[test]
     fn loads_and_stores_of_a_field_go_their_own_ways() {
-        let load = Insn::load(Width::Word, 1, 6, 8);
-        let store: Insn = bindings::bpf_insn {
-            code: (bindings::BPF_STX | bindings::BPF_MEM | bindings::BPF_W) as u8,
-            _bitfield_align_1: [],
-            _bitfield_1: bindings::bpf_insn::new_bitfield_1(6, 0),
-            off: 8,
-            imm: 0,
-        }
-        .into();
+        let load = load(bindings::BPF_W, 1, 6, 8);
+        let store = store(bindings::BPF_STX, bindings::BPF_W, 8);
 
-        for (access, insn, wanted) in [
+        for (access, src, wanted) in [
             (bindings::bpf_access_type::BPF_READ, load, 3),
             (bindings::bpf_access_type::BPF_WRITE, store, 1),
         ] {
-            let src = bindings::bpf_insn::from(insn);
             let mut out = [src; MAX_CHAIN];
             let mut target_size = 0;
             // SAFETY: All pointers but the unused one are to what they have to be.
@@ -474,14 +503,15 @@ mod tests {
                     access,
                     &src,
                     out.as_mut_ptr(),
-                    core::ptr::null_mut(),
+                    ptr::null_mut(),
                     &mut target_size,
                 )
             };
 
             assert_eq!((n, target_size), (wanted, 4));
             if n == 1 {
-                assert_eq!(Insn::from(out[0]), store.at(offset_of!(Inner, deep) as i16));
+                let off = offset_of!(Inner, deep) as i16;
+                assert_eq!(parts(out[0]), parts(bpf_insn { off, ..store }));
             }
         }
     }

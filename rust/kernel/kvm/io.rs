@@ -297,7 +297,7 @@ impl<T: Handler> Registration<T> {
 
     /// Takes handlers of one VM off the bus, and waits once until no vCPU is inside any of them.
     ///
-    /// Dropping them then does not wait any more.
+    /// Dropping them does not wait then.
     pub fn unregister_all<'a>(regs: impl Iterator<Item = &'a Self> + Clone) {
         let Some(first) = regs.clone().next() else {
             return;
@@ -324,7 +324,7 @@ impl<T: Handler> Drop for Registration<T> {
         // A destructor that has been called is done, as `unlink()` has had the lock.
         if !self.io.destroyed.load(Relaxed) {
             // SAFETY: By the type invariants of `Io` it is the bus's reference, from `into_raw()`
-            // in `new()`; the bus has no reader any more.
+            // in `new()`; the bus has no reader now.
             drop(unsafe { Arc::from_raw(Arc::as_ptr(&self.io)) });
         }
     }

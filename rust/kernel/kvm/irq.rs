@@ -72,7 +72,7 @@ static_assert!(offset_of!(Irq, index) == offset_of!(bindings::bpf_kvm_irq, index
 pub struct Irqs {
     refs: Refcount,
     rcu: Opaque<bindings::callback_head>,
-    /// Nobody is signalled any more.
+    /// Set by [`Self::close()`]; no interrupt is signalled after that.
     closed: Atomic<bool>,
     irqs: [Irq; MAX_IRQS],
 }
@@ -89,7 +89,7 @@ unsafe impl AlwaysRefCounted for Irqs {
         self.refs.inc();
     }
 
-    // Not inlined, as RCU would call a copy of `free()` in a module that may be gone by then.
+    // Not inlined, as RCU would call a copy of `free()` in a module that may have unloaded.
     #[inline(never)]
     unsafe fn dec_ref(obj: NonNull<Self>) {
         let irqs = obj.as_ptr();
@@ -112,13 +112,13 @@ unsafe extern "C" fn free(rcu: *mut bindings::callback_head) {
     // SAFETY: By the safety requirements it is the `rcu` of an `Irqs`.
     let irqs = unsafe { crate::container_of!(rcu, Irqs, rcu) };
 
-    // SAFETY: It is nobody else's any more, and `Irqs::new()` has made it in a `KBox`.
+    // SAFETY: There is no other reference, and `Irqs::new()` has made it in a `KBox`.
     drop(unsafe { KBox::from_raw(irqs.cast_mut()) });
 }
 
 /// An eventfd that an interrupt had.
 ///
-/// Dropping it waits, for an RCU grace period, until nobody signals it any more.
+/// Dropping it waits, for an RCU grace period, until no reader signals it.
 ///
 /// # Invariants
 ///
@@ -181,9 +181,9 @@ impl Irqs {
             .is_some_and(|slot| !slot.load(Relaxed).is_null())
     }
 
-    /// Lets go of all eventfds for good.
+    /// Drops all eventfds for good.
     ///
-    /// When this returns, nobody is signalled any more. Sleeps for an RCU grace period.
+    /// No eventfd is signalled after this returns. Sleeps for an RCU grace period.
     pub fn close(&self) {
         self.closed.store(true, Relaxed);
         rcu::synchronize_rcu();

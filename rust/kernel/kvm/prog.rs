@@ -165,11 +165,11 @@ type Kern = bindings::bpf_kvm_io_ctx_kern;
 type KvmVcpu = bindings::kvm_vcpu;
 
 /// The fields of [`IoRead`] and [`IoWrite`], but for `buf`: what happens, where, and who does it.
-const OFFSET: Field = bpf_ctx_field!(Context<'static>, offset: Rights::Read, Kern.offset);
-const LEN: Field = bpf_ctx_field!(Context<'static>, len: Rights::Read, Kern.len);
+const OFFSET: Field = bpf_ctx_field!(Context<'static>, offset: Rights::Load, Kern.offset);
+const LEN: Field = bpf_ctx_field!(Context<'static>, len: Rights::Load, Kern.len);
 const VCPU_ID: Field =
-    bpf_ctx_field!(Context<'static>, vcpu_id: Rights::Read, Kern.vcpu => KvmVcpu.vcpu_id);
-const REGION: Field = bpf_ctx_field!(Context<'static>, region: Rights::Read, Kern.region);
+    bpf_ctx_field!(Context<'static>, vcpu_id: Rights::Load, Kern.vcpu => KvmVcpu.vcpu_id);
+const REGION: Field = bpf_ctx_field!(Context<'static>, region: Rights::Load, Kern.region);
 
 /// Programs that handle loads.
 pub struct IoRead;
@@ -182,7 +182,7 @@ unsafe impl ProgType for IoRead {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_READ;
     type Context<'a> = Context<'a>;
     const FIELDS: &'static [Field] = &[
-        bpf_ctx_field!(Context<'static>, buf: Rights::Write, Kern.buf),
+        bpf_ctx_field!(Context<'static>, buf: Rights::Store, Kern.buf),
         OFFSET,
         LEN,
         VCPU_ID,
@@ -201,7 +201,7 @@ unsafe impl ProgType for IoWrite {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_WRITE;
     type Context<'a> = Context<'a>;
     const FIELDS: &'static [Field] = &[
-        bpf_ctx_field!(Context<'static>, buf: Rights::Read, Kern.buf),
+        bpf_ctx_field!(Context<'static>, buf: Rights::Load, Kern.buf),
         OFFSET,
         LEN,
         VCPU_ID,
@@ -222,8 +222,8 @@ unsafe impl ProgType for IoWork {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_WORK;
     type Context<'a> = WorkContext<'a>;
     const FIELDS: &'static [Field] = &[
-        bpf_ctx_field!(WorkContext<'static>, buf: Rights::Read, Kern.buf),
-        bpf_ctx_field!(WorkContext<'static>, region: Rights::Read, Kern.region),
+        bpf_ctx_field!(WorkContext<'static>, buf: Rights::Load, Kern.buf),
+        bpf_ctx_field!(WorkContext<'static>, region: Rights::Load, Kern.region),
     ];
     const NO_PERFMON: bool = true;
 }

@@ -19,7 +19,7 @@ use crate::{
 ///
 /// # Invariants
 ///
-/// `value` came from a [`KBox`] and is valid; whoever takes it out waits for the readers of the
+/// `value` came from a [`KBox`] and is valid; code that takes it out waits for the readers of the
 /// VM's SRCU before it is freed.
 pub(super) struct Published<T: Send + Sync + 'static> {
     value: Atomic<*mut T>,
@@ -66,7 +66,7 @@ impl<T: Send + Sync + 'static> Published<T> {
 
 impl<T: Send + Sync + 'static> Drop for Published<T> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariants, and nobody uses what `get()` has returned any more.
+        // SAFETY: By the type invariants, and no reference from `get()` is in use.
         drop(unsafe { KBox::from_raw(self.value.load(Acquire)) });
     }
 }
