@@ -25,6 +25,17 @@ pub struct Insn {
     imm: i32,
 }
 
+impl From<&sys::bpf_insn> for Insn {
+    fn from(insn: &sys::bpf_insn) -> Self {
+        Self {
+            code: insn.code,
+            registers: insn.src_reg() << 4 | insn.dst_reg(),
+            off: insn.off,
+            imm: insn.imm,
+        }
+    }
+}
+
 /// A register: `R0` is the result, `R1` to `R5` arguments, `R6` to `R9`
 /// survive calls, `R10` is the frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

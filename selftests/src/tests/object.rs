@@ -19,6 +19,7 @@ tests!(
     after_a_full_vmlinux_h,
     programs_that_are_not_loaded,
     no_program_that_is_loaded,
+    examples_of_documents,
 );
 
 /// `kvm_bpf.h` has clang keep constant offsets into the context, where branches would share one
@@ -110,4 +111,36 @@ fn no_program_that_is_loaded() {
         Err(error) => panic!("wanted NoProgram, got {error:#?}"),
         Ok(_) => panic!("wanted NoProgram, but it loads"),
     }
+}
+
+/// What README.md and Documentation/writing-a-device.md show; `scripts/commands` compares them.
+fn examples_of_documents() {
+    const DATA: u64 = 0x8877_6655_1122_3344;
+    const LOWER: u64 = 0x1122_3344;
+    const UPPER: u64 = 0x8877_6655;
+
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(5);
+    let _ten_lines = plug(guest.vm(), ADDR, test_image("ten_lines"));
+    for (offset, wanted) in [(0, 42), (8, 0)] {
+        let read = vcpu.read(ADDR + offset, 8);
+        assert_got!((read.value, read.exits), (wanted, vec![]));
+    }
+    assert_got!(vcpu.write(ADDR, 4, 7), [Exit::Write(ADDR, 4, 7)]);
+
+    let addr = ADDR + 0x1000;
+    let excerpts = plug(guest.vm(), addr, test_image("excerpts"));
+    let read = vcpu.read(addr, 8);
+    assert_got!((read.value, read.exits), ((1 << 32) | 42, vec![]));
+    for (offset, wanted) in [(0, LOWER), (8, 5), (0x10, LOWER)] {
+        assert_got!(vcpu.write(addr + offset, 8, DATA), []);
+        for (word, wanted) in [(1, wanted), (2, LOWER)] {
+            let read = vcpu.read(addr + 8 * word, 8);
+            assert_got!((read.value, read.exits), (wanted, vec![]));
+        }
+    }
+    let state = excerpts.save().expect("a state");
+    let json = String::from_utf8(state.to_json().expect("JSON")).expect("text");
+    let field = format!("\"seconds_left\": {UPPER}");
+    assert!(json.contains(&field), "{json}");
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! The verifier's code for narrow loads of context fields, which our own
-//! program types avoid: shown with types that have such fields.
+//! program types avoid: shown with types that have such fields. And the
+//! kernel's own selftests of the verifier that the series adds.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -12,7 +13,7 @@ use std::{io, mem, ptr};
 
 use Reg::{R0, R1, R6, R7};
 use kvm_bpf_selftests::bpf::{
-    self, Index, LoadOptions, Map, Prog, ProgType, Reg, exit, jump_if_ne, load, load_signed,
+    self, Index, Insn, LoadOptions, Map, Prog, ProgType, Reg, exit, jump_if_ne, load, load_signed,
     lookup, mov, store,
 };
 use kvm_bpf_selftests::harness::{CAP_BPF, Errno, in_a_thread, set_capabilities, skip};
@@ -30,6 +31,7 @@ tests!(
     narrow_loads_of_the_kernels_own_selftest,
     narrow_loads_as_the_kernels_own_selftest_says,
     with_cap_bpf_alone,
+    contexts_as_the_kernels_own_selftest_says,
 );
 
 /// `__sk_buff.protocol` has 4 bytes, the kernel's field 2: the others are 0.
@@ -286,6 +288,40 @@ fn with_cap_bpf_alone() {
             assert_shown(program.as_fd(), name, &wanted, patterns);
         });
     }
+}
+
+/// The programs of the kernel's `verifier_kvm_io.c`, each loaded alone: it loads, or is refused with
+/// the message that it names.
+fn contexts_as_the_kernels_own_selftest_says() {
+    let path = test_path("verifier_kvm_io");
+    let messages = tags(&path, ":test_expect_msg=");
+    let refused: Vec<_> = tags(&path, ":test_expect_failure");
+    let object = ObjectBuilder::default()
+        .open_file(&path)
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+
+    let mut wrong = Vec::new();
+    let mut seen = (0, 0);
+    for program in object.progs() {
+        let name = program.name().to_string_lossy().into_owned();
+        let insns: Vec<_> = program.insns().iter().map(Insn::from).collect();
+        let kind = ProgType(program.prog_type() as u32);
+        let is_refused = refused.iter().any(|(of, _)| *of == name);
+        match Prog::try_load(kind, &insns, LoadOptions::default()) {
+            Ok(_) if is_refused => wrong.push(format!("{name}: loads")),
+            Ok(_) => seen.0 += 1,
+            Err(refused) => {
+                let mut wanted = messages.iter().filter(|(of, _)| *of == name);
+                if !is_refused || !wanted.all(|(_, message)| refused.log.contains(message)) {
+                    wrong.push(format!("{name}: {refused}"));
+                }
+                seen.1 += 1;
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(seen.0 >= 4 && seen.1 >= 15, "got {seen:?} programs");
+    assert_got!(messages.len(), refused.len(), "messages");
 }
 
 /// Loads these programs of a file; the others are for another test, and most must not load.

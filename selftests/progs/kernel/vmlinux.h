@@ -3,7 +3,8 @@
  * As much of a kernel's types as tools/testing/selftests/bpf/progs/verifier_ctx.c
  * needs to compile.  The programs that are loaded from it use struct __sk_buff
  * alone, which is user ABI; a real vmlinux.h would want a kernel that is built,
- * and a bpftool of the machine's own.
+ * and a bpftool of the machine's own.  It has a folder of its own, since
+ * ../after_vmlinux.c includes such a real one.
  */
 #ifndef VMLINUX_H
 #define VMLINUX_H
