@@ -49,8 +49,8 @@ pub enum Error {
     /// The device has several ranges, or one of another kind than its place.
     #[error("an ACPI object is for a device of one range, of the kind of its place")]
     NotOneRange,
-    /// The range does not end where addresses, or ports, do.
-    #[error("{size:#x} bytes at {place} do not end before the last address or port")]
+    /// The range ends past the last address or port, or is longer than ACPI can say: of 65536 ports.
+    #[error("a range of {size:#x} at {place} ends past the last address or port, or is too long")]
     TooLong {
         /// Where it is to begin.
         place: Place,
@@ -139,7 +139,8 @@ impl<'a> Object<'a> {
             Space::Memory => u64::MAX,
             Space::Ports => u16::MAX.into(),
         };
-        if size == 0 || size - 1 > last - place.addr() {
+        // A descriptor's length is as wide as its addresses.
+        if size == 0 || size > last || size - 1 > last - place.addr() {
             return Err(Error::TooLong { place, size });
         }
         Ok(Object {
@@ -160,8 +161,10 @@ impl<'a> Object<'a> {
                 Box::new(IO::new(port, port, 0, self.size as u8))
             }
             Place::Port(port) => Box::new(AddressSpace::new_io(port, last as u16, None)),
-            Place::Memory(addr) => match (u32::try_from(addr), u32::try_from(last)) {
-                (Ok(addr), Ok(_)) => Box::new(Memory32Fixed::new(true, addr, self.size as u32)),
+            Place::Memory(addr) => match (u32::try_from(addr), u32::try_from(self.size)) {
+                (Ok(addr), Ok(size)) if u32::try_from(last).is_ok() => {
+                    Box::new(Memory32Fixed::new(true, addr, size))
+                }
                 _ => Box::new(AddressSpace::new_memory(
                     AddressSpaceCacheable::NotCacheable,
                     true,
@@ -291,11 +294,24 @@ mod tests {
             (last, 2, false),
             (Place::Port(0xfff8), 8, true),
             (Place::Port(0xfff8), 9, false),
+            (Place::Port(0), 0xffff, true),
+            (Place::Port(0), 0x1_0000, false),
             (Place::Memory(0), 0, false),
+            (Place::Memory(0), u64::MAX, true),
         ] {
             let object = Object::new("DEV0", 1, &none, place, size);
             assert_eq!(object.is_ok(), fits, "{object:?}");
+            if let Ok(object) = object {
+                aml(&object);
+            }
         }
+    }
+
+    #[test]
+    fn a_length_that_has_33_bits_is_no_0() {
+        let none = names(&[]);
+        let whole = aml(&Object::new("DEV0", 1, &none, Place::Memory(0), 1 << 32).unwrap());
+        assert!(has(&whole, &(1_u64 << 32).to_le_bytes()), "{whole:x?}");
     }
 
     #[test]

@@ -16,8 +16,12 @@ use std::os::unix::net::UnixStream;
 use std::sync::Once;
 use std::{fs, io, mem, ptr, str};
 
+use acpi_tables::Aml;
+use kvm_bpf::acpi::{Interrupt, Object};
+use kvm_bpf::fdt::Node;
 use kvm_bpf::transfer::Error;
-use kvm_bpf::{Note, OpenImage, Programs, State};
+use kvm_bpf::{Note, OpenImage, Place, Programs, State};
+use vm_fdt::FdtWriter;
 
 #[allow(dead_code)]
 #[path = "../../../samples/inspect/src/fdinfo.rs"]
@@ -27,12 +31,13 @@ mod fdinfo_of;
 pub type Target = (&'static str, fn(&[u8]) -> bool);
 
 /// All of them.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     ("note", note),
     ("object", object),
     ("state", state),
     ("socket", socket),
     ("fdinfo", fdinfo),
+    ("tables", tables),
 ];
 
 /// The note of an object file.
@@ -48,6 +53,48 @@ pub fn note(file: &[u8]) -> bool {
     }
     note.regions();
     true
+}
+
+/// A device's node in a device tree and its object in ACPI's namespace, from what the VMM chooses
+/// (the first 16 bytes) and the note of an object file (the rest).
+pub fn tables(bytes: &[u8]) -> bool {
+    let Some((chosen, file)) = bytes.split_at_checked(16) else {
+        return false;
+    };
+    let Ok(note) = Note::from_elf(file) else {
+        return false;
+    };
+    let addr = u64::from_le_bytes(chosen[..8].try_into().expect("eight bytes"));
+    let numbers: Vec<u32> = chosen[8..12].iter().copied().map(u32::from).collect();
+    let name = str::from_utf8(&chosen[12..]).unwrap_or("DEV0");
+
+    let is_in_tree = Node::of_note(&note, addr).is_ok_and(|mut node| {
+        node.interrupts = numbers.clone();
+        node.clock = Some(numbers[0]);
+        let mut fdt = FdtWriter::new().expect("a tree");
+        let root = fdt.begin_node("").expect("its root");
+        let written = node.write(&mut fdt);
+        if written.is_ok() {
+            fdt.end_node(root).expect("the end of the root");
+            let tree = fdt.finish().expect("a whole tree");
+            let size = u32::from_be_bytes(tree[4..8].try_into().expect("four bytes"));
+            assert_eq!(size as usize, tree.len(), "the tree's length");
+        }
+        written.is_ok()
+    });
+
+    let places = [Place::Memory(addr), Place::Port(addr as u16)];
+    let objects = places.map(|place| {
+        Object::of_note(&note, name, numbers[0], place).is_ok_and(|mut object| {
+            object.interrupts = numbers.iter().copied().map(Interrupt::level).collect();
+            let mut aml = Vec::new();
+            object.to_aml_bytes(&mut aml);
+            // A Device (ExtOp, DeviceOp), with the length of the rest.
+            assert_eq!(aml[..2], [0x5b, 0x82], "{note:?} at {place:?}");
+            true
+        })
+    });
+    is_in_tree || objects.contains(&true)
 }
 
 /// An object file that is opened, and not loaded: the library's part and libbpf's.
