@@ -315,11 +315,11 @@ series_sum() {
 
 # kernel_fragments ARCH VARIANT: the files of options that its configuration has.
 kernel_fragments() {
-	say "$TOP/Kconfig.fragment"
-	say "$TOP/Kconfig.$1"
+	say "$TOP/kconfig/common"
+	say "$TOP/kconfig/$1"
 	if [[ $2 != default ]]; then
-		say "$TOP/Kconfig.$2"
-		[[ ! -f $TOP/Kconfig.$1-$2 ]] || say "$TOP/Kconfig.$1-$2"
+		say "$TOP/kconfig/$2"
+		[[ ! -f $TOP/kconfig/$1-$2 ]] || say "$TOP/kconfig/$1-$2"
 	fi
 }
 
