@@ -258,23 +258,28 @@ series_base() {
 # patches/series names every patch, in the order to apply them, by folder and file: a
 # folder is a series of its own. scripts/series writes it.
 series_patches() {
-	[[ ! -f $TOP/patches/series ]] || sed -n "s,^[^#],$TOP/patches/&,p" "$TOP/patches/series"
+	local patch
+	[[ -f $TOP/patches/series ]] || return 0
+	while read -r patch; do
+		say "$TOP/patches/$patch"
+	done <"$TOP/patches/series"
 }
 
 # series_folder SUBJECT [FOLDER]: the folder in which patches/series has the patch of that
 # subject (as git's %f writes it); one that it has not goes where the one before it is.
-# A patch's file has the beginning of its subject for a name.
+# A patch's file has the beginning of its subject for a name: the longest counts.
 series_folder() {
-	local patch slug
+	local patch slug longest=0 folder=${2:-}
 	while read -r patch; do
 		slug=${patch##*/[0-9][0-9][0-9][0-9]-}
-		if [[ $patch == */* && $1 == "${slug%.patch}"* ]]; then
-			say "${patch%/*}"
-			return
+		slug=${slug%.patch}
+		if [[ $patch == */* && $1 == "$slug"* ]] && ((${#slug} > longest)); then
+			longest=${#slug}
+			folder=${patch%/*}
 		fi
 	done < <(cat "$TOP/patches/series" 2>/dev/null)
-	[[ -n ${2:-} ]] || die "patches/series names no folder for the first patch: $1"
-	say "$2"
+	[[ -n $folder ]] || die "patches/series names no folder for the first patch: $1"
+	say "$folder"
 }
 
 # series_format REF DIR: what REF has above the base, as the folders of patches/ in DIR,
@@ -288,20 +293,27 @@ series_format() {
 	while read -r commit subject; do
 		now=$(series_folder "$subject" "$folder") || return
 		if [[ $now != "$folder" ]]; then
-			[[ $done != *" $now "* ]] || die "the patches of $now are not side by side"
-			[[ -z $folder ]] || series_format_folder "$folder" "$from..$last" "$2"
+			if [[ $done == *" $now "* ]]; then
+				warn "the patches of $now are not side by side"
+				return 1
+			fi
+			[[ -z $folder ]] || series_format_folder "$folder" "$from..$last" "$2" || return
 			done+="$now "
 			folder=$now
 			from=$last
 		fi
 		last=$commit
 	done < <(git -C "$TREE" log --reverse --format='%H %f' "$from..$1")
-	[[ -z $folder ]] || series_format_folder "$folder" "$from..$last" "$2"
+	if [[ -z $folder ]]; then
+		warn "no commits above the base"
+		return 1
+	fi
+	series_format_folder "$folder" "$from..$last" "$2"
 }
 
 series_format_folder() { # FOLDER RANGE DIR
 	git_plain -C "$TREE" format-patch -q --numbered --zero-commit --no-signature --no-base \
-		--abbrev=12 --find-renames --diff-algorithm=myers -o "$3/$1" "$2"
+		--abbrev=12 --find-renames --diff-algorithm=myers -o "$3/$1" "$2" || return
 	(cd "$3" && printf '%s\n' "$1"/*.patch) >>"$3/series"
 }
 

@@ -85,7 +85,9 @@ __bpf_kfunc_start_defs();
  *
  * Signals the eventfd that user space has set for @irq.
  *
- * Return: 0, or -ENOENT if none is set.
+ * Return: 0, or a negative error number:
+ * * -ENOENT: user space has set no eventfd for it
+ * * -EDEADLK: called by what an eventfd has woken up
  */
 __bpf_kfunc int bpf_kvm_irq_signal(struct bpf_kvm_io_ctx_kern *ctx, u32 irq)
 {
