@@ -205,7 +205,7 @@ pub fn all() -> Vec<Row> {
     for &machine in Machine::ALL {
         for (name, what, handler, direction) in [
             ("ebpf-write", "the smallest program", least, Write),
-            ("ebpf-read", "the same, and it answers", least, Read),
+            ("ebpf-read", "the same, for a read", least, Read),
             ("ebpf-write-sleepable", "it may sleep", sleepable, Write),
             ("ebpf-write-count", "it counts in an array", count, Write),
             ("ioeventfd-write", "an eventfd, nobody waits", nobody, Write),
