@@ -317,6 +317,20 @@ series_format_folder() { # FOLDER RANGE DIR
 	(cd "$3" && printf '%s\n' "$1"/*.patch) >>"$3/series"
 }
 
+# Sign-offs are left to whoever posts the series; commits of upstream are not in the
+# tree.
+series_checkpatch() {
+	local patches
+	mapfile -t patches < <(series_patches)
+	((${#patches[@]})) || return 0
+	# The system's python3 has the module that checkpatch's check of SPDX lines uses.
+	(cd "$TREE" && PATH=/usr/bin:$PATH ./scripts/checkpatch.pl --strict --no-signoff --quiet --show-types \
+		--ignore FILE_PATH_CHANGES,UNKNOWN_COMMIT_ID "${patches[@]}")
+}
+
+# As the kernel's rustfmtcheck, which has options for nothing but the edition.
+series_rustfmt() { find "$TOP/rust" -name '*.rs' -exec rustfmt --check --edition 2021 {} +; }
+
 # What the patches amount to, in one number.
 series_sum() {
 	local patch
