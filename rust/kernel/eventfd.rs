@@ -16,6 +16,10 @@ use crate::{
         Result, //
     },
     fs::LocalFile,
+    module::{
+        ModuleMetadata,
+        ModuleRef, //
+    },
     prelude::*,
     sync::{
         aref::ARef,
@@ -83,16 +87,28 @@ impl EventFd {
         ManuallyDrop::new(self).ptr.as_ptr()
     }
 
-    /// Takes a reference that [`Self::into_raw()`] has given up; [`None`] for null.
+    /// Takes the reference that [`Self::into_raw()`] has given up; [`None`] for null.
     ///
     /// # Safety
     ///
-    /// `ptr` must be null or come from `into_raw()`, and be taken once only; or the result must not
-    /// be dropped and not be used for longer than somebody else keeps the reference.
+    /// `ptr` must be null or come from `into_raw()`, and be taken once only.
     #[inline]
     pub unsafe fn from_raw(ptr: *mut bindings::eventfd_ctx) -> Option<Self> {
         // INVARIANT: By the safety requirements.
         NonNull::new(ptr).map(|ptr| Self { ptr })
+    }
+
+    /// Borrows the reference that [`Self::into_raw()`] has given up; [`None`] for null.
+    ///
+    /// # Safety
+    ///
+    /// `*ptr` must be null or come from `into_raw()`, and [`Self::from_raw()`] must not take it
+    /// for as long as `'a`.
+    #[inline]
+    pub unsafe fn borrow_raw<'a>(ptr: &'a *mut bindings::eventfd_ctx) -> Option<&'a Self> {
+        // SAFETY: `Self` is a `NonNull` in all but name, so `None` is null. By the safety
+        // requirements, the type invariants hold for anything else.
+        unsafe { &*ptr::from_ref(ptr).cast::<Option<Self>>() }.as_ref()
     }
 
     /// Adds 1 to the counter and wakes up who waits for it.
@@ -122,6 +138,9 @@ impl Drop for EventFd {
 
 /// Takes what is signalled to an eventfd.
 pub trait Consume: Send + Sync + 'static {
+    /// The module whose code this is, `crate::LocalModule`. It stays while it is a consumer.
+    type OwnerModule: ModuleMetadata + 'static;
+
     /// `count`, at least 1, has been taken from the counter.
     ///
     /// Context: any but NMI, with interrupts off and under the eventfd's lock. Must not signal an
@@ -149,6 +168,8 @@ struct Waiter<T: Consume> {
 pub struct Consumer<T: Consume> {
     waiter: KBox<Waiter<T>>,
     queue: NonNull<bindings::wait_queue_head>,
+    // Last, so that it is dropped last.
+    _module: ModuleRef,
 }
 
 // SAFETY: Any thread may leave the queue, which has a lock of its own; `T` is `Send` and `Sync`.
@@ -216,6 +237,7 @@ impl<T: Consume> Consumer<T> {
         let this = Self {
             waiter,
             queue: NonNull::new(table.queue).ok_or(EINVAL)?,
+            _module: ModuleRef::new::<T::OwnerModule>(),
         };
         if events & bindings::POLLIN != 0 {
             this.wake_up();

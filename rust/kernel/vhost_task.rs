@@ -11,6 +11,10 @@
 use crate::{
     bindings,
     error::from_err_ptr,
+    module::{
+        ModuleMetadata,
+        ModuleRef, //
+    },
     prelude::*,
     str::CStr,
     sync::atomic::{
@@ -25,6 +29,9 @@ use core::ptr::{
 
 /// What a thread does when it is woken up.
 pub trait Work: Send + Sync + 'static {
+    /// The module whose code this is, `crate::LocalModule`. It stays while the thread exists.
+    type OwnerModule: ModuleMetadata + 'static;
+
     /// Does some of the work. Returns whether to call it again.
     ///
     /// In between, the thread looks at signals and gives way to others.
@@ -49,6 +56,8 @@ struct Shared<T: Work> {
 pub struct VhostTask<T: Work> {
     task: NonNull<bindings::vhost_task>,
     shared: KBox<Shared<T>>,
+    // Last, so that it is dropped last.
+    _module: ModuleRef,
 }
 
 // SAFETY: Any thread may wake up and stop a task, and `T` is `Send` and `Sync`.
@@ -87,7 +96,11 @@ impl<T: Work> VhostTask<T> {
         unsafe { bindings::vhost_task_start(task.as_ptr()) };
 
         // INVARIANT: Created just now, for `shared`.
-        Ok(Self { task, shared })
+        Ok(Self {
+            task,
+            shared,
+            _module: ModuleRef::new::<T::OwnerModule>(),
+        })
     }
 
     /// Has the thread call [`Work::work()`], at least once from now on.

@@ -21,7 +21,6 @@ use kernel::{
     eventfd::EventFd,
     kvm::{
         device::{
-            self,
             Attr,
             Device, //
         },
@@ -46,7 +45,7 @@ use kernel::{
         },
         Vm, //
     },
-    new_mutex, nospec,
+    module_kvm_device, new_mutex, nospec,
     prelude::*,
     seq_file::SeqFile,
     sync::{
@@ -69,24 +68,11 @@ use perms::{
 };
 use work::Works;
 
-module! {
-    type: KvmBpf,
+module_kvm_device! {
+    type: BpfDevice,
     name: "kvm_bpf",
     description: "KVM virtual devices made of BPF programs",
     license: "GPL",
-}
-
-struct KvmBpf {
-    _type: device::Registration<BpfDevice>,
-}
-
-impl kernel::Module for KvmBpf {
-    fn init(_module: &'static ThisModule) -> Result<Self> {
-        prog::check_layout()?;
-        Ok(Self {
-            _type: device::Registration::new()?,
-        })
-    }
 }
 
 /// What user space passes as a file descriptor for "none".
@@ -147,6 +133,8 @@ impl Programs {
 }
 
 impl Handler for Programs {
+    type OwnerModule = LocalModule;
+
     fn read(&self, access: &Access<'_>) -> Verdict<[u8; 8]> {
         let Some(prog) = &self.read else {
             return Verdict::PassOn;
@@ -512,6 +500,10 @@ const WORKS: u64 = uapi::KVM_DEV_BPF_MAX_WORKS as u64;
 impl Device for BpfDevice {
     const TYPE: u32 = uapi::kvm_device_type_KVM_DEV_TYPE_BPF;
     const NAME: &'static CStr = c"kvm-bpf";
+
+    fn load() -> Result {
+        prog::check_layout()
+    }
 
     fn create(vm: &Vm) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {

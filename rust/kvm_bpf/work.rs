@@ -85,6 +85,8 @@ struct Signal {
 }
 
 impl Consume for Signal {
+    type OwnerModule = crate::LocalModule;
+
     fn signalled(&self, count: u64) {
         // The thread may find it before it is woken up: it must find what came before, too.
         self.pending.count.fetch_add(count, Release);
@@ -175,6 +177,8 @@ struct Runner {
 }
 
 impl Work for Runner {
+    type OwnerModule = crate::LocalModule;
+
     fn work(&self) -> bool {
         let shared = &self.shared;
 

@@ -4,8 +4,10 @@
 //!
 //! C header: [`include/linux/kvm_host.h`](srctree/include/linux/kvm_host.h).
 //!
-//! Implement [`Device`], and keep a [`Registration`] for as long as user space may create devices
-//! of that type. The device's module stays while one of its devices exists.
+//! Implement [`Device`], and declare the module with [`module_kvm_device!`]. The module stays while
+//! one of its devices exists.
+//!
+//! [`module_kvm_device!`]: crate::module_kvm_device
 //!
 //! A device lives as long as its file descriptor, which keeps its VM alive. Not covered: devices
 //! that live as long as the VM (`destroy`), ioctls other than attributes, `mmap`.
@@ -108,6 +110,11 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// The name of the device's file, as `/proc/PID/fd` shows it.
     const NAME: &'static CStr;
 
+    /// Prepares for devices. Called once, when the module is loaded; an error fails that.
+    fn load() -> Result {
+        Ok(())
+    }
+
     /// Creates a device for `vm`. Called with `kvm->lock` held.
     fn create(vm: &Vm) -> impl PinInit<Self, Error>;
 
@@ -131,10 +138,90 @@ pub trait Device: Sized + Send + Sync + 'static {
     }
 }
 
-/// The registration of a device type.
+/// Declares a kernel module that provides one type of device.
 ///
-/// Keep it in the module's own type, which is dropped before the module goes. If it is leaked, KVM
-/// goes on using the code of a module that may have gone.
+/// # Examples
+///
+/// A device that counts how often its attribute 0 is set:
+///
+/// ```ignore
+/// use kernel::{
+///     kvm::{
+///         device::{Attr, Device},
+///         Vm,
+///     },
+///     prelude::*,
+///     sync::atomic::{Atomic, Relaxed},
+///     uapi,
+/// };
+///
+/// kernel::module_kvm_device! {
+///     type: Counter,
+///     name: "kvm_counter",
+///     description: "A KVM device that counts",
+///     license: "GPL",
+/// }
+///
+/// struct Counter {
+///     count: Atomic<u64>,
+/// }
+///
+/// #[vtable]
+/// impl Device for Counter {
+///     const TYPE: u32 = uapi::kvm_device_type_KVM_DEV_TYPE_COUNTER;
+///     const NAME: &'static CStr = c"kvm-counter";
+///
+///     fn create(_vm: &Vm) -> impl PinInit<Self, Error> {
+///         Ok(Self {
+///             count: Atomic::new(0),
+///         })
+///     }
+///
+///     fn set_attr(&self, vm: &Vm, attr: &Attr<'_>) -> Result {
+///         self.has_attr(vm, attr)?;
+///         self.count.fetch_add(1, Relaxed);
+///         Ok(())
+///     }
+///
+///     fn get_attr(&self, vm: &Vm, attr: &Attr<'_>) -> Result {
+///         self.has_attr(vm, attr)?;
+///         attr.write(&self.count.load(Relaxed))
+///     }
+///
+///     fn has_attr(&self, _vm: &Vm, attr: &Attr<'_>) -> Result {
+///         match (attr.group(), attr.index()) {
+///             (0, 0) => Ok(()),
+///             _ => Err(ENXIO),
+///         }
+///     }
+/// }
+/// ```
+#[macro_export]
+macro_rules! module_kvm_device {
+    (type: $type:ty, $($info:tt)*) => {
+        struct DeviceModule {
+            _type: $crate::kvm::device::Registration<$type>,
+        }
+
+        impl $crate::Module for DeviceModule {
+            fn init(_module: &'static $crate::ThisModule) -> $crate::error::Result<Self> {
+                Ok(Self {
+                    // SAFETY: `module!` drops it before the module goes.
+                    _type: unsafe { $crate::kvm::device::Registration::new() }?,
+                })
+            }
+        }
+
+        $crate::prelude::module! {
+            type: DeviceModule,
+            $($info)*
+        }
+    };
+}
+
+/// The registration of a device type, which [`module_kvm_device!`] makes.
+///
+/// [`module_kvm_device!`]: crate::module_kvm_device
 ///
 /// # Invariants
 ///
@@ -142,14 +229,21 @@ pub trait Device: Sized + Send + Sync + 'static {
 pub struct Registration<T: Device>(PhantomData<T>);
 
 impl<T: Device> Registration<T> {
-    /// Lets user space create devices of type `T`.
+    /// Has user space create devices of type `T`, after [`Device::load()`].
+    ///
+    /// # Safety
+    ///
+    /// The result must be dropped before the module goes. If it is leaked, KVM uses code that has
+    /// gone.
     ///
     /// # Errors
     ///
-    /// `EEXIST` if KVM has a device of the type `T::TYPE` already.
-    pub fn new() -> Result<Self> {
-        // SAFETY: The table is valid for as long as the module is, and dropping `Self`, which the
-        // module does before it goes, unregisters it.
+    /// - `EEXIST` if KVM has a device of the type `T::TYPE` already.
+    /// - Those of [`Device::load()`].
+    pub unsafe fn new() -> Result<Self> {
+        T::load()?;
+        // SAFETY: The table is valid for as long as the module is, and dropping `Self` unregisters
+        // it, which by the safety requirements comes first.
         to_result(unsafe {
             bindings::kvm_register_device_ops(DeviceVTable::<T>::build(), T::TYPE)
         })?;

@@ -17,6 +17,10 @@ use super::{
 use crate::{
     bindings,
     error::to_result,
+    module::{
+        ModuleMetadata,
+        ModuleRef, //
+    },
     prelude::*,
     sync::{
         aref::ARef,
@@ -140,10 +144,49 @@ pub enum Verdict<T = ()> {
 
 /// Handles accesses of a range of addresses.
 ///
+/// # Examples
+///
+/// A register that reads as what was last stored to it:
+///
+/// ```ignore
+/// use kernel::{
+///     kvm::{
+///         io::{Access, Bus, Handler, Range, Registration, Verdict},
+///         Vm,
+///     },
+///     prelude::*,
+///     sync::atomic::{Atomic, Relaxed},
+/// };
+///
+/// struct Latch(Atomic<u64>);
+///
+/// impl Handler for Latch {
+///     type OwnerModule = crate::LocalModule;
+///
+///     fn read(&self, _access: &Access<'_>) -> Verdict<[u8; 8]> {
+///         Verdict::Handled(self.0.load(Relaxed).to_le_bytes())
+///     }
+///
+///     fn write(&self, _access: &Access<'_>, data: [u8; 8]) -> Verdict {
+///         self.0.store(u64::from_le_bytes(data), Relaxed);
+///         Verdict::Handled(())
+///     }
+/// }
+///
+/// fn add_latch(vm: &Vm) -> Result<Registration<Latch>> {
+///     let range = Range::new(Bus::Mmio, 0x1000_0000, 8)?;
+///
+///     Registration::new(vm, range, Latch(Atomic::new(0)))
+/// }
+/// ```
+///
 /// Context: process context, on the vCPU's thread, in a read-side section of the VM's SRCU. May
 /// sleep, but holds up changes of the VM's memory slots and buses, and must not make any. Several
 /// vCPUs may call at a time.
 pub trait Handler: Send + Sync + 'static {
+    /// The module whose code this is, `crate::LocalModule`. It stays while a handler is registered.
+    type OwnerModule: ModuleMetadata + 'static;
+
     /// Handles a load. The guest sees the first [`Access::len`] bytes, in memory order.
     fn read(&self, access: &Access<'_>) -> Verdict<[u8; 8]>;
 
@@ -172,7 +215,7 @@ unsafe impl<T: Handler> Send for Io<T> {}
 // SAFETY: As above.
 unsafe impl<T: Handler> Sync for Io<T> {}
 
-/// A handler on a bus of a VM.
+/// A handler on a bus of a VM, whose module stays meanwhile.
 ///
 /// Dropping it takes the handler off the bus, waits until no vCPU is inside, and drops it. It takes
 /// the VM's `slots_lock` and so must not be dropped by a [`Handler`].
@@ -183,6 +226,8 @@ unsafe impl<T: Handler> Sync for Io<T> {}
 pub struct Registration<T: Handler> {
     io: Arc<Io<T>>,
     vm: ARef<Vm>,
+    // Last, so that it is dropped last.
+    _module: ModuleRef,
 }
 
 impl<T: Handler> Registration<T> {
@@ -233,7 +278,11 @@ impl<T: Handler> Registration<T> {
         }
 
         // INVARIANT: Registered just now.
-        Ok(Self { io, vm: vm.into() })
+        Ok(Self {
+            io,
+            vm: vm.into(),
+            _module: ModuleRef::new::<T::OwnerModule>(),
+        })
     }
 
     /// Returns the addresses that the handler is registered for.
@@ -564,6 +613,8 @@ mod tests {
     struct Latch(Atomic<u64>);
 
     impl Handler for Latch {
+        type OwnerModule = crate::LocalModule;
+
         fn read(&self, _: &Access<'_>) -> Verdict<[u8; 8]> {
             Verdict::Handled(ANSWER)
         }

@@ -35,10 +35,7 @@ use crate::{
     uapi,
 };
 use core::{
-    mem::{
-        offset_of,
-        ManuallyDrop, //
-    },
+    mem::offset_of,
     ptr::{
         self,
         NonNull, //
@@ -210,9 +207,11 @@ impl Irqs {
         if self.closed.load(Relaxed) {
             return Err(ENOENT);
         }
-        // SAFETY: By the type invariants, whoever takes the pointer out waits for us, who have not
-        // seen `closed`; and we leave the reference to them.
-        let eventfd = unsafe { EventFd::from_raw(slot.load(Acquire)) }.map(ManuallyDrop::new);
+        let eventfd = slot.load(Acquire);
+        // SAFETY: By the type invariants, whoever takes the pointer out and drops the reference
+        // waits for us first, who have not seen `closed`.
+        let eventfd = unsafe { EventFd::borrow_raw(&eventfd) };
+
         eventfd.ok_or(ENOENT)?.signal()
     }
 
