@@ -6,7 +6,6 @@
 //! called, is the VMM's choice:
 //!
 //! ```
-//! use acpi_tables::Aml;
 //! use acpi_tables::aml::Scope;
 //! use kvm_bpf::acpi::{Interrupt, Object};
 //! use kvm_bpf::{Note, Place};
@@ -14,8 +13,7 @@
 //! # fn aml(note: &Note) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
 //! let mut object = Object::of_note(note, "CLK0", 1, Place::Memory(0xd000_0000))?;
 //! object.interrupts = vec![Interrupt::edge(5)];
-//! let mut aml = Vec::new();
-//! Scope::new("_SB_".into(), vec![&object]).to_aml_bytes(&mut aml);
+//! let aml = Scope::raw("_SB_".into(), object.to_aml());
 //! # Ok(aml)
 //! # }
 //! ```
@@ -23,11 +21,11 @@
 //! Linux finds a driver for it as on a machine with a device tree, by `compatible`: it matches a
 //! `PRP0001` object by the string in its `_DSD`, with or without `CONFIG_OF`.
 
+use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt as Descriptor,
     Memory32Fixed, Name, Package, PackageBuilder, Path, ResourceTemplate, Uuid,
 };
-use acpi_tables::{Aml, AmlSink};
 
 use crate::Place;
 use crate::note::{Note, Space};
@@ -175,10 +173,9 @@ impl<'a> Object<'a> {
             },
         }
     }
-}
 
-impl Aml for Object<'_> {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+    /// Returns the object as AML, of which tables and scopes are made.
+    pub fn to_aml(&self) -> Vec<u8> {
         let range = self.range();
         let interrupts: Vec<_> = (self.interrupts.iter())
             .map(|irq| Descriptor::new(true, !irq.is_level, false, false, irq.gsi))
@@ -209,7 +206,9 @@ impl Aml for Object<'_> {
         if !is_uart {
             parts.push(&properties);
         }
-        Device::new(Path::new(self.name), parts).to_aml_bytes(sink);
+        let mut aml = Vec::new();
+        Device::new(Path::new(self.name), parts).to_aml_bytes(&mut aml);
+        aml
     }
 }
 
@@ -217,12 +216,6 @@ impl Aml for Object<'_> {
 mod tests {
     use super::*;
     use crate::note::Range;
-
-    fn aml(object: &Object<'_>) -> Vec<u8> {
-        let mut aml = Vec::new();
-        object.to_aml_bytes(&mut aml);
-        aml
-    }
 
     fn names(compatible: &[&str]) -> Vec<String> {
         compatible.iter().map(|name| name.to_string()).collect()
@@ -258,7 +251,7 @@ mod tests {
         ]);
         wanted.extend([0x8a, 0x91, 0xbc, 0x9b, 0xbf, 0x4a, 0xa3, 0x01]);
         wanted.extend(*b"\x12\x1c\x01\x12\x19\x02\x0dcompatible\0\x12\x0a\x02\x0da,b\0\x0dc\0");
-        let got = aml(&object);
+        let got = object.to_aml();
         assert_eq!(got[4..], wanted[4..], "{got:x?}");
         // Its length counts from the byte behind the opcode, with the two bytes it has.
         wanted.truncate(4);
@@ -270,14 +263,18 @@ mod tests {
     #[test]
     fn serial_ports_have_their_own_id() {
         let uart = names(&["ns16550a"]);
-        let at_ports = aml(&Object::new("UART", 1, &uart, Place::Port(0x2f8), 8).unwrap());
+        let at_ports = Object::new("UART", 1, &uart, Place::Port(0x2f8), 8)
+            .unwrap()
+            .to_aml();
         assert!(
             has(&at_ports, &0x0105_d041_u32.to_le_bytes()),
             "{at_ports:x?}"
         );
         assert!(has(&at_ports, &[0x47, 1, 0xf8, 2, 0xf8, 2, 0, 8]));
         assert!(!has(&at_ports, b"PRP0001"));
-        let in_memory = aml(&Object::new("UART", 1, &uart, Place::Memory(0x1000), 8).unwrap());
+        let in_memory = Object::new("UART", 1, &uart, Place::Memory(0x1000), 8)
+            .unwrap()
+            .to_aml();
         assert!(has(&in_memory, b"PRP0001") && has(&in_memory, b"ns16550a\0"));
     }
 
@@ -302,7 +299,7 @@ mod tests {
             let object = Object::new("DEV0", 1, &none, place, size);
             assert_eq!(object.is_ok(), fits, "{object:?}");
             if let Ok(object) = object {
-                aml(&object);
+                object.to_aml();
             }
         }
     }
@@ -310,7 +307,9 @@ mod tests {
     #[test]
     fn a_length_that_has_33_bits_is_no_0() {
         let none = names(&[]);
-        let whole = aml(&Object::new("DEV0", 1, &none, Place::Memory(0), 1 << 32).unwrap());
+        let whole = Object::new("DEV0", 1, &none, Place::Memory(0), 1 << 32)
+            .unwrap()
+            .to_aml();
         assert!(has(&whole, &(1_u64 << 32).to_le_bytes()), "{whole:x?}");
     }
 

@@ -19,7 +19,11 @@
 //! let mut node = Node::of_note(note, 0x901_0000)?;
 //! node.interrupts = gic_spi(7, Trigger::EdgeRising).to_vec();
 //! node.clock = Some(clock);
-//! node.write(&mut fdt)?;
+//! let device = fdt.begin_node(&node.full_name())?;
+//! for (name, value) in node.properties()? {
+//!     fdt.property(name, &value)?;
+//! }
+//! fdt.end_node(device)?;
 //! fdt.end_node(root)?;
 //! # Ok(fdt.finish()?)
 //! # }
@@ -27,7 +31,7 @@
 //!
 //! Bindings are those of Documentation/devicetree/bindings in the kernel tree.
 
-use vm_fdt::FdtWriter;
+use std::ffi::CString;
 
 use crate::note::{Note, Space};
 
@@ -49,9 +53,9 @@ pub enum Error {
     /// Drivers of the device do without no clock.
     #[error("a device that is {PRIMECELL} needs a clock")]
     NoClock,
-    /// The tree cannot be written.
-    #[error("cannot write the device tree")]
-    Write(#[from] vm_fdt::Error),
+    /// A `compatible` string ends early, at a NUL.
+    #[error("{0:?} is no compatible string: it has a NUL")]
+    BadCompatible(String),
 }
 
 /// When an interrupt is there.
@@ -112,41 +116,65 @@ impl<'a> Node<'a> {
         }
     }
 
-    /// Writes it into the node that `fdt` is in, whose children have addresses and sizes of two
-    /// cells.
-    pub fn write(&self, fdt: &mut FdtWriter) -> Result<(), Error> {
+    /// Returns the name of the node, with the address.
+    pub fn full_name(&self) -> String {
+        format!("{}@{:x}", self.name, self.addr)
+    }
+
+    /// Returns the properties of the node: the name of each, and its value as the tree has it.
+    ///
+    /// The parent's children have addresses and sizes of two cells.
+    pub fn properties(&self) -> Result<Vec<(&'static str, Vec<u8>)>, Error> {
         let is_a = |own| self.compatible.iter().any(|name| name == own);
         let clock = match (is_a(PRIMECELL), self.clock) {
             (true, None) => return Err(Error::NoClock),
             (is_primecell, clock) => clock.filter(|_| is_primecell),
         };
-        let node = fdt.begin_node(&format!("{}@{:x}", self.name, self.addr))?;
-        if !self.compatible.is_empty() {
-            fdt.property_string_list("compatible", self.compatible.to_vec())?;
+        let mut compatible = Vec::new();
+        for string in self.compatible {
+            let string =
+                CString::new(string.as_str()).map_err(|_| Error::BadCompatible(string.clone()))?;
+            compatible.extend(string.into_bytes_with_nul());
         }
-        fdt.property_array_u64("reg", &[self.addr, self.size])?;
+        let reg = [self.addr, self.size].map(u64::to_be_bytes);
+
+        let mut properties = Vec::new();
+        if !compatible.is_empty() {
+            properties.push(("compatible", compatible));
+        }
+        properties.push(("reg", reg.concat()));
         if !self.interrupts.is_empty() {
-            fdt.property_array_u32("interrupts", &self.interrupts)?;
+            properties.push(("interrupts", cells(&self.interrupts)));
         }
         if let Some(parent) = self.interrupt_parent {
-            fdt.property_u32("interrupt-parent", parent)?;
+            properties.push(("interrupt-parent", cells(&[parent])));
         }
         if is_a(GPIO) {
-            fdt.property_null("gpio-controller")?;
-            fdt.property_u32("#gpio-cells", 2)?;
-            fdt.property_null("interrupt-controller")?;
-            fdt.property_u32("#interrupt-cells", 2)?;
+            properties.push(("gpio-controller", Vec::new()));
+            properties.push(("#gpio-cells", cells(&[2])));
+            properties.push(("interrupt-controller", Vec::new()));
+            properties.push(("#interrupt-cells", cells(&[2])));
         }
         if let Some(clock) = clock {
-            fdt.property_u32("clocks", clock)?;
-            fdt.property_string("clock-names", "apb_pclk")?;
+            properties.push(("clocks", cells(&[clock])));
+            properties.push(("clock-names", b"apb_pclk\0".to_vec()));
         }
-        Ok(fdt.end_node(node)?)
+        Ok(properties)
     }
+}
+
+/// Numbers as a tree has them.
+fn cells(values: &[u32]) -> Vec<u8> {
+    values
+        .iter()
+        .flat_map(|value| value.to_be_bytes())
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use vm_fdt::FdtWriter;
+
     use super::*;
     use crate::note::Range;
 
@@ -166,6 +194,16 @@ mod tests {
         write(&mut fdt);
         fdt.end_node(root).unwrap();
         fdt.finish().unwrap()
+    }
+
+    fn write(node: &Node<'_>) -> Vec<u8> {
+        tree(|fdt| {
+            let begun = fdt.begin_node(&node.full_name()).unwrap();
+            for (name, value) in node.properties().unwrap() {
+                fdt.property(name, &value).unwrap();
+            }
+            fdt.end_node(begun).unwrap();
+        })
     }
 
     #[test]
@@ -197,7 +235,7 @@ mod tests {
             fdt.property_string("clock-names", "apb_pclk").unwrap();
             fdt.end_node(node).unwrap();
         });
-        assert_eq!(tree(|fdt| node.write(fdt).unwrap()), wanted);
+        assert_eq!(write(&node), wanted);
     }
 
     #[test]
@@ -211,15 +249,25 @@ mod tests {
             fdt.property_array_u64("reg", &[0x1000, 0x1000]).unwrap();
             fdt.end_node(node).unwrap();
         });
-        assert_eq!(tree(|fdt| node.write(fdt).unwrap()), wanted);
+        assert_eq!(write(&node), wanted);
     }
 
     #[test]
     fn a_primecell_without_a_clock_is_refused() {
         let note = note(&["arm,pl031", "arm,primecell"]);
         let node = Node::of_note(&note, 0x1000).unwrap();
-        let mut fdt = FdtWriter::new().unwrap();
-        assert!(matches!(node.write(&mut fdt), Err(Error::NoClock)));
+        assert!(matches!(node.properties(), Err(Error::NoClock)));
+    }
+
+    #[test]
+    fn a_string_that_ends_early_is_refused() {
+        let note = note(&["a,b", "c\0d"]);
+        let node = Node::of_note(&note, 0x1000).unwrap();
+        let bad = node.properties();
+        assert!(
+            matches!(&bad, Err(Error::BadCompatible(bad)) if bad == "c\0d"),
+            "{bad:?}"
+        );
     }
 
     #[test]

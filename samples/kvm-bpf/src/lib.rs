@@ -67,8 +67,8 @@
 //! | `loader` (default) | object files: `OpenImage` | libbpf; the system's libelf and zlib |
 //! | `vendored` | `loader`, and nothing of the system's | libbpf, libelf and zlib, statically |
 //! | `log` | what libbpf prints, through the crate `log` | as `loader` |
-//! | `fdt` | the device's node in a device tree, with `vm-fdt` | no C |
-//! | `acpi` | the device's object in ACPI's namespace, with `acpi_tables` | no C |
+//! | `fdt` | the device's node in a device tree | no C |
+//! | `acpi` | the device's object in ACPI's namespace | no C |
 //!
 //! File descriptors of the VMM are `impl AsRawFd`, which eventfds and VMs of all versions of
 //! `vmm-sys-util` and `kvm-ioctls` are; errors of the kernel are [`std::io::Error`].

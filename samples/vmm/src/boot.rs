@@ -53,7 +53,7 @@ pub enum Error {
     Register(u64, #[source] errno::Error),
     #[cfg(target_arch = "aarch64")]
     #[error(transparent)]
-    Fdt(#[from] kvm_bpf::fdt::Error),
+    Fdt(#[from] crate::aarch64::FdtError),
     #[cfg(target_arch = "aarch64")]
     #[error("{0} bytes of device tree, too many devices")]
     FdtSize(usize),

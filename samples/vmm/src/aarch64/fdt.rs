@@ -13,7 +13,7 @@
 //!
 //! Bindings are those of Documentation/devicetree/bindings in the kernel tree.
 
-use kvm_bpf::fdt::{Error, Node, Trigger, gic_spi};
+use kvm_bpf::fdt::{self, Node, Trigger, gic_spi};
 use vm_fdt::FdtWriter;
 
 use crate::bus::Range;
@@ -46,6 +46,15 @@ const LEVEL_HIGH: u32 = 4;
 ///
 /// KVM raises the second and third at these numbers if it is not told others.
 const TIMER_PPIS: [u32; 4] = [13, 14, 11, 10];
+
+/// Why there is no device tree.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Device(#[from] fdt::Error),
+    #[error("cannot write the device tree")]
+    Write(#[from] vm_fdt::Error),
+}
 
 /// What the device tree is to say.
 #[derive(Debug)]
@@ -181,7 +190,7 @@ fn device(fdt: &mut FdtWriter, info: &GuestDevice) -> Result<(), Error> {
     let interrupts = (info.gsis.iter().enumerate())
         .flat_map(|(index, &gsi)| gic_spi(gsi, trigger(index)))
         .collect();
-    Node {
+    let node = Node {
         name: "device",
         compatible: &info.compatible,
         addr: info.range.addr,
@@ -189,8 +198,12 @@ fn device(fdt: &mut FdtWriter, info: &GuestDevice) -> Result<(), Error> {
         interrupts,
         interrupt_parent: None,
         clock: Some(PHANDLE_CLOCK),
+    };
+    let begun = fdt.begin_node(&node.full_name())?;
+    for (name, value) in node.properties()? {
+        fdt.property(name, &value)?;
     }
-    .write(fdt)
+    Ok(fdt.end_node(begun)?)
 }
 
 #[cfg(test)]

@@ -139,7 +139,7 @@ fn append_device(aml: &mut Vec<u8>, index: usize, device: &GuestDevice) -> Resul
             is_level: device.is_level && index == 0,
         })
         .collect();
-    Scope::new("_SB_".into(), vec![&object]).to_aml_bytes(aml);
+    aml.extend(Scope::raw("_SB_".into(), object.to_aml()));
     Ok(())
 }
 
