@@ -525,6 +525,27 @@ const SAMPLE_MAP_NAMES: [&CStr; 11] = [
     c"lost",
 ];
 
+/// A map of a kind; `sizes` are those of a key and a value.
+fn create_map(kind: u32, sizes: [u32; 2], elements: u32, map_flags: u32) -> OwnedFd {
+    let options = sys::bpf_map_create_opts {
+        sz: mem::size_of::<sys::bpf_map_create_opts>() as _,
+        map_flags,
+        ..Default::default()
+    };
+    // SAFETY: the name is a C string.
+    let fd = unsafe {
+        sys::bpf_map_create(
+            kind,
+            MAP_NAME.as_ptr(),
+            sizes[0],
+            sizes[1],
+            elements,
+            &options,
+        )
+    };
+    owned(fd).unwrap_or_else(|errno| panic!("BPF_MAP_CREATE: {errno:?}"))
+}
+
 impl Map {
     /// An array of `elements` elements of `words` words, all 0.
     pub fn new(elements: u32, words: usize) -> Self {
@@ -556,21 +577,18 @@ impl Map {
         Self::with_value_size(kind, elements, 8 * words as u32, words)
     }
 
-    fn with_value_size(kind: u32, elements: u32, value_size: u32, words: usize) -> Self {
-        // SAFETY: the name is a C string; no options.
-        let fd = unsafe {
-            sys::bpf_map_create(
-                kind,
-                MAP_NAME.as_ptr(),
-                4,
-                value_size,
-                elements,
-                ptr::null(),
-            )
-        };
-        let fd = owned(fd).unwrap_or_else(|errno| panic!("BPF_MAP_CREATE: {errno:?}"));
+    /// Memory of so many pages that programs and user space share.
+    pub fn arena(pages: u32) -> Self {
         Map {
-            fd,
+            fd: create_map(sys::BPF_MAP_TYPE_ARENA, [0, 0], pages, sys::BPF_F_MMAPABLE),
+            elements: 0,
+            words: 0,
+        }
+    }
+
+    fn with_value_size(kind: u32, elements: u32, value_size: u32, words: usize) -> Self {
+        Map {
+            fd: create_map(kind, [4, value_size], elements, 0),
             elements,
             words,
         }

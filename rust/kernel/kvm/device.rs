@@ -219,7 +219,7 @@ macro_rules! module_kvm_device {
     };
 }
 
-/// The registration of a device type, which [`module_kvm_device!`] makes.
+/// The registration of a device type; [`module_kvm_device!`] makes one.
 ///
 /// [`module_kvm_device!`]: crate::module_kvm_device
 ///
@@ -229,7 +229,7 @@ macro_rules! module_kvm_device {
 pub struct Registration<T: Device>(PhantomData<T>);
 
 impl<T: Device> Registration<T> {
-    /// Has user space create devices of type `T`, after [`Device::load()`].
+    /// Allows user space to create devices of type `T`, after [`Device::load()`].
     ///
     /// # Safety
     ///

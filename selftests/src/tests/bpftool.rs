@@ -5,14 +5,20 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
 use kvm_bpf::Note;
-use kvm_bpf_selftests::bpf::Census;
-use kvm_bpf_selftests::programs::{sample_path, test_path};
+use kvm_bpf::uapi::kvm_bpf_user_region;
+use kvm_bpf_selftests::bpf::{Census, program_id};
+use kvm_bpf_selftests::device::Device;
+use kvm_bpf_selftests::guest::Guest;
+use kvm_bpf_selftests::harness::{meanwhile, skip};
+use kvm_bpf_selftests::programs::{loaded, sample_path, test_image, test_path};
+use serde_json::Value;
 
-use super::beside_this_program;
+use super::{ADDR, SIZE, beside_this_program};
 
 tests!(
     lists_the_types,
@@ -20,6 +26,7 @@ tests!(
     loads_by_section,
     loads_by_name_of_the_type,
     links_devices,
+    profiles_programs,
 );
 
 const TYPES: [&str; 3] = ["kvm_io_read", "kvm_io_write", "kvm_io_work"];
@@ -204,4 +211,44 @@ fn links_devices() {
     }
     fs::remove_file(&linked).expect("the linked object");
     census.wait_for_newer(0, 0);
+}
+
+/// It attaches to a program's function, and reads the processor's counters before and after.
+fn profiles_programs() {
+    let of_a_processor = |name: &str| name == "cpu" || name.starts_with("armv8_");
+    let events = fs::read_dir("/sys/bus/event_source/devices").expect("events of the kernel");
+    let mut names = events.map(|entry| entry.expect("an event source").file_name());
+    if !names.any(|name| name.to_str().is_some_and(of_a_processor)) {
+        skip("the host's processor counts no cycles");
+    }
+    let guest = Guest::new();
+    let programs = loaded(test_image("half_bank"));
+    let read = programs.read_program().expect("its program").as_raw_fd();
+    let device = Device::new(guest.vm());
+    let region = kvm_bpf_user_region {
+        addr: ADDR,
+        size: SIZE,
+        bpf_readfd: read,
+        bpf_writefd: -1,
+    };
+    device.set_region(0, &region);
+    let mut vcpu = guest.vcpu(0);
+    let id = program_id(read).to_string();
+    let mut count = 0_u64;
+    let args = [
+        "--json", "prog", "profile", "id", &id, "duration", "1", "cycles",
+    ];
+    let profile = meanwhile(
+        [|| {
+            vcpu.read(ADDR, 4);
+            count += 1;
+        }],
+        || output(&args),
+    );
+    let profile: Value = serde_json::from_str(&profile).expect("JSON from bpftool");
+    let number = |name: &str| profile[0][name].as_u64().expect("a number");
+    assert_got!(profile[0]["metric"], "cycles");
+    let ran = number("run_cnt");
+    assert!(0 < ran && ran <= count, "{ran} of {count} runs");
+    assert!(number("value") > ran, "cycles of {ran} runs: {profile}");
 }

@@ -3,7 +3,7 @@
 //! What can be learnt of a device from outside: its attribute, fdinfo, tracepoints.
 
 use std::fs;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, id};
@@ -11,13 +11,14 @@ use std::process::{Command, id};
 use kvm_bpf::uapi::{
     KVM_BPF_INFO_READ_SLEEPS, KVM_BPF_INFO_WRITE_SLEEPS, KVM_BPF_MEM_READ, KVM_BPF_MEM_WRITE,
     KVM_DEV_BPF_ATTR_GROUP_INFO, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
-    KVM_DEV_BPF_MAX_REGIONS, kvm_bpf_info, kvm_bpf_user_mem,
+    KVM_DEV_BPF_MAX_REGIONS, kvm_bpf_info, kvm_bpf_user_mem, kvm_bpf_user_region,
 };
 use kvm_bpf_selftests::bpf::{Prog, ProgType, program_id, program_tag};
 use kvm_bpf_selftests::device::{Device, NO_REGION, region, work};
 use kvm_bpf_selftests::guest::Guest;
 use kvm_bpf_selftests::harness::{Errno, skip};
-use kvm_bpf_selftests::programs::{answer, only_return, ret};
+use kvm_bpf_selftests::programs::{answer, loaded, only_return, plug, ret, test_image, test_path};
+use libbpf_rs::{Link, MapCore, MapFlags, Object, ObjectBuilder};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ADDR, SIZE};
@@ -30,6 +31,7 @@ tests!(
     fdinfo_of_as_many_regions_as_there_can_be,
     fdinfo_is_for_those_who_may_trace,
     a_line_per_program_that_runs,
+    fentry_and_fexit_of_programs,
 );
 
 /// What the kernel should tell of a program: its number and its tag.
@@ -312,4 +314,78 @@ fn a_line_per_program_that_runs() {
         format!("kvm_bpf_exit: prog {run} ret 1 data 0x4d"),
     ];
     assert_got!(events, wanted);
+}
+
+/// Programs of tracing that count what a program does.
+struct Traced {
+    object: Object,
+    links: Vec<Link>,
+}
+
+impl Traced {
+    #[track_caller]
+    fn new(target: Option<BorrowedFd<'_>>, function: &str) -> Self {
+        let target = target.expect("a program to trace").as_raw_fd();
+        let mut object = ObjectBuilder::default()
+            .open_file(test_path("traced"))
+            .expect("traced");
+        for mut program in object.progs_mut() {
+            program
+                .set_attach_target(target, Some(function.to_string()))
+                .expect("bpf_program__set_attach_target()");
+        }
+        let object = object
+            .load()
+            .unwrap_or_else(|error| panic!("tracing {function}: {error:#}"));
+        let links = object
+            .progs_mut()
+            .map(|program| program.attach().expect("attaching to a program"))
+            .collect();
+        Traced { object, links }
+    }
+
+    /// How often it was entered, returned 0 and returned something else.
+    fn counts(&self) -> [u64; 3] {
+        let map = self.object.maps().find(|map| map.name() == "counts");
+        let map = map.expect("counts");
+        [0_u32, 1, 2].map(|index| {
+            let value = map.lookup(&index.to_ne_bytes(), MapFlags::ANY);
+            let value = value.expect("BPF_MAP_LOOKUP_ELEM").expect("an element");
+            u64::from_ne_bytes(value.try_into().expect("eight bytes"))
+        })
+    }
+}
+
+/// As `bpftool prog profile` and others attach: while the device is there, and for as long as they
+/// like.
+fn fentry_and_fexit_of_programs() {
+    let guest = Guest::new();
+    // Reads of its identity it handles, writes to that it declines.
+    let programs = loaded(test_image("half_bank"));
+    let fds = [programs.read_program(), programs.write_program()]
+        .map(|fd| fd.expect("a program").try_clone_to_owned().expect("dup"));
+    let [read, write] = &fds;
+    let _device = plug(guest.vm(), ADDR, test_image("half_bank"));
+    let device = Device::new(guest.vm());
+    let ours = kvm_bpf_user_region {
+        addr: ADDR + SIZE,
+        size: SIZE,
+        bpf_readfd: read.as_raw_fd(),
+        bpf_writefd: write.as_raw_fd(),
+    };
+    device.set_region(0, &ours);
+    let mut vcpu = guest.vcpu(0);
+    vcpu.read(ADDR + SIZE, 4);
+    let reads = Traced::new(Some(read.as_fd()), "half_read");
+    let mut writes = Traced::new(Some(write.as_fd()), "half_write");
+    for _ in 0..3 {
+        vcpu.read(ADDR + SIZE, 4);
+        // The same programs, loaded a second time, are others.
+        vcpu.read(ADDR, 4);
+    }
+    vcpu.write(ADDR + SIZE, 4, 1);
+    writes.links.clear();
+    vcpu.write(ADDR + SIZE, 4, 1);
+    assert_got!(reads.counts(), [3, 3, 0], "of the program for reads");
+    assert_got!(writes.counts(), [1, 0, 1], "of the program for writes");
 }

@@ -58,7 +58,7 @@ fn after_a_minimal_vmlinux_h() {
 
 fn after_a_full_vmlinux_h() {
     if !test_path("after_vmlinux").exists() {
-        skip("where this was built there was no bpftool to run");
+        skip("where this was built there was no kernel");
     }
     after_vmlinux_h("after_vmlinux");
 }

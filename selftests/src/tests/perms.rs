@@ -216,9 +216,11 @@ fn what_is_never_reached_is_not_there() {
     assert_got!(vcpu.read(ADDR, 8).value, 42);
 }
 
+/// But for arenas, which no program of these types can have: see `rights::no_arenas`.
 fn maps_and_tail_calls() {
     let guest = Guest::new();
     let maps = loaded(test_image("perms_maps"));
+    let later = loaded(test_image("perms_async"));
     let map = Map::of_programs(1);
     let mut insns = vec![mov_imm(R3, 0)];
     insns.extend(load_map(R2, &map));
@@ -227,6 +229,18 @@ fn maps_and_tail_calls() {
     let tail_call = Prog::load(ProgType::READ, &insns);
     for (what, bit, read, write) in [
         ("a timer", KVM_BPF_ALLOW_ASYNC, maps.read_program(), None),
+        (
+            "a workqueue",
+            KVM_BPF_ALLOW_ASYNC,
+            later.read_program(),
+            None,
+        ),
+        (
+            "task work",
+            KVM_BPF_ALLOW_ASYNC,
+            None,
+            later.write_program(),
+        ),
         (
             "a map of maps",
             KVM_BPF_ALLOW_INNER_MAPS,

@@ -31,6 +31,7 @@ tests!(
     messages_for_debugging,
     no_kfuncs_that_look_around,
     no_kfuncs_that_hold_up_the_host,
+    no_arenas,
     extensions_have_no_more_rights,
 );
 
@@ -286,6 +287,15 @@ fn no_kfuncs_that_hold_up_the_host() {
             &format!("calling kernel function {name} is not allowed"),
         );
     }
+}
+
+/// So nothing can be denied by `KVM_BPF_ALLOW_ARENA` as long as the verifier says this.
+fn no_arenas() {
+    let arena = Map::arena(1);
+    let mut insns = load_map(R1, &arena).to_vec();
+    insns.extend(ret(0));
+    let reason = "CAP_BPF and CAP_PERFMON are required to use arena";
+    assert_all_refused("a program with an arena", &insns, reason);
 }
 
 /// A program that replaces a function of one of ours is verified as that is.
