@@ -55,6 +55,7 @@ use core::{
 ///
 /// `ptr` is valid, and `self` owns a reference to it.
 #[derive(PartialEq, Eq)]
+#[repr(transparent)]
 pub struct EventFd {
     ptr: NonNull<bindings::eventfd_ctx>,
 }
@@ -102,12 +103,13 @@ impl EventFd {
     ///
     /// # Safety
     ///
-    /// `*ptr` must be null or come from `into_raw()`, and [`Self::from_raw()`] must not take it
-    /// for as long as `'a`.
+    /// `*ptr` must be null or come from `into_raw()`, and [`Self::from_raw()`] must not have taken
+    /// it, nor take it before `'a` ends.
     #[inline]
     pub unsafe fn borrow_raw<'a>(ptr: &'a *mut bindings::eventfd_ctx) -> Option<&'a Self> {
-        // SAFETY: `Self` is a `NonNull` in all but name, so `None` is null. By the safety
-        // requirements, the type invariants hold for anything else.
+        // SAFETY: `Self` is `repr(transparent)` over `NonNull`, so `Option<Self>` has the layout of
+        // the pointer, and null is `None`. By the safety requirements, the type invariants hold for
+        // anything else.
         unsafe { &*ptr::from_ref(ptr).cast::<Option<Self>>() }.as_ref()
     }
 
@@ -138,8 +140,9 @@ impl Drop for EventFd {
 
 /// Takes what is signalled to an eventfd.
 pub trait Consume: Send + Sync + 'static {
-    /// The module whose code this is, `crate::LocalModule`. It stays while it is a consumer.
-    type OwnerModule: ModuleMetadata + 'static;
+    /// The module whose code this is, `crate::LocalModule`. The module stays while the consumer
+    /// exists.
+    type OwnerModule: ModuleMetadata;
 
     /// `count`, at least 1, has been taken from the counter.
     ///
@@ -197,7 +200,9 @@ impl<T: Consume> Consumer<T> {
     /// - `EBADF`: `fd` is not open.
     /// - `EBUSY`: the eventfd has a consumer, which may also be an irqfd of KVM.
     /// - `EINVAL`: `fd` is not an eventfd.
+    /// - `ENODEV`: the module is being unloaded.
     pub fn new(fd: c_int, consume: T) -> Result<Self> {
+        let module = ModuleRef::new::<T::OwnerModule>()?;
         // CAST: Negative numbers become ones that are never open.
         let file: ARef<LocalFile> = LocalFile::fget(fd as u32)?;
         // SAFETY: The file is valid.
@@ -237,7 +242,7 @@ impl<T: Consume> Consumer<T> {
         let this = Self {
             waiter,
             queue: NonNull::new(table.queue).ok_or(EINVAL)?,
-            _module: ModuleRef::new::<T::OwnerModule>(),
+            _module: module,
         };
         if events & bindings::POLLIN != 0 {
             this.wake_up();

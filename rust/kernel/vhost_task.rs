@@ -29,8 +29,9 @@ use core::ptr::{
 
 /// What a thread does when it is woken up.
 pub trait Work: Send + Sync + 'static {
-    /// The module whose code this is, `crate::LocalModule`. It stays while the thread exists.
-    type OwnerModule: ModuleMetadata + 'static;
+    /// The module whose code this is, `crate::LocalModule`. The module stays while the thread
+    /// exists.
+    type OwnerModule: ModuleMetadata;
 
     /// Does some of the work. Returns whether to call it again.
     ///
@@ -70,8 +71,10 @@ impl<T: Work> VhostTask<T> {
     ///
     /// # Errors
     ///
-    /// Those of clone(2): `EAGAIN` if the process or its user may have no more threads, `ENOMEM`.
+    /// - Those of clone(2): `EAGAIN` if the process or its user may have no more threads, `ENOMEM`.
+    /// - `ENODEV`: the module is being unloaded.
     pub fn new(name: &CStr, work: T) -> Result<Self> {
+        let module = ModuleRef::new::<T::OwnerModule>()?;
         let shared = KBox::new(
             Shared {
                 woken: Atomic::new(false),
@@ -99,7 +102,7 @@ impl<T: Work> VhostTask<T> {
         Ok(Self {
             task,
             shared,
-            _module: ModuleRef::new::<T::OwnerModule>(),
+            _module: module,
         })
     }
 

@@ -19,7 +19,8 @@ enum {
 	WRITE,
 	READ_NOFAULT,
 	WRITE_NOFAULT,
-	RANDOM
+	RANDOM,
+	SIGNAL_KEPT
 };
 enum { MAIN, SUBPROGRAM, CALLBACK, NEVER };
 
@@ -57,6 +58,13 @@ static __always_inline long contain(struct bpf_kvm_io_ctx *ctx)
 		return bpf_kvm_mem_write_nofault(ctx, 0, &buf, sizeof(buf));
 	case RANDOM:
 		return bpf_kvm_random(&buf, sizeof(buf));
+	case SIGNAL_KEPT:
+		irq = bpf_kvm_irq_acquire(ctx, 0);
+		if (irq) {
+			bpf_kvm_irq_signal_kept(irq);
+			bpf_kvm_irq_release(irq);
+		}
+		return 0;
 	default:
 		return 0;
 	}

@@ -110,7 +110,7 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// The name of the device's file, as `/proc/PID/fd` shows it.
     const NAME: &'static CStr;
 
-    /// Prepares for devices. Called once, when the module is loaded; an error fails that.
+    /// Prepares for devices. Called once, when the module is loaded. If it fails, so does that.
     fn load() -> Result {
         Ok(())
     }
@@ -142,7 +142,8 @@ pub trait Device: Sized + Send + Sync + 'static {
 ///
 /// # Examples
 ///
-/// A device that counts how often its attribute 0 is set:
+/// A device, of a type that is made up, that counts how often its attribute 0 is set. It is not
+/// built, as KVM may be a module:
 ///
 /// ```ignore
 /// use kernel::{
@@ -206,7 +207,8 @@ macro_rules! module_kvm_device {
         impl $crate::Module for DeviceModule {
             fn init(_module: &'static $crate::ThisModule) -> $crate::error::Result<Self> {
                 Ok(Self {
-                    // SAFETY: `module!` drops it before the module goes.
+                    // SAFETY: Only `module!` calls `init`, of which this is the last step, and it
+                    // drops the result before the module goes.
                     _type: unsafe { $crate::kvm::device::Registration::new() }?,
                 })
             }
@@ -233,8 +235,8 @@ impl<T: Device> Registration<T> {
     ///
     /// # Safety
     ///
-    /// The result must be dropped before the module goes. If it is leaked, KVM uses code that has
-    /// gone.
+    /// The result must be dropped before the module goes, and the module's initialisation must not
+    /// fail after this. Otherwise KVM calls code that has gone.
     ///
     /// # Errors
     ///

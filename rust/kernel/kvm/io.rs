@@ -144,9 +144,14 @@ pub enum Verdict<T = ()> {
 
 /// Handles accesses of a range of addresses.
 ///
+/// Context: process context, on the vCPU's thread, in a read-side section of the VM's SRCU. May
+/// sleep, but holds up changes of the VM's memory slots and buses, and must not make any. Several
+/// vCPUs may call at a time.
+///
 /// # Examples
 ///
-/// A register that reads as what was last stored to it:
+/// A register of 8 bytes that reads as what was last stored to it, by accesses of the whole. It is
+/// not built, as KVM may be a module:
 ///
 /// ```ignore
 /// use kernel::{
@@ -179,13 +184,10 @@ pub enum Verdict<T = ()> {
 ///     Registration::new(vm, range, Latch(Atomic::new(0)))
 /// }
 /// ```
-///
-/// Context: process context, on the vCPU's thread, in a read-side section of the VM's SRCU. May
-/// sleep, but holds up changes of the VM's memory slots and buses, and must not make any. Several
-/// vCPUs may call at a time.
 pub trait Handler: Send + Sync + 'static {
-    /// The module whose code this is, `crate::LocalModule`. It stays while a handler is registered.
-    type OwnerModule: ModuleMetadata + 'static;
+    /// The module whose code this is, `crate::LocalModule`. The module stays while a handler is
+    /// registered.
+    type OwnerModule: ModuleMetadata;
 
     /// Handles a load. The guest sees the first [`Access::len`] bytes, in memory order.
     fn read(&self, access: &Access<'_>) -> Verdict<[u8; 8]>;
@@ -215,7 +217,7 @@ unsafe impl<T: Handler> Send for Io<T> {}
 // SAFETY: As above.
 unsafe impl<T: Handler> Sync for Io<T> {}
 
-/// A handler on a bus of a VM, whose module stays meanwhile.
+/// A handler on a bus of a VM. The handler's module stays while this exists.
 ///
 /// Dropping it takes the handler off the bus, waits until no vCPU is inside, and drops it. It takes
 /// the VM's `slots_lock` and so must not be dropped by a [`Handler`].
@@ -243,7 +245,9 @@ impl<T: Handler> Registration<T> {
     /// - `EEXIST`: something on that bus has an address of `range`.
     /// - `ENOSPC`: the bus is full.
     /// - `ENOMEM`: out of memory, or the bus has been dissolved for lack of it.
+    /// - `ENODEV`: the module is being unloaded.
     pub fn new(vm: &Vm, range: Range, handler: T) -> Result<Self> {
+        let module = ModuleRef::new::<T::OwnerModule>()?;
         let handler = KBox::new(handler, GFP_KERNEL_ACCOUNT)?;
         let io = Arc::new(
             Io {
@@ -281,7 +285,7 @@ impl<T: Handler> Registration<T> {
         Ok(Self {
             io,
             vm: vm.into(),
-            _module: ModuleRef::new::<T::OwnerModule>(),
+            _module: module,
         })
     }
 

@@ -208,8 +208,8 @@ impl Irqs {
             return Err(ENOENT);
         }
         let eventfd = slot.load(Acquire);
-        // SAFETY: By the type invariants, whoever takes the pointer out and drops the reference
-        // waits for us first, who have not seen `closed`.
+        // SAFETY: By the type invariants, whoever takes the pointer out waits for RCU readers
+        // before it drops the reference. We are one, and have not seen `closed`.
         let eventfd = unsafe { EventFd::borrow_raw(&eventfd) };
 
         eventfd.ok_or(ENOENT)?.signal()

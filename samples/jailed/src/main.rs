@@ -33,7 +33,7 @@ const USAGE: &str = "usage: kvm-bpf-jailed-vmm MANAGER NAME
 
 Runs a guest whose clock the programs of object file NAME are, as kvm-bpf-manager has it, which listens
 at the path MANAGER. Commands come on standard input, one in each line: status, swap NAME,
-save-restore NAME, another, alarm SECONDS, quiet, busy, wait, forbidden, quit.
+save-restore NAME, another, new-vm, alarm SECONDS, quiet, busy, wait, forbidden, quit.
 
        kvm-bpf-jailed-vmm --rules
 
@@ -280,6 +280,12 @@ impl Vmm {
                 let another = || Ok(Device::new(vm).map(drop)?);
                 self.filters.run(Phase::SetUp, another)?;
                 "there is another device".to_string()
+            }
+            // A new VM has no seal: only the filters keep it away.
+            ["new-vm"] => {
+                let new = || Ok(self.kvm.create_vm_with_type(0).map(drop)?);
+                self.filters.run(Phase::Swap, new)?;
+                "there is another VM".to_string()
             }
             ["alarm", seconds] => match shared.arm(seconds.parse()?) {
                 true => format!("in {seconds} s"),

@@ -55,8 +55,11 @@
 //! # Rights
 //!
 //! Loading and pinning need `CAP_BPF` or a token, and bpf(2). Receiving [`Programs`], plugging them
-//! in, [`ImageDevice::swap`], saving and restoring need none, and call no bpf(2): a seccomp filter
-//! lets `ioctl`, `mmap`, `munmap` and, to receive, `recvmsg` and `read` through.
+//! in, [`ImageDevice::swap`], saving and restoring need none, and call no bpf(2). The crate's README
+//! has the system calls that a seccomp filter lets through.
+//!
+//! A device is its VM's: a process that has another address space, as after fork(2), gets `EIO` for
+//! what it asks of it.
 //!
 //! # Features
 //!

@@ -6,8 +6,12 @@ use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::mem;
+#[cfg(feature = "serde")]
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+#[cfg(feature = "serde")]
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// `struct kvm_create_device`.
@@ -406,12 +410,12 @@ impl FdInfo {
 /// and what else the kernel has file descriptors for.
 #[cfg(feature = "serde")]
 pub(crate) fn is_anonymous(fd: BorrowedFd<'_>) -> bool {
-    // SAFETY: all zeroes is a good structure, which the kernel only writes to.
-    let (result, stat) = unsafe {
-        let mut stat: libc::stat = mem::zeroed();
-        (libc::fstat(fd.as_raw_fd(), &mut stat), stat)
-    };
-    result == 0 && stat.st_mode & libc::S_IFMT == 0
+    // With statx(2), which std needs for any file: fstat(3) would be one more to allow.
+    //
+    // SAFETY: the descriptor is open, and stays so.
+    let file = ManuallyDrop::new(unsafe { fs::File::from_raw_fd(fd.as_raw_fd()) });
+    file.metadata()
+        .is_ok_and(|data| data.mode() & libc::S_IFMT == 0)
 }
 
 /// Bytes of a page of this host.

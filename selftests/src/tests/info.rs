@@ -21,6 +21,7 @@ use kvm_bpf_selftests::programs::{answer, loaded, only_return, plug, ret, test_i
 use libbpf_rs::{Link, MapCore, MapFlags, Object, ObjectBuilder};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::perms::seal;
 use super::{ADDR, SIZE};
 
 tests!(
@@ -158,6 +159,13 @@ fn fdinfo_has_all() {
     let device = Device::new(guest.vm());
     let bare = ["allow:\t0xff07ff", "require:\t0x0", "sealed:\t0"];
     assert_got!(fdinfo(&device), bare, "a new device");
+
+    let other = Guest::new();
+    let last = Device::new(other.vm());
+    assert_got!(seal(other.vm(), 1, 0), Ok(()), "the seal");
+    let sealed = ["allow:\t0xff07ff", "require:\t0x0", "sealed:\t1"];
+    assert_got!(fdinfo(&last), sealed, "a device of a VM with the seal");
+    assert_got!(fdinfo(&device), bare, "a device of another VM");
 
     let read = answer(1);
     let write = Prog::load_sleepable(ProgType::WRITE, &ret(0));
@@ -344,11 +352,12 @@ impl Traced {
         Traced { object, links }
     }
 
-    /// How often it was entered, returned 0 and returned something else.
-    fn counts(&self) -> [u64; 3] {
+    /// How often it was entered, returned 0 and returned something else; and the offset and length
+    /// of the last access that it has returned from.
+    fn counts(&self) -> [u64; 5] {
         let map = self.object.maps().find(|map| map.name() == "counts");
         let map = map.expect("counts");
-        [0_u32, 1, 2].map(|index| {
+        [0_u32, 1, 2, 3, 4].map(|index| {
             let value = map.lookup(&index.to_ne_bytes(), MapFlags::ANY);
             let value = value.expect("BPF_MAP_LOOKUP_ELEM").expect("an element");
             u64::from_ne_bytes(value.try_into().expect("eight bytes"))
@@ -379,13 +388,13 @@ fn fentry_and_fexit_of_programs() {
     let reads = Traced::new(Some(read.as_fd()), "half_read");
     let mut writes = Traced::new(Some(write.as_fd()), "half_write");
     for _ in 0..3 {
-        vcpu.read(ADDR + SIZE, 4);
+        vcpu.read(ADDR + SIZE + 4, 2);
         // The same programs, loaded a second time, are others.
         vcpu.read(ADDR, 4);
     }
-    vcpu.write(ADDR + SIZE, 4, 1);
+    vcpu.write(ADDR + SIZE + 8, 4, 1);
     writes.links.clear();
-    vcpu.write(ADDR + SIZE, 4, 1);
-    assert_got!(reads.counts(), [3, 3, 0], "of the program for reads");
-    assert_got!(writes.counts(), [1, 0, 1], "of the program for writes");
+    vcpu.write(ADDR + SIZE, 1, 1);
+    assert_got!(reads.counts(), [3, 3, 0, 4, 2], "the program for reads");
+    assert_got!(writes.counts(), [1, 0, 1, 8, 4], "the program for writes");
 }

@@ -129,7 +129,7 @@ fn they_only_become_fewer() {
 }
 
 /// `perms.bpf.c`'s numbers, and the permission that each takes.
-const CALLS: [(u32, &str, u64); 11] = [
+const CALLS: [(u32, &str, u64); 12] = [
     (1, "bpf_kvm_irq_signal", KVM_BPF_ALLOW_IRQ),
     (2, "bpf_kvm_irq_acquire", KVM_BPF_ALLOW_IRQ),
     (3, "bpf_get_cpu_freq", KVM_BPF_ALLOW_HOST_CPU),
@@ -141,6 +141,7 @@ const CALLS: [(u32, &str, u64); 11] = [
     (9, "bpf_kvm_mem_read_nofault", KVM_BPF_ALLOW_MEM_R),
     (10, "bpf_kvm_mem_write_nofault", KVM_BPF_ALLOW_MEM_W),
     (11, "bpf_kvm_random", KVM_BPF_ALLOW_OTHER_KFUNC),
+    (12, "bpf_kvm_irq_signal_kept", KVM_BPF_ALLOW_IRQ),
 ];
 const PLACES: [&str; 3] = ["the program", "a subprogram", "a callback"];
 const NEVER: u32 = 3;
@@ -209,11 +210,14 @@ fn hardened_code() {
 fn what_is_never_reached_is_not_there() {
     let guest = Guest::new();
     let mut vcpu = guest.vcpu(0);
-    let device = Device::new(guest.vm());
-    device.set_perms(KVM_BPF_ALLOW_SLEEP | KVM_BPF_ALLOW_NEW_REGION, 0);
-    let image = containing(1, NEVER);
-    device.set_region(0, &fd_region(0, image.read_program(), None));
-    assert_got!(vcpu.read(ADDR, 8).value, 42);
+    for (what, name, _) in CALLS {
+        let device = Device::new(guest.vm());
+        device.set_perms(KVM_BPF_ALLOW_SLEEP | KVM_BPF_ALLOW_NEW_REGION, 0);
+        let image = containing(what, NEVER);
+        device.set_region(0, &fd_region(0, image.read_program(), None));
+        let read = vcpu.read(ADDR, 8).value;
+        assert_got!(read, 42, "{name}() where it is never reached");
+    }
 }
 
 /// But for arenas, which no program of these types can have: see `rights::no_arenas`.
