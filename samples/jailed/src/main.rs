@@ -20,7 +20,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use kvm_bpf::perms::{self, Allow};
-use kvm_bpf::{Device, ImageDevice, OnLoss, Permissions, Place, Programs, State};
+use kvm_bpf::{Abi, Device, ImageDevice, OnLoss, Permissions, Place, Programs, State};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -60,8 +60,8 @@ fn ask(manager: &UnixStream, request: &str, running: Option<&Programs>) -> Resul
 }
 
 /// Puts the clock into a VM.
-fn plug(vm: &VmFd, programs: Programs, irq: &EventFd) -> Result<ImageDevice> {
-    let builder = ImageDevice::builder(Device::new(vm)?, programs);
+fn plug(vm: &VmFd, abi: &Abi, programs: Programs, irq: &EventFd) -> Result<ImageDevice> {
+    let builder = ImageDevice::builder(Device::with_abi(vm, abi)?, programs);
     Ok(builder.irq(0, irq)?.plug(Place::Memory(CLOCK))?)
 }
 
@@ -131,12 +131,14 @@ struct Machine {
 }
 
 impl Machine {
-    fn new(kvm: &Kvm, memory: &Memory, programs: Programs, irq: &EventFd) -> Result<Self> {
+    /// What `vmm` has makes a VM, with these programs as its clock.
+    fn new(vmm: &Vmm, programs: Programs) -> Result<Self> {
+        let kvm = &vmm.kvm;
         // Of 40 bits: kvm-ioctls' default is all that an arm64 host has.
         let vm = kvm.create_vm_with_type(0)?;
-        memory.give(&vm)?;
+        vmm.memory.give(&vm)?;
         let vcpu = guest::vcpu(kvm, &vm)?;
-        let clock = plug(&vm, programs, irq)?;
+        let clock = plug(&vm, &vmm.abi, programs, &vmm.irq)?;
         lock_down(&vm, clock.device())?;
         Ok(Machine {
             clock,
@@ -230,6 +232,7 @@ fn poll(irq: &EventFd, seconds: i64) -> io::Result<bool> {
 struct Vmm {
     filters: Filters,
     kvm: Kvm,
+    abi: Abi,
     manager: UnixStream,
     memory: Arc<Memory>,
     irq: EventFd,
@@ -240,7 +243,7 @@ impl Vmm {
     fn machine(&self, name: &str) -> Result<Machine> {
         self.filters.run(Phase::SetUp, || {
             let programs = ask(&self.manager, &format!("load {name}"), None)?;
-            Machine::new(&self.kvm, &self.memory, programs, &self.irq)
+            Machine::new(self, programs)
         })
     }
 
@@ -277,7 +280,7 @@ impl Vmm {
             }
             ["another"] => {
                 let vm = &machine.vm;
-                let another = || Ok(Device::new(vm).map(drop)?);
+                let another = || Ok(Device::with_abi(vm, &self.abi).map(drop)?);
                 self.filters.run(Phase::SetUp, another)?;
                 "there is another device".to_string()
             }
@@ -318,6 +321,7 @@ fn vmm(manager: &str, name: &str) -> Result<()> {
     let kvm = Kvm::new()?;
     println!("privileges: {}", jail::drop_privileges()?);
     let manager = UnixStream::connect(manager)?;
+    let abi = Abi::from_running_kernel()?;
     let filters = Filters::new()?;
     let memory = Arc::new(Memory::new()?);
     let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
@@ -326,6 +330,7 @@ fn vmm(manager: &str, name: &str) -> Result<()> {
     let vmm = Vmm {
         filters,
         kvm,
+        abi,
         manager,
         memory,
         irq,

@@ -5,7 +5,7 @@
 use std::error::Error;
 use std::path::Path;
 
-use kvm_bpf::{Device, ImageDevice, OnLoss, OpenImage, Place};
+use kvm_bpf::{Abi, Device, ImageDevice, OnLoss, OpenImage, Place};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -26,9 +26,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut vcpu = vm.create_vcpu(0)?;
     set_up(&vm, &vcpu)?;
 
-    let programs = OpenImage::open_file(file)?.load()?;
+    let abi = Abi::from_running_kernel()?;
+    let open = || {
+        let mut image = OpenImage::open_file(file)?;
+        image.set_abi(&abi);
+        Ok::<_, kvm_bpf::image::Error>(image)
+    };
+    let programs = open()?.load()?;
     let irq = EventFd::new(0)?; // with an interrupt controller, also one of `vm.register_irqfd()`
-    let mut device = ImageDevice::builder(Device::new(&vm)?, programs)
+    let mut device = ImageDevice::builder(Device::with_abi(&vm, &abi)?, programs)
         .irq(0, &irq)?
         .plug(Place::Memory(DEVICE))?;
 
@@ -38,7 +44,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     println!("the guest read {read:#x}");
 
-    let changes = device.replace(OpenImage::open_file(file)?, OnLoss::Refuse, |swap| swap())?;
+    let changes = device.replace(open()?, OnLoss::Refuse, |swap| swap())?;
     println!("reloaded: {changes}");
 
     let state = device.save()?;

@@ -26,7 +26,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use kvm_bpf::image::{self, MAX_FILE_SIZE};
-use kvm_bpf::{OnLoss, OpenImage, Programs, clock, programs, transfer};
+use kvm_bpf::{Abi, OnLoss, OpenImage, Programs, abi, clock, programs, transfer};
 
 /// The most bytes of a request's line, its end included.
 pub const MAX_REQUEST: usize = 100;
@@ -61,6 +61,9 @@ pub enum Error {
     /// It cannot be loaded, or not with these maps.
     #[error("cannot load the file")]
     Image(#[source] image::Error),
+    /// The kernel does not say what types programs have.
+    #[error("cannot load any file")]
+    Abi(#[source] abi::Error),
     /// What the VMM has sent are no programs. The connection ends.
     #[error("cannot take the running programs")]
     Programs(#[source] transfer::Error),
@@ -187,7 +190,8 @@ impl Files {
         Ok(bytes)
     }
 
-    fn load(&self, image: OpenImage) -> Result<Programs, Error> {
+    fn load(&self, mut image: OpenImage) -> Result<Programs, Error> {
+        image.set_abi(&Abi::from_running_kernel().map_err(Error::Abi)?);
         let _one = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
         let programs = image.load().map_err(Error::Image)?;
         if programs.map(CLOCK_MAP).is_some() {

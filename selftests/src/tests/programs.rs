@@ -7,7 +7,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::chown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -22,11 +22,14 @@ use kvm_bpf_selftests::harness::{
 };
 use kvm_bpf_selftests::programs::{loaded, plug, sample, test_image};
 use kvm_ioctls::Kvm;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{ADDR, PATTERN};
 
 tests!(
     the_kernel_tells_its_numbers,
+    a_device_by_its_descriptor,
+    eventfds_are_the_devices_own,
     maps_are_listed,
     runs_are_counted,
     of_a_manager_that_ends,
@@ -55,6 +58,49 @@ fn the_kernel_tells_its_numbers() {
         }
         other => panic!("wanted Unsupported, got {other:?}"),
     }
+}
+
+/// As somebody else may have created it.
+fn a_device_by_its_descriptor() {
+    let guest = Guest::new();
+    let created = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
+    let fd = OwnedFd::from(created);
+    let number = fd.as_raw_fd();
+    let device = Device::from_fd(fd);
+    assert_got!(device.as_raw_fd(), number, "its descriptor");
+    assert_got!(device.as_fd().as_raw_fd(), number, "borrowed");
+    let device = ImageDevice::builder(device, loaded(sample("regbank")))
+        .plug(Place::Memory(ADDR))
+        .expect("plugging it in");
+    let mut vcpu = guest.vcpu(0);
+    assert_got!(vcpu.read(ADDR, 4).exits, [], "exits of a read");
+    drop(device);
+    assert_got!(vcpu.read(ADDR, 4).exits.len(), 1, "without the device");
+}
+
+/// The VMM may close its own at once, and one that the device has is given to no other.
+fn eventfds_are_the_devices_own() {
+    const IRQ: u64 = 0x20;
+
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let line = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    let seen = line.try_clone().expect("dup");
+    let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
+    let builder = ImageDevice::builder(device, loaded(sample("regbank")));
+    let mut device = builder
+        .irq(0, &line)
+        .and_then(|builder| builder.plug(Place::Memory(ADDR)))
+        .expect("plugging it in");
+    drop(line);
+    vcpu.write(ADDR + IRQ, 4, 0);
+    assert_got!(seen.read().expect("a signal"), 1);
+    device
+        .replace(sample("regbank"), OnLoss::Refuse, |swap| swap())
+        .expect("other programs");
+    vcpu.write(ADDR + IRQ, 4, 0);
+    vcpu.write(ADDR + IRQ, 4, 0);
+    assert_got!(seen.read().expect("signals"), 2, "of other programs");
 }
 
 fn maps_are_listed() {
