@@ -104,6 +104,21 @@ pub enum Kind {
     Reset,
 }
 
+impl Kind {
+    /// A round has the default number of these divided by this: the dearer, the fewer.
+    pub fn share(&self) -> u64 {
+        match self {
+            Kind::Notification(_) => 2,
+            Kind::Requests {
+                server: Server::Program,
+                ..
+            } => 2,
+            Kind::Requests { .. } => 10,
+            Kind::Longest { .. } | Kind::Reset => 50,
+        }
+    }
+}
+
 const WAYS: [(Server, &str, &str); 4] = [
     (Server::Program, "program", "a program"),
     (Server::User, "vcpu", "a loop around KVM_RUN"),

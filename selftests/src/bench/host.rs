@@ -83,6 +83,11 @@ pub fn run_at_once() {
     set_scheduler(libc::SCHED_FIFO, 1);
 }
 
+/// Has the calling thread share the processor, as all do at first.
+pub fn run_in_turn() {
+    set_scheduler(libc::SCHED_OTHER, 0);
+}
+
 /// Has the calling thread not take the processor from another one when it wakes.
 pub fn run_when_idle() {
     set_scheduler(libc::SCHED_BATCH, 0);

@@ -23,7 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::block;
 use crate::echo::{self, Server};
-use crate::host::{self, run_at_once};
+use crate::host::{self, run_at_once, run_in_turn};
 use crate::request::{self, Way};
 
 /// Where the guest's loop accesses what is measured.
@@ -439,17 +439,13 @@ impl Case {
 impl Row {
     /// How many accesses a round has.
     pub fn default_accesses(&self) -> u64 {
+        let all = host::default_accesses();
+        // More than half of the rounds have no tick of the host's clock within.
         match self.handler {
-            // More than half of the rounds have no tick of the host's clock within.
-            Handler::RoundTrip { .. }
-            | Handler::Echo { .. }
-            | Handler::Request { .. }
-            | Handler::Block(_)
-                if host::counts_instructions() =>
-            {
-                host::default_accesses() / 10
-            }
-            _ => host::default_accesses(),
+            _ if !host::counts_instructions() => all,
+            Handler::Block(kind) => all / kind.share(),
+            Handler::RoundTrip { .. } | Handler::Echo { .. } | Handler::Request { .. } => all / 10,
+            _ => all,
         }
     }
 
@@ -655,17 +651,16 @@ fn set_up_round_trip(by_device: bool) -> Result<Case, String> {
         insns.extend(ret(0));
         let prog = Prog::load(ProgType::WORK, &insns);
         device.set_irq(0, done.as_raw_fd());
+        // The device's thread runs as the one that makes it does.
+        run_at_once();
         device.set_work(0, &work(Some(&prog), Some(&wake)));
+        run_in_turn();
         Box::new(device)
     } else {
         let done = clone(&done);
-        Box::new(Waiter::new(
-            clone(&wake),
-            || (),
-            move || {
-                done.write(1).expect("signalling an eventfd");
-            },
-        ))
+        Box::new(Waiter::new(clone(&wake), run_at_once, move || {
+            done.write(1).expect("signalling an eventfd");
+        }))
     };
     let serve = move |access: Access<'_>| {
         wake.write(1).expect("signalling an eventfd");
