@@ -395,6 +395,9 @@ cargo_tool() {
 	say "$CACHE/tools/$1/bin"
 }
 
+# msrv: the oldest Rust that the library is for, as rustup names it.
+msrv() { sed -n 's/^rust-version = "\(.*\)"/\1.0/p' "$TOP/Cargo.toml"; }
+
 # apt_extra NAME SUITES...: a private set of package lists under the cache, of
 # SUITES on the mirror that the machine itself is configured for.  Prints the
 # options that make apt use it; the machine's own lists stay as they are.
