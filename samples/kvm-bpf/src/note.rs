@@ -871,6 +871,17 @@ mod tests {
         assert_refused(parse_desc(desc), wanted);
     }
 
+    /// As `include_bytes!` puts it anywhere.
+    #[test]
+    fn a_file_may_lie_at_any_address() {
+        let file = elf(&note(b"kvm-bpf\0", TYPE, &desc(1, 2, 0x1000, b"a,b\0")));
+        let wanted = Note::from_elf(&file).unwrap();
+        for shift in 1..8 {
+            let moved = [vec![0; shift], file.clone()].concat();
+            assert_eq!(Note::from_elf(&moved[shift..]).unwrap(), wanted, "{shift}");
+        }
+    }
+
     #[test]
     fn reads_a_note() {
         let parsed = parse_desc(&desc(1, 2, 0x1000, b"a,b\0c\0")).unwrap();
