@@ -75,7 +75,7 @@ enum Command {
         #[arg(long)]
         expect: bool,
     },
-    /// Whether two tables have the same numbers, within 0.1 %, or 1 % where threads are switched.
+    /// Whether two tables have the same numbers, within 0.1 %.
     Repeat {
         /// One table.
         first: PathBuf,

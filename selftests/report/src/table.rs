@@ -8,10 +8,8 @@ use std::path::Path;
 
 use crate::{Error, Result, read, write};
 
-/// Two runs may differ so much,
+/// Two runs may differ so much.
 const REPEATS: f64 = 0.001;
-/// and so much where a thread is woken: when it runs depends on what else the host does then.
-const REPEATS_WITH_SWITCHES: f64 = 0.01;
 /// Instructions by which a difference may be another than that of the record.
 const TOLERANCE: f64 = 20.0;
 
@@ -58,28 +56,23 @@ fn table(path: &Path) -> Result<Table> {
 }
 
 pub fn repeat(first: &Path, second: &Path) -> Result<bool> {
-    let (text, good) = compared(&counted(first)?, &counted(second)?);
+    let (text, good) = compared(&parse(&read(first)?), &parse(&read(second)?));
     print!("{text}");
     Ok(good)
 }
 
-fn compared(first: &Counts, second: &Counts) -> (String, bool) {
+fn compared(first: &Table, second: &Table) -> (String, bool) {
     let mut text = String::new();
     let mut good = !first.is_empty() && first.keys().eq(second.keys());
     if !good {
         text += "the tables have different rows, or none\n";
     }
-    for (name, &[one, _, switches]) in first {
-        let Some(&[other, ..]) = second.get(name) else {
+    for (name, one) in first {
+        let Some(other) = second.get(name) else {
             continue;
         };
-        let allowed = if switches == 0.0 {
-            REPEATS
-        } else {
-            REPEATS_WITH_SWITCHES
-        };
         let off = (other - one) / one;
-        let verdict = if off.abs() <= allowed { "" } else { "  FAILED" };
+        let verdict = if off.abs() <= REPEATS { "" } else { "  FAILED" };
         good &= verdict.is_empty();
         let percent = 100.0 * off;
         writeln!(
@@ -88,14 +81,8 @@ fn compared(first: &Counts, second: &Counts) -> (String, bool) {
         )
         .expect("a String takes all");
     }
-    writeln!(
-        text,
-        "{} rows, {} % allowed, {} % where threads are switched",
-        first.len(),
-        100.0 * REPEATS,
-        100.0 * REPEATS_WITH_SWITCHES
-    )
-    .expect("a String takes all");
+    writeln!(text, "{} rows, {} % allowed", first.len(), 100.0 * REPEATS)
+        .expect("a String takes all");
     (text, good)
 }
 
@@ -239,18 +226,15 @@ mod tests {
 
     #[test]
     fn tables_that_repeat() {
-        let rows = |plain: f64, woken: f64| {
-            Counts::from([
-                ("plain".to_string(), [plain, 0.0, 0.0]),
-                ("woken".to_string(), [woken, 0.0, 2.0]),
-            ])
+        let rows = |first: f64, second: f64| {
+            Table::from([("first".to_string(), first), ("second".to_string(), second)])
         };
-        let good = |plain, woken| compared(&rows(1000.0, 1000.0), &rows(plain, woken)).1;
-        assert!(good(1000.9, 1009.0));
+        let good = |one, other| compared(&rows(1000.0, 1000.0), &rows(one, other)).1;
+        assert!(good(1000.9, 999.1));
         assert!(!good(1001.1, 1000.0));
-        assert!(!good(1000.0, 989.0));
-        assert!(!compared(&rows(1.0, 1.0), &Counts::new()).1);
-        assert!(!compared(&Counts::new(), &Counts::new()).1);
+        assert!(!good(1000.0, 998.9));
+        assert!(!compared(&rows(1.0, 1.0), &Table::new()).1);
+        assert!(!compared(&Table::new(), &Table::new()).1);
     }
 
     #[test]
