@@ -139,8 +139,9 @@ fn read_request(mut from: impl Read) -> Result<Option<Request>, Error> {
 #[derive(Debug)]
 pub struct Files {
     directory: File,
-    /// One after the other is loaded: it may take seconds of a CPU each.
-    loading: Mutex<()>,
+    /// One after the other is loaded: it may take seconds of a CPU each. The numbers of the
+    /// programs' types are known from the first one on.
+    loading: Mutex<Option<Abi>>,
 }
 
 impl Files {
@@ -152,7 +153,7 @@ impl Files {
         }
         Ok(Files {
             directory,
-            loading: Mutex::new(()),
+            loading: Mutex::new(None),
         })
     }
 
@@ -191,8 +192,12 @@ impl Files {
     }
 
     fn load(&self, mut image: OpenImage) -> Result<Programs, Error> {
-        image.set_abi(&Abi::from_running_kernel().map_err(Error::Abi)?);
-        let _one = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut loading = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
+        let abi = match *loading {
+            Some(abi) => abi,
+            None => *loading.insert(Abi::from_running_kernel().map_err(Error::Abi)?),
+        };
+        image.set_abi(&abi);
         let programs = image.load().map_err(Error::Image)?;
         if programs.map(CLOCK_MAP).is_some() {
             let offset = clock::time_of_day_offset_ns().to_ne_bytes();

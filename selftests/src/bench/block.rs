@@ -108,8 +108,8 @@ impl Kind {
     /// A round has the default number of these divided by this: the dearer, the fewer.
     pub fn share(&self) -> u64 {
         match self {
-            Kind::Notification(_) => 2,
-            Kind::Requests {
+            Kind::Notification(_)
+            | Kind::Requests {
                 server: Server::Program,
                 ..
             } => 2,

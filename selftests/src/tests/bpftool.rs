@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
 use kvm_bpf::Note;
-use kvm_bpf::uapi::kvm_bpf_user_region;
 use kvm_bpf_selftests::bpf::{Census, program_id};
 use kvm_bpf_selftests::device::Device;
 use kvm_bpf_selftests::guest::Guest;
@@ -18,7 +17,8 @@ use kvm_bpf_selftests::harness::{meanwhile, skip};
 use kvm_bpf_selftests::programs::{loaded, sample_path, test_image, test_path};
 use serde_json::Value;
 
-use super::{ADDR, SIZE, beside_this_program};
+use super::perms::fd_region;
+use super::{ADDR, beside_this_program};
 
 tests!(
     lists_the_types,
@@ -223,17 +223,11 @@ fn profiles_programs() {
     }
     let guest = Guest::new();
     let programs = loaded(test_image("half_bank"));
-    let read = programs.read_program().expect("its program").as_raw_fd();
+    let read = programs.read_program();
     let device = Device::new(guest.vm());
-    let region = kvm_bpf_user_region {
-        addr: ADDR,
-        size: SIZE,
-        bpf_readfd: read,
-        bpf_writefd: -1,
-    };
-    device.set_region(0, &region);
+    device.set_region(0, &fd_region(0, read, None));
     let mut vcpu = guest.vcpu(0);
-    let id = program_id(read).to_string();
+    let id = program_id(read.expect("its program").as_raw_fd()).to_string();
     let mut count = 0_u64;
     let args = [
         "--json", "prog", "profile", "id", &id, "duration", "1", "cycles",

@@ -3,7 +3,7 @@
 //! What can be learnt of a device from outside: its attribute, fdinfo, tracepoints.
 
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, id};
@@ -11,7 +11,7 @@ use std::process::{Command, id};
 use kvm_bpf::uapi::{
     KVM_BPF_INFO_READ_SLEEPS, KVM_BPF_INFO_WRITE_SLEEPS, KVM_BPF_MEM_READ, KVM_BPF_MEM_WRITE,
     KVM_DEV_BPF_ATTR_GROUP_INFO, KVM_DEV_BPF_ATTR_GROUP_PIO, KVM_DEV_BPF_ATTR_GROUP_REGION,
-    KVM_DEV_BPF_MAX_REGIONS, kvm_bpf_info, kvm_bpf_user_mem, kvm_bpf_user_region,
+    KVM_DEV_BPF_MAX_REGIONS, kvm_bpf_info, kvm_bpf_user_mem,
 };
 use kvm_bpf_selftests::bpf::{Prog, ProgType, program_id, program_tag};
 use kvm_bpf_selftests::device::{Device, NO_REGION, region, work};
@@ -21,7 +21,7 @@ use kvm_bpf_selftests::programs::{answer, loaded, only_return, plug, ret, test_i
 use libbpf_rs::{Link, MapCore, MapFlags, Object, ObjectBuilder};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::perms::seal;
+use super::perms::{fd_region, seal};
 use super::{ADDR, SIZE};
 
 tests!(
@@ -371,22 +371,14 @@ fn fentry_and_fexit_of_programs() {
     let guest = Guest::new();
     // Reads of its identity it handles, writes to that it declines.
     let programs = loaded(test_image("half_bank"));
-    let fds = [programs.read_program(), programs.write_program()]
-        .map(|fd| fd.expect("a program").try_clone_to_owned().expect("dup"));
-    let [read, write] = &fds;
+    let (read, write) = (programs.read_program(), programs.write_program());
     let _device = plug(guest.vm(), ADDR, test_image("half_bank"));
     let device = Device::new(guest.vm());
-    let ours = kvm_bpf_user_region {
-        addr: ADDR + SIZE,
-        size: SIZE,
-        bpf_readfd: read.as_raw_fd(),
-        bpf_writefd: write.as_raw_fd(),
-    };
-    device.set_region(0, &ours);
+    device.set_region(0, &fd_region(1, read, write));
     let mut vcpu = guest.vcpu(0);
     vcpu.read(ADDR + SIZE, 4);
-    let reads = Traced::new(Some(read.as_fd()), "half_read");
-    let mut writes = Traced::new(Some(write.as_fd()), "half_write");
+    let reads = Traced::new(read, "half_read");
+    let mut writes = Traced::new(write, "half_write");
     for _ in 0..3 {
         vcpu.read(ADDR + SIZE + 4, 2);
         // The same programs, loaded a second time, are others.

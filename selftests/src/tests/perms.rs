@@ -57,7 +57,8 @@ const ALL: u64 = 0xff_07ff;
 const DENIED: Answer = Err(Errno(libc::EACCES));
 const EXTENDED: Answer = Err(Errno(libc::EBUSY));
 
-fn fd_region(
+/// A region of programs of an object file, at the place of that index.
+pub(super) fn fd_region(
     index: u64,
     read: Option<BorrowedFd<'_>>,
     write: Option<BorrowedFd<'_>>,
