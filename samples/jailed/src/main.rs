@@ -40,6 +40,8 @@ save-restore NAME, another, new-vm, alarm SECONDS, quiet, busy, wait, forbidden,
 Prints the system calls that each phase is allowed.
 ";
 
+const KVM_CREATE_VM: libc::c_ulong = 0xae01;
+
 /// The signal that gets a vCPU out of `KVM_RUN`.
 const KICK: libc::c_int = libc::SIGUSR1;
 
@@ -286,9 +288,10 @@ impl Vmm {
             }
             // A new VM has no seal: only the filters keep it away.
             ["new-vm"] => {
-                let new = || Ok(self.kvm.create_vm_with_type(0).map(drop)?);
-                self.filters.run(Phase::Swap, new)?;
-                "there is another VM".to_string()
+                // Itself: kvm-ioctls' function makes a call behind it that is forbidden, too.
+                // SAFETY: it takes a number.
+                let new = || Ok(unsafe { libc::ioctl(self.kvm.as_raw_fd(), KVM_CREATE_VM, 0) });
+                format!("returned {}", self.filters.run(Phase::Swap, new)?)
             }
             ["alarm", seconds] => match shared.arm(seconds.parse()?) {
                 true => format!("in {seconds} s"),
