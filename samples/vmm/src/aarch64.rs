@@ -29,7 +29,7 @@ use linux_loader::loader::pe::PE;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::errno;
 
-pub use self::fdt::{Error as FdtError, RAM_START, reserved_ranges};
+pub use self::fdt::{Error as FdtError, RAM_START, has_line, reserved_ranges};
 use self::fdt::{GIC_DIST_ADDR, GIC_REDIST_ADDR, Machine, SERIAL_ADDR, SERIAL_GSI, SERIAL_SIZE};
 pub use self::state::{PlatformState, VcpuState};
 use crate::boot::{Error, kvm, load_initrd};

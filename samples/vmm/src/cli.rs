@@ -56,10 +56,11 @@ pub struct Args {
     /// Lines "LINE LEVEL" of a pipe or regular FILE drive the inputs of a device with a WORK program
     /// "input". The first interrupt of a device with a WORK program "resample" is level-triggered. With
     /// map=MAP:FILE (repeatable) the device's map MAP is the one that is pinned at FILE, on a file system
-    /// of type bpf: others may use it too, and it is not saved.
+    /// of type bpf: others may use it too, and it is not saved. With uio=LINE an arm64 guest has line LINE
+    /// of a GPIO controller as the level-triggered interrupt of a device "generic-uio".
     #[arg(
         long,
-        value_name = "DEVICE.o@ADDR[,fallback=NAME][,output=FILE][,input=FILE][,map=MAP:FILE]"
+        value_name = "DEVICE.o@ADDR[,fallback=NAME][,output=FILE][,input=FILE][,map=MAP:FILE][,uio=LINE]"
     )]
     pub bpf: Vec<Bpf>,
 
@@ -190,7 +191,7 @@ fn split_options(text: &str) -> (&str, impl Iterator<Item = &str>) {
     (at, options)
 }
 
-/// A device of eBPF programs: `FILE@ADDR[,fallback=NAME][,output=FILE][,input=FILE][,map=MAP:FILE]`.
+/// A device of eBPF programs: `FILE@ADDR`, and options, each `,NAME=VALUE`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bpf {
     /// File and address.
@@ -203,6 +204,8 @@ pub struct Bpf {
     pub input: Option<PathBuf>,
     /// Its maps that others use too, and where these are pinned.
     pub maps: Vec<(String, PathBuf)>,
+    /// Its line that interrupts a program in the guest.
+    pub uio: Option<u32>,
 }
 
 impl FromStr for Bpf {
@@ -216,6 +219,7 @@ impl FromStr for Bpf {
             output: None,
             input: None,
             maps: Vec::new(),
+            uio: None,
         };
         let map = |text: &str| {
             let (name, file) = text.split_once(':')?;
@@ -239,9 +243,13 @@ impl FromStr for Bpf {
                     bpf.maps.push((name, file));
                     twice
                 }
+                Some(("uio", line)) => {
+                    let line = line.parse().map_err(|_| format!("{option:?} is not uio=LINE"))?;
+                    bpf.uio.replace(line).is_some()
+                }
                 _ => {
                     return Err(format!(
-                        "{option:?} is not fallback=NAME, output=FILE, input=FILE or map=MAP:FILE"
+                        "{option:?} is not fallback=NAME, output=FILE, input=FILE, map=MAP:FILE or uio=LINE"
                     ));
                 }
             };
@@ -377,8 +385,13 @@ mod tests {
         let maps = [("disk", "/b:c"), (".bss", "d")];
         let maps = maps.map(|(name, file)| (name.to_string(), file.into()));
         assert_eq!(bpf.maps, maps);
+        let bpf: Bpf = "a.o@1,uio=7".parse().unwrap();
+        assert_eq!(bpf.uio, Some(7));
         for bad in [
             "a.o@1,",
+            "a.o@1,uio=",
+            "a.o@1,uio=-1",
+            "a.o@1,uio=1,uio=2",
             "a.o@1,map=disk",
             "a.o@1,map=disk:",
             "a.o@1,map=:x",

@@ -84,6 +84,8 @@ pub enum Error {
     Inputs(PathBuf, #[source] io::Error),
     #[error("{0}: it has a WORK program \"{RESAMPLE}\", but no interrupt")]
     NoLevel(String),
+    #[error("{0}: uio is for a line, 0 to 7, of a GPIO controller arm,pl061 in a device tree")]
+    NoLine(String),
     #[error("{0}: cannot take its output")]
     TakeOutput(String, #[source] io::Error),
     #[error("{0}: cannot use it as a disk")]
@@ -213,6 +215,8 @@ pub struct GuestDevice {
     pub gsis: Vec<u32>,
     /// But the first one is level-triggered, active high.
     pub is_level: bool,
+    /// Of a GPIO controller: the line that is the interrupt of a device for programs.
+    pub uio: Option<u32>,
 }
 
 /// The WORK program that runs when a guest is done with the level-triggered interrupt.
@@ -354,6 +358,10 @@ impl Vm {
             device.is_level = has(RESAMPLE);
             if device.is_level && note.nr_irqs == 0 {
                 return Err(Error::NoLevel(bpf.at.what.clone()));
+            }
+            device.uio = bpf.uio;
+            if device.uio.is_some_and(|line| !arch::has_line(&device, line)) {
+                return Err(Error::NoLine(bpf.at.what.clone()));
             }
             devices.push(device);
         }
@@ -1308,6 +1316,7 @@ fn guest_device(at: &At, size: u64, compatible: Vec<String>) -> GuestDevice {
         compatible,
         gsis: Vec::new(),
         is_level: false,
+        uio: None,
     }
 }
 

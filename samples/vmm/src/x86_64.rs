@@ -102,6 +102,11 @@ const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 const XLF_KERNEL_64: u16 = 1 << 0;
 const ENTRY_64: u64 = 0x200;
 
+/// Whether a device's lines can be interrupts of others: no ACPI object says that.
+pub fn has_line(_device: &GuestDevice, _line: u32) -> bool {
+    false
+}
+
 /// Ranges that no device may have, apart from RAM.
 pub fn reserved_ranges() -> Vec<Range> {
     vec![

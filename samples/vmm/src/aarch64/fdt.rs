@@ -37,6 +37,12 @@ pub const GIC_REDIST_SIZE: u64 = 0x2_0000;
 /// What other nodes refer to.
 const PHANDLE_GIC: u32 = 1;
 const PHANDLE_CLOCK: u32 = 2;
+/// The first of devices, which have one each.
+const PHANDLE_DEVICES: u32 = 16;
+
+/// `compatible` of a device with lines that are interrupts, and how many it has.
+const GPIO: &str = "arm,pl061";
+const GPIO_LINES: u32 = 8;
 
 /// First and last cell of an interrupt that each CPU has for itself.
 const PPI: u32 = 1;
@@ -109,8 +115,8 @@ pub fn build(machine: &Machine<'_>) -> Result<Vec<u8>, Error> {
 
     cpus(&mut fdt, machine.cpus)?;
     platform(&mut fdt, machine.cpus)?;
-    for info in machine.devices {
-        device(&mut fdt, info)?;
+    for (info, phandle) in machine.devices.iter().zip(PHANDLE_DEVICES..) {
+        device(&mut fdt, info, phandle)?;
     }
     fdt.end_node(root)?;
     Ok(fdt.finish()?)
@@ -182,7 +188,12 @@ fn platform(fdt: &mut FdtWriter, cpus: u8) -> Result<(), Error> {
     Ok(fdt.end_node(serial)?)
 }
 
-fn device(fdt: &mut FdtWriter, info: &GuestDevice) -> Result<(), Error> {
+/// Whether a device's lines are interrupts, and that is one of them.
+pub fn has_line(device: &GuestDevice, line: u32) -> bool {
+    device.compatible.iter().any(|name| name == GPIO) && line < GPIO_LINES
+}
+
+fn device(fdt: &mut FdtWriter, info: &GuestDevice, phandle: u32) -> Result<(), Error> {
     let trigger = |index| match info.is_level && index == 0 {
         true => Trigger::LevelHigh,
         false => Trigger::EdgeRising,
@@ -203,7 +214,18 @@ fn device(fdt: &mut FdtWriter, info: &GuestDevice) -> Result<(), Error> {
     for (name, value) in node.properties()? {
         fdt.property(name, &value)?;
     }
-    Ok(fdt.end_node(begun)?)
+    let Some(line) = info.uio else {
+        return Ok(fdt.end_node(begun)?);
+    };
+    fdt.property_phandle(phandle)?;
+    fdt.end_node(begun)?;
+
+    // There is no binding: the driver is told this name on the command line.
+    let uio = fdt.begin_node(&format!("uio-{phandle}"))?;
+    fdt.property_string("compatible", "generic-uio")?;
+    fdt.property_u32("interrupt-parent", phandle)?;
+    fdt.property_array_u32("interrupts", &[line, LEVEL_HIGH])?;
+    Ok(fdt.end_node(uio)?)
 }
 
 #[cfg(test)]
@@ -262,6 +284,7 @@ mod tests {
             compatible: compatible.iter().map(|name| name.to_string()).collect(),
             gsis: gsis.to_vec(),
             is_level: false,
+            uio: None,
         }
     }
 
@@ -345,6 +368,19 @@ mod tests {
             assert_eq!(*property(count), cells(&[2]));
         }
         assert_eq!(property("clock-names"), b"apb_pclk\0");
+    }
+
+    #[test]
+    fn a_line_interrupts_a_program() {
+        let mut gpio = device(0x903_0000, 0x1000, &["arm,pl061", "arm,primecell"], &[1]);
+        assert!(has_line(&gpio, 7) && !has_line(&gpio, 8));
+        gpio.uio = Some(3);
+        let tree = tree(1, &[device(0xd000_0000, 0x10, &["a,b"], &[]), gpio]);
+        let phandle = &tree["/device@9030000/phandle"];
+        assert_eq!(tree["/uio-17/interrupt-parent"], *phandle);
+        assert_eq!(tree["/uio-17/interrupts"], cells(&[3, 4]));
+        assert!(!tree.contains_key("/device@d0000000/phandle"));
+        assert!(!has_line(&device(0, 0x10, &["a,b"], &[]), 0));
     }
 
     #[test]

@@ -178,6 +178,7 @@ mod tests {
             compatible: vec!["kvm-bpf,regbank".into(), "second".into()],
             gsis: vec![5],
             is_level: false,
+            uio: None,
         }
     }
 
@@ -188,6 +189,7 @@ mod tests {
             compatible: vec![compatible.into()],
             gsis: vec![5],
             is_level: false,
+            uio: None,
         };
         let devices = [
             of_ports(8, "ns16550a"),
