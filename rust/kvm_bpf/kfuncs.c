@@ -42,7 +42,7 @@ static __always_inline int copy_mem(struct bpf_kvm_io_ctx_kern *ctx, u64 gpa, vo
 	int ret = -E2BIG;
 
 	if (len <= (flags & KVM_COPY_NOFAULT ? MEM_NOFAULT_MAX : MEM_MAX))
-		ret = ctx->mem->copy(ctx, gpa, buf, len, flags);
+		ret = ctx->binding->mem->copy(ctx, gpa, buf, len, flags);
 	if (ret && !(flags & KVM_COPY_TO_GUEST))
 		memset(buf, 0, len);
 	return ret;

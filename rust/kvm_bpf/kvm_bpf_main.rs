@@ -39,6 +39,7 @@ use kernel::{
         },
         prog::{
             self,
+            Binding,
             Context,
             IoRead,
             IoWrite, //
@@ -80,31 +81,20 @@ const NO_FD: i32 = -1;
 
 /// The programs of a region, and what they act on.
 struct Programs {
-    /// The region's, which they see.
-    index: u32,
-    irqs: ARef<Irqs>,
-    mem: Arc<Windows>,
+    binding: Binding,
     read: Option<Attached<IoRead>>,
     write: Option<Attached<IoWrite>>,
 }
 
 impl Programs {
     /// Takes references to the programs that user space has named.
-    fn get(
-        index: usize,
-        region: &uapi::kvm_bpf_user_region,
-        irqs: ARef<Irqs>,
-        mem: Arc<Windows>,
-    ) -> Result<Self> {
+    fn get(binding: Binding, region: &uapi::kvm_bpf_user_region) -> Result<Self> {
         if region.bpf_readfd == NO_FD && region.bpf_writefd == NO_FD {
             return Err(EINVAL);
         }
 
-        // CAST: There are few regions.
         Ok(Self {
-            index: index as u32,
-            irqs,
-            mem,
+            binding,
             read: Attached::from_fd(region.bpf_readfd)?,
             write: Attached::from_fd(region.bpf_writefd)?,
         })
@@ -140,7 +130,7 @@ impl Handler for Programs {
             return Verdict::PassOn;
         };
         // What the program does not store, the guest reads as 0.
-        let mut ctx = Context::new(access, self.index, &self.irqs, &self.mem, [0; 8]);
+        let mut ctx = Context::new(access, &self.binding, [0; 8]);
 
         match prog::run(prog, &mut ctx) {
             0 => Verdict::Handled(ctx.data()),
@@ -153,9 +143,7 @@ impl Handler for Programs {
             return Verdict::PassOn;
         };
 
-        let mut ctx = Context::new(access, self.index, &self.irqs, &self.mem, data);
-
-        match prog::run(prog, &mut ctx) {
+        match prog::run(prog, &mut Context::new(access, &self.binding, data)) {
             0 => Verdict::Handled(()),
             _ => Verdict::PassOn,
         }
@@ -225,7 +213,9 @@ impl BpfDevice {
             return self.remove_region(bus, index, region);
         }
 
-        let programs = Programs::get(index, region, self.irqs.clone(), self.mem.clone())?;
+        // CAST: There are few regions.
+        let binding = Binding::new(index as u32, self.irqs.clone(), self.mem.clone());
+        let programs = Programs::get(binding, region)?;
         let range = Range::new(bus, region.addr, region.size)?;
 
         if programs.may_sleep() {

@@ -33,6 +33,7 @@ use kernel::{
         mem::Windows,
         prog::{
             self,
+            Binding,
             IoWork, //
         }, //
     },
@@ -132,8 +133,8 @@ impl Slots {
 /// What the device and its thread share.
 #[pin_data]
 struct Shared {
-    irqs: ARef<Irqs>,
-    mem: Arc<Windows>,
+    /// Of each index.
+    bindings: [Binding; MAX_WORKS],
     #[pin]
     slots: Mutex<Slots>,
     /// Held while the program of that index runs.
@@ -164,8 +165,9 @@ impl Shared {
     }
 
     fn run_prog(&self, index: usize, prog: &Prog<IoWork>, arg: u64) -> bool {
-        // CAST: There are few.
-        prog.run_work(arg, index as u32, &self.irqs, &self.mem)
+        let binding = nospec::array_index(index, MAX_WORKS).and_then(|i| self.bindings.get(i));
+
+        binding.is_some_and(|binding| prog.run_work(arg, binding))
     }
 }
 
@@ -235,8 +237,10 @@ impl Works {
             thread <- new_mutex!(None),
             shared: Arc::pin_init(
                 try_pin_init!(Shared {
-                    irqs,
-                    mem,
+                    // CAST: There are few.
+                    bindings: core::array::from_fn(|i| {
+                        Binding::new(i as u32, irqs.clone(), mem.clone())
+                    }),
                     slots <- new_mutex!(Slots {
                         slots: [const { None }; MAX_WORKS],
                         first: 0,

@@ -272,8 +272,8 @@ pub unsafe extern "C" fn kvm_bpf_irq_signal(
     ctx: *const bindings::bpf_kvm_io_ctx_kern,
     index: u32,
 ) -> c_int {
-    // SAFETY: By the safety requirements and the type invariants of `Context`.
-    let irqs = unsafe { &*(*ctx).irqs.cast::<Irqs>() };
+    // SAFETY: By the safety requirements and the type invariants of `Context` and `Binding`.
+    let irqs = unsafe { &*(*(*ctx).binding).irqs.cast::<Irqs>() };
 
     // CAST: `usize` has 64 bits where this is built.
     from_result(|| irqs.signal(index as usize).map(|()| 0))
@@ -290,7 +290,7 @@ pub unsafe extern "C" fn kvm_bpf_irq_acquire(
     index: u32,
 ) -> *mut bindings::bpf_kvm_irq {
     // SAFETY: By the safety requirements and the type invariants of `Context`.
-    let irqs = unsafe { &*(*ctx).irqs.cast::<Irqs>() };
+    let irqs = unsafe { &*(*(*ctx).binding).irqs.cast::<Irqs>() };
     // CAST: `usize` has 64 bits where this is built.
     let irq = irqs.as_irq(index as usize);
 

@@ -187,7 +187,7 @@ impl Windows {
         flags: u32,
     ) -> c_int {
         // SAFETY: By the safety requirements; `kern` is the first field.
-        let (windows, vcpu) = unsafe { (&*(*ctx).mem.cast::<Self>(), (*ctx).vcpu) };
+        let (windows, vcpu) = unsafe { (&*(*(*ctx).binding).mem.cast::<Self>(), (*ctx).vcpu) };
         let vm = windows.vm.as_raw();
         let right = if flags & bindings::KVM_COPY_TO_GUEST != 0 {
             uapi::KVM_BPF_MEM_WRITE

@@ -28,6 +28,10 @@ use crate::{
     bpf_ctx_field,
     jump_label::static_branch_unlikely,
     prelude::*,
+    sync::{
+        aref::ARef,
+        Arc, //
+    },
     tracepoint::declare_trace, //
 };
 use core::{
@@ -36,43 +40,69 @@ use core::{
     ptr, //
 };
 
+/// What programs of a region, or of a work, act on, the same each time.
+///
+/// # Invariants
+///
+/// `inner.irqs` is that of `_irqs`, and `inner.mem` that of `mem`.
+pub struct Binding {
+    inner: bindings::kvm_bpf_binding,
+    _irqs: ARef<Irqs>,
+    mem: Arc<Windows>,
+}
+
+// SAFETY: The pointers are to what `_irqs` and `mem` refer to, which may be used on any thread.
+unsafe impl Send for Binding {}
+// SAFETY: As above.
+unsafe impl Sync for Binding {}
+
+impl Binding {
+    /// For the region, or the work, with that index, of a device with these interrupts and this
+    /// guest memory. Of another VM's memory, programs access nothing.
+    #[inline]
+    pub fn new(region: u32, irqs: ARef<Irqs>, mem: Arc<Windows>) -> Self {
+        // INVARIANT: One is made of the other.
+        Self {
+            inner: bindings::kvm_bpf_binding {
+                irqs: ptr::from_ref(&*irqs).cast(),
+                mem: mem.as_raw(),
+                region,
+            },
+            _irqs: irqs,
+            mem,
+        }
+    }
+}
+
 /// What a program is run on: one access and its data.
 ///
 /// # Invariants
 ///
-/// `vcpu` is valid for `'a`, which is in a read-side section of its VM's SRCU, and so are `irqs`,
-/// an [`Irqs`], and `mem`, which is that of a [`Windows`].
+/// `vcpu` and `binding` are valid for `'a`, which is in a read-side section of the SRCU of the
+/// vCPU's VM.
 #[repr(transparent)]
 pub struct Context<'a> {
     inner: bindings::bpf_kvm_io_ctx_kern,
-    _vcpu: PhantomData<&'a Vcpu>,
+    _refs: PhantomData<(&'a Vcpu, &'a Binding)>,
 }
 
 impl<'a> Context<'a> {
-    /// The context for `access` of the region with that index, of a device with these interrupts
-    /// and this guest memory. Of another VM's memory, programs access nothing.
+    /// The context for `access` of a region with that binding.
     ///
     /// `data` is in the guest's memory order.
     #[inline]
-    pub fn new(
-        access: &Access<'a>,
-        region: u32,
-        irqs: &'a Irqs,
-        mem: &'a Windows,
-        data: [u8; 8],
-    ) -> Self {
-        // INVARIANT: All references are borrowed for `'a`, and accesses are in such a section.
+    pub fn new(access: &Access<'a>, binding: &'a Binding, data: [u8; 8]) -> Self {
+        // INVARIANT: `access.vcpu` and `binding` are borrowed for `'a`, and accesses are in such a
+        // section.
         Self {
             inner: bindings::bpf_kvm_io_ctx_kern {
                 buf: data,
                 offset: access.offset,
                 vcpu: access.vcpu.as_raw(),
-                region,
-                irqs: ptr::from_ref(irqs).cast(),
-                mem: mem.as_raw(),
+                binding: &raw const binding.inner,
                 len: access.len,
             },
-            _vcpu: PhantomData,
+            _refs: PhantomData,
         }
     }
 
@@ -84,9 +114,9 @@ impl<'a> Context<'a> {
 }
 
 // SAFETY: `Context` is `repr(transparent)`. Its pointers are valid while it exists, by the type
-// invariants, those of `struct kvm_vcpu` are not followed, and the module that runs programs has
-// called `check_layout()`. A program may change the data, as any bytes will do; nothing else is
-// writable.
+// invariants, those of `struct kvm_vcpu` and of a binding are not followed, and the module that
+// runs programs has called `check_layout()`. A program may change the data, as any bytes will do;
+// nothing else is writable.
 unsafe impl ctx::Context for Context<'_> {
     type Fake = bindings::bpf_kvm_io_ctx;
     type Inner = bindings::bpf_kvm_io_ctx_kern;
@@ -96,35 +126,33 @@ unsafe impl ctx::Context for Context<'_> {
 ///
 /// # Invariants
 ///
-/// `irqs`, an [`Irqs`], and `mem`, which is that of a [`Windows`], are valid for `'a`. Where a
-/// program is run on it, this is in a read-side section of the SRCU of the windows' VM.
+/// `binding` is valid for `'a`. Where a program is run on it, this is in a read-side section of the
+/// SRCU of the VM of the binding's windows.
 #[repr(transparent)]
 pub struct WorkContext<'a> {
     inner: bindings::bpf_kvm_io_ctx_kern,
-    _device: PhantomData<(&'a Irqs, &'a Windows)>,
+    _binding: PhantomData<&'a Binding>,
 }
 
 impl<'a> WorkContext<'a> {
     #[inline]
-    fn new(arg: u64, index: u32, irqs: &'a Irqs, mem: &'a Windows) -> Self {
-        // INVARIANT: Both references are borrowed for `'a`.
+    fn new(arg: u64, binding: &'a Binding) -> Self {
+        // INVARIANT: `binding` is borrowed for `'a`.
         Self {
             inner: bindings::bpf_kvm_io_ctx_kern {
                 buf: arg.to_ne_bytes(),
                 offset: 0,
                 vcpu: ptr::null_mut(),
-                region: index,
-                irqs: ptr::from_ref(irqs).cast(),
-                mem: mem.as_raw(),
+                binding: &raw const binding.inner,
                 len: 0,
             },
-            _device: PhantomData,
+            _binding: PhantomData,
         }
     }
 }
 
-// SAFETY: `WorkContext` is `repr(transparent)`. No field's chain follows a pointer, and programs
-// can change nothing.
+// SAFETY: `WorkContext` is `repr(transparent)`. No field's chain follows a pointer but that to the
+// binding, which is valid by the type invariants, and programs can change nothing.
 unsafe impl ctx::Context for WorkContext<'_> {
     type Fake = bindings::bpf_kvm_io_ctx;
     type Inner = bindings::bpf_kvm_io_ctx_kern;
@@ -163,13 +191,15 @@ pub fn needs<T: ProgType>(prog: &Prog<T>) -> u32 {
 
 type Kern = bindings::bpf_kvm_io_ctx_kern;
 type KvmVcpu = bindings::kvm_vcpu;
+type KvmBinding = bindings::kvm_bpf_binding;
 
 /// The fields of [`IoRead`] and [`IoWrite`], but for `buf`: what happens, where, and who does it.
 const OFFSET: Field = bpf_ctx_field!(Context<'static>, offset: Rights::Load, Kern.offset);
 const LEN: Field = bpf_ctx_field!(Context<'static>, len: Rights::Load, Kern.len);
 const VCPU_ID: Field =
     bpf_ctx_field!(Context<'static>, vcpu_id: Rights::Load, Kern.vcpu => KvmVcpu.vcpu_id);
-const REGION: Field = bpf_ctx_field!(Context<'static>, region: Rights::Load, Kern.region);
+const REGION: Field =
+    bpf_ctx_field!(Context<'static>, region: Rights::Load, Kern.binding => KvmBinding.region);
 
 /// Programs that handle loads.
 pub struct IoRead;
@@ -177,7 +207,7 @@ pub struct IoRead;
 // SAFETY: The fields are those of `Context`. `include/linux/bpf_types.h` refers to
 // `kvm_io_read_verifier_ops` and `kvm_io_read_prog_ops` below for this type.
 // No helper that such programs may call looks at their context; of the kfuncs those for
-// interrupts and guest memory do, and rely on `irqs` and `mem`, which are valid in every `Context`.
+// interrupts and guest memory do, and rely on the binding, which is valid in every `Context`.
 unsafe impl ProgType for IoRead {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_READ;
     type Context<'a> = Context<'a>;
@@ -217,13 +247,17 @@ pub struct IoWork;
 
 // SAFETY: The fields are those of `WorkContext`. `include/linux/bpf_types.h` refers to
 // `kvm_io_work_verifier_ops` and `kvm_io_work_prog_ops` below for this type. Helpers and kfuncs
-// are those of `IoRead`, but for one, and rely on `irqs` and `mem` alone.
+// are those of `IoRead`, but for one, and rely on the binding alone.
 unsafe impl ProgType for IoWork {
     const TYPE: bindings::bpf_prog_type = bindings::bpf_prog_type_BPF_PROG_TYPE_KVM_IO_WORK;
     type Context<'a> = WorkContext<'a>;
     const FIELDS: &'static [Field] = &[
         bpf_ctx_field!(WorkContext<'static>, buf: Rights::Load, Kern.buf),
-        bpf_ctx_field!(WorkContext<'static>, region: Rights::Load, Kern.region),
+        bpf_ctx_field!(
+            WorkContext<'static>,
+            region: Rights::Load,
+            Kern.binding => KvmBinding.region
+        ),
     ];
     const NO_PERFMON: bool = true;
 }
@@ -292,18 +326,17 @@ where
 }
 
 impl Prog<IoWork> {
-    /// Runs the program for the work with that index, of a device with these interrupts and this
-    /// guest memory. Returns whether it asks to be run again.
+    /// Runs the program for the work with that binding. Returns whether it asks to be run again.
     ///
     /// `arg` is what the program finds in `buf`.
     ///
     /// Context: process context, may sleep, on a thread with the VM's memory. It is in a read-side
     /// section of the VM's SRCU, as a [`Handler`](super::io::Handler) is.
     #[inline]
-    pub fn run_work(&self, arg: u64, index: u32, irqs: &Irqs, mem: &Windows) -> bool {
-        let _guard = mem.vm().srcu().read_lock();
+    pub fn run_work(&self, arg: u64, binding: &Binding) -> bool {
+        let _guard = binding.mem.vm().srcu().read_lock();
 
-        run(self, &mut WorkContext::new(arg, index, irqs, mem)) != 0
+        run(self, &mut WorkContext::new(arg, binding)) != 0
     }
 }
 
