@@ -115,18 +115,20 @@ struct Slots {
 
 impl Slots {
     /// Returns an index whose program has something to do.
-    fn next(&mut self) -> Option<usize> {
+    fn next(&self) -> Option<usize> {
         let is_pending = |&index: &usize| {
             let slot = self.slots.get(index).and_then(Option::as_ref);
 
             slot.and_then(Slot::pending)
                 .is_some_and(|pending| pending.is_any())
         };
-        let mut indices = (0..MAX_WORKS).map(|n| (self.first + n) % MAX_WORKS);
-        let index = indices.find(is_pending)?;
 
-        self.first = (index + 1) % MAX_WORKS;
-        Some(index)
+        Iterator::chain(self.first..MAX_WORKS, 0..self.first).find(is_pending)
+    }
+
+    /// Returns what takes a program's signals.
+    fn signal(&self, index: usize) -> Option<&Consumer<Signal>> {
+        self.slots.get(index)?.as_ref()?.signal.as_ref()
     }
 }
 
@@ -149,12 +151,6 @@ impl Shared {
         let index = nospec::array_index(index, MAX_WORKS)?;
 
         self.slots.lock().slots.get_mut(index).map(f)
-    }
-
-    /// Calls `f` with what takes a program's signals; [`None`] if nothing does.
-    fn with_signal<R>(&self, index: usize, f: impl FnOnce(&Consumer<Signal>) -> R) -> Option<R> {
-        self.with_slot(index, |slot| slot.as_ref()?.signal.as_ref().map(f))
-            .flatten()
     }
 
     /// Waits until no program of that index runs, and keeps it so.
@@ -188,7 +184,8 @@ impl Work for Runner {
             self.started.store(true, Relaxed);
             prog::unclamp_current();
         }
-        let Some(index) = shared.slots.lock().next() else {
+        let next = shared.slots.lock().next();
+        let Some(index) = next else {
             return false;
         };
         let _turn = shared.turn(index);
@@ -210,8 +207,13 @@ impl Work for Runner {
         if shared.run_prog(index, &prog, count) {
             pending.again.store(true, Relaxed);
         }
-        shared.with_signal(index, Consumer::take_rest);
-        true
+        let mut slots = shared.slots.lock();
+
+        if let Some(signal) = slots.signal(index) {
+            signal.take_rest();
+        }
+        slots.first = (index + 1) % MAX_WORKS;
+        slots.next().is_some()
     }
 }
 
@@ -279,11 +281,11 @@ impl Works {
         prog.admit(&perms)?;
         // What is pending stays with its eventfd.
         let keep = eventfd.as_ref().is_some_and(|eventfd| {
-            let is_same = self
-                .shared
-                .with_signal(index, |signal| signal.is_of(eventfd));
+            let is_same = self.shared.with_slot(index, |slot| {
+                Some(slot.as_ref()?.signal.as_ref()?.is_of(eventfd))
+            });
 
-            is_same.unwrap_or(false)
+            is_same.flatten().unwrap_or(false)
         });
         let mut signal = match eventfd {
             Some(_) if !keep => Some(self.connect(&mut thread, work.eventfd)?),
