@@ -39,10 +39,11 @@ static bool known_cpu(u32 *cpu)
 static __always_inline int copy_mem(struct bpf_kvm_io_ctx_kern *ctx, u64 gpa, void *buf,
 				    u32 len, u32 flags)
 {
+	const struct kvm_bpf_mem *mem = ctx->binding->mem;
 	int ret = -E2BIG;
 
 	if (len <= (flags & KVM_COPY_NOFAULT ? MEM_NOFAULT_MAX : MEM_MAX))
-		ret = ctx->binding->mem->copy(ctx, gpa, buf, len, flags);
+		ret = mem->copy(ctx, gpa, buf, len, flags, mem);
 	if (ret && !(flags & KVM_COPY_TO_GUEST))
 		memset(buf, 0, len);
 	return ret;

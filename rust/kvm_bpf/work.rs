@@ -63,6 +63,9 @@ use kernel::{
 
 const MAX_WORKS: usize = uapi::KVM_DEV_BPF_MAX_WORKS as usize;
 
+// `Slots::next()` has them twice in a word.
+const _: () = assert!(2 * MAX_WORKS <= u32::BITS as usize);
+
 /// What an eventfd's signals have left to do.
 struct Pending {
     /// Signals that the program has not been told of.
@@ -109,6 +112,8 @@ impl Slot {
 
 struct Slots {
     slots: [Option<Slot>; MAX_WORKS],
+    /// Bit by index: an eventfd runs the program.
+    signalled: u32,
     /// The index at which to look first for a signal, so that each gets its turn.
     first: usize,
 }
@@ -116,14 +121,19 @@ struct Slots {
 impl Slots {
     /// Returns an index whose program has something to do.
     fn next(&self) -> Option<usize> {
-        let is_pending = |&index: &usize| {
-            let slot = self.slots.get(index).and_then(Option::as_ref);
+        // Twice, so that there are all from the first one on.
+        let mut rest = (self.signalled | self.signalled << MAX_WORKS) >> self.first;
 
-            slot.and_then(Slot::pending)
-                .is_some_and(|pending| pending.is_any())
-        };
+        for _ in 0..self.signalled.count_ones() {
+            let index = (self.first + rest.trailing_zeros() as usize) % MAX_WORKS;
+            let pending = self.slots.get(index)?.as_ref().and_then(Slot::pending);
 
-        Iterator::chain(self.first..MAX_WORKS, 0..self.first).find(is_pending)
+            if pending.is_some_and(|pending| pending.is_any()) {
+                return Some(index);
+            }
+            rest &= rest - 1;
+        }
+        None
     }
 
     /// Returns what takes a program's signals.
@@ -149,8 +159,13 @@ impl Shared {
     /// chosen it.
     fn with_slot<R>(&self, index: usize, f: impl FnOnce(&mut Option<Slot>) -> R) -> Option<R> {
         let index = nospec::array_index(index, MAX_WORKS)?;
+        let mut slots = self.slots.lock();
+        let slot = slots.slots.get_mut(index)?;
+        let result = f(slot);
+        let is_signalled = slot.as_ref().is_some_and(|slot| slot.signal.is_some());
 
-        self.slots.lock().slots.get_mut(index).map(f)
+        slots.signalled = slots.signalled & !(1 << index) | u32::from(is_signalled) << index;
+        Some(result)
     }
 
     /// Waits until no program of that index runs, and keeps it so.
@@ -245,6 +260,7 @@ impl Works {
                     }),
                     slots <- new_mutex!(Slots {
                         slots: [const { None }; MAX_WORKS],
+                        signalled: 0,
                         first: 0,
                     }),
                     turns <- pin_init::pin_init_array_from_fn(|_| new_mutex!(())),

@@ -177,7 +177,8 @@ impl Windows {
     ///
     /// `ctx` must be that of a [`Context`](super::prog::Context) or
     /// [`WorkContext`](super::prog::WorkContext) that a program is run on, on a thread with the
-    /// memory of the windows' VM. `buf` must be valid for reads and writes of `len` bytes.
+    /// memory of the windows' VM, and `mem` that of its binding. `buf` must be valid for reads and
+    /// writes of `len` bytes.
     #[inline]
     unsafe extern "C" fn copy(
         ctx: *const bindings::bpf_kvm_io_ctx_kern,
@@ -185,9 +186,10 @@ impl Windows {
         buf: *mut c_void,
         len: u32,
         flags: u32,
+        mem: *const bindings::kvm_bpf_mem,
     ) -> c_int {
         // SAFETY: By the safety requirements; `kern` is the first field.
-        let (windows, vcpu) = unsafe { (&*(*(*ctx).binding).mem.cast::<Self>(), (*ctx).vcpu) };
+        let (windows, vcpu) = unsafe { (&*mem.cast::<Self>(), (*ctx).vcpu) };
         let vm = windows.vm.as_raw();
         let right = if flags & bindings::KVM_COPY_TO_GUEST != 0 {
             uapi::KVM_BPF_MEM_WRITE
