@@ -18,6 +18,7 @@ use crate::layouts::short_name;
 use crate::maps::{self, Layout, MapChanges, OnLoss, Side};
 use crate::note::{self, Note};
 use crate::page;
+use crate::param;
 use crate::programs::{self, Map, Parts, Programs};
 use crate::sys::MapInfo;
 
@@ -177,6 +178,8 @@ pub struct OpenImage {
     object: OpenObject,
     /// What the maps were like before some were carried over.
     layouts: Option<Vec<Layout>>,
+    /// The maps that have what somebody has put into them.
+    given: Vec<String>,
     abi: Abi,
 }
 
@@ -204,6 +207,7 @@ impl OpenImage {
             note,
             object,
             layouts: None,
+            given: Vec::new(),
             abi: Abi::default(),
         })
     }
@@ -243,7 +247,7 @@ impl OpenImage {
     ///
     /// It has the same type, and keys and values of the same sizes, but may have any number of
     /// entries. It is no state of the device: it is neither saved nor restored. The device goes on
-    /// with it when its programs are replaced.
+    /// with it when its programs are replaced. If it is a parameter's, who shares it has given that.
     pub fn share_map(&mut self, name: &str, map: &Map) -> Result<(), Error> {
         let failed = |why: String| Error::ShareMap {
             map: name.to_string(),
@@ -274,6 +278,9 @@ impl OpenImage {
             _ => Err(failed("the device has none of that name".to_string())),
         };
         self.layouts = Some(layouts);
+        if shared.is_ok() {
+            self.given.push(name.to_string());
+        }
         shared
     }
 
@@ -313,6 +320,12 @@ impl OpenImage {
             }
         }
         self.layouts = Some(layouts);
+        // A map that was no parameter so far has what the running device works with.
+        let is_given = |name: &&String| {
+            from.note().param(name).is_none() || from.given().any(|given| given == *name)
+        };
+        let given = changes.carried.iter().filter(is_given);
+        self.given.extend(given.cloned());
         Ok(changes)
     }
 
@@ -367,11 +380,13 @@ impl OpenImage {
             return Err(Error::NoProgram);
         }
         // Before the kernel gets to see anything.
-        page::check(&self.note, |name| {
+        let find = |name: &str| {
             let mut maps = self.object.maps().filter(OpenMap::autocreate);
             let map = maps.find(|map| is_named(&map.name().to_string_lossy(), name))?;
             Some(info_of(&map))
-        })?;
+        };
+        page::check(&self.note, find)?;
+        param::check(&self.note, find)?;
         programs::check_pages_have_program(&self.note, names.read.is_some())?;
         let layouts = match self.layouts.take() {
             Some(layouts) => layouts,
@@ -428,6 +443,7 @@ impl OpenImage {
             maps,
             layouts,
             initial,
+            given: self.given,
         })?)
     }
 

@@ -26,8 +26,8 @@ type Result<T> = std::result::Result<T, Error>;
 /// [`Self::plug`].
 ///
 /// Until then no program runs, and dropping it leaves nothing behind. What the note asks for is for
-/// the VMM to give: its interrupts ([`Note::nr_irqs`]), guest memory ([`Note::window`]), and what its
-/// maps must hold.
+/// the VMM to give: its interrupts ([`Note::nr_irqs`]), guest memory ([`Note::window`]), and its
+/// parameters ([`Note::params`]).
 #[derive(Debug)]
 #[must_use = "the guest sees the device only when it is plugged"]
 pub struct Builder {
@@ -70,7 +70,18 @@ impl Builder {
         Ok(self)
     }
 
-    /// Sets the first values of an array, as [`Programs::fill`] does.
+    /// Gives a parameter its values, as [`Programs::param`] does: so much is checked before that on an
+    /// error of the caller's the map is as before.
+    ///
+    /// It may be given again, and what comes last counts. A parameter whose map is state, as user
+    /// space can map it, is given by [`Self::state`] as well.
+    pub fn param(self, name: &str, values: impl IntoIterator<Item = u64>) -> Result<Self> {
+        self.programs.param(name, values)?;
+        Ok(self)
+    }
+
+    /// Sets the first values of an array, as [`Programs::fill`] does; if it is a parameter's, this
+    /// gives it.
     pub fn fill<V: AsRef<[u8]>>(
         self,
         map: &str,
@@ -94,9 +105,13 @@ impl Builder {
     /// Has the device go on from a saved state: the maps have it now, and [`Self::plug`] runs the
     /// WORK program `restore`, where there is one, before the guest sees the device.
     ///
-    /// On an error the maps are as before.
+    /// A parameter whose map the state has is given by it: it has the values of where the state was
+    /// saved, unless [`Self::param`] comes after. On an error the maps are as before.
     pub fn state(mut self, state: &State) -> Result<Self> {
         state::restore(self.programs.note(), self.programs.states(), state)?;
+        for map in state.maps.keys() {
+            self.programs.set_given(map);
+        }
         self.is_restored = true;
         Ok(self)
     }
@@ -112,7 +127,11 @@ impl Builder {
     }
 
     /// Has the programs handle the guest's accesses at that place, from now on.
+    ///
+    /// Where a parameter that the note says is required has no values,
+    /// [`MissingParam`](crate::programs::Error::MissingParam) names it.
     pub fn plug(self, place: Place) -> Result<ImageDevice> {
+        self.programs.check_given(|_| false)?;
         let Builder {
             device,
             programs,
@@ -195,7 +214,7 @@ impl ImageDevice {
     }
 
     /// Loads a new file for [`Self::swap`], with the maps that it has in common with the running
-    /// one. The caller fills the others in between.
+    /// one. The caller fills the others in between, with [`Programs::param`].
     #[cfg(feature = "loader")]
     pub fn load(&self, mut image: OpenImage, on_loss: OnLoss) -> Result<Programs> {
         self.check(image.note())?;
@@ -205,7 +224,8 @@ impl ImageDevice {
 
     /// What becomes of the maps if [`Self::swap`] goes over to these programs, or why it would not.
     ///
-    /// [`MapChanges::needs_pause`] says whether the vCPUs will have to be paused.
+    /// [`MapChanges::needs_pause`] says whether the vCPUs will have to be paused. The new programs'
+    /// parameters may still be given.
     pub fn changes(&self, new: &Programs, on_loss: OnLoss) -> Result<MapChanges> {
         self.check(new.note())?;
         Ok(maps::changes(&self.programs, new, on_loss)?)
@@ -236,6 +256,9 @@ impl ImageDevice {
     /// It waits until no vCPU runs the old programs, as [`Device::set_region`] says. It calls neither
     /// bpf(2) nor libbpf.
     ///
+    /// A required parameter of the new programs must have its values: from the running device where
+    /// its map goes on, or else from the caller.
+    ///
     /// On an error the device goes on as it was, but for one of `replaced` or `restore` itself.
     pub fn swap(
         &mut self,
@@ -244,6 +267,7 @@ impl ImageDevice {
         paused: impl FnOnce(&mut dyn FnMut()),
     ) -> Result<MapChanges> {
         let changes = self.changes(&new, on_loss)?;
+        new.check_given(|name| changes.converted.iter().any(|map| map == name))?;
         if !changes.needs_pause() {
             self.set_programs(new)?;
             self.run("replaced", 0)?;

@@ -49,8 +49,8 @@
 //! ```
 //!
 //! Which addresses a device gets, how the guest learns of them, what an access
-//! does that no program handled, and what a device's maps must hold before a
-//! vCPU runs (the offset of a clock, say: [`Builder::fill`]) is up to the VMM.
+//! does that no program handled, and the values of a device's parameters (the
+//! offset of a clock, say: [`Builder::param`]) are up to the VMM.
 //!
 //! # Rights
 //!
@@ -96,6 +96,7 @@ pub mod note;
 #[cfg(feature = "loader")]
 mod object_types;
 pub mod page;
+mod param;
 pub mod perms;
 pub mod programs;
 mod ring_buffer;

@@ -45,6 +45,10 @@
 //! [`kind::STATE_VERSION`], at most once, has 8 bytes: the version of the device's state (4 bytes),
 //! and the oldest whose state it can load (4, not above the version).
 //!
+//! [`kind::PARAM`] has 20 bytes: the name of an array map that the VMM fills before the guest sees the
+//! device (16 bytes, at most 15 and zeroes), and flags (4, 0 so far). With [`REQUIRED`] the device
+//! cannot work until the VMM has filled it. No name is there twice.
+//!
 //! `samples/devices/kvm_bpf.h` writes it from C.
 
 use object::elf::{EM_BPF, FileHeader64};
@@ -80,6 +84,8 @@ pub mod kind {
     pub const WORK_NAME: u16 = 6;
     /// Version of the device's state.
     pub const STATE_VERSION: u16 = 7;
+    /// A map that the VMM fills.
+    pub const PARAM: u16 = 8;
 }
 /// In an item's kind: who does not know it cannot serve the device.
 pub const REQUIRED: u16 = 1 << 15;
@@ -97,6 +103,8 @@ const WINDOW_LEN: usize = 4;
 const DOORBELL_LEN: usize = 8;
 /// Bytes of what a version of the state says.
 const STATE_VERSION_LEN: usize = 8;
+/// Bytes of what a parameter says.
+const PARAM_LEN: usize = NAME_LEN + 4;
 /// Bytes of what a read page says.
 const READ_PAGE_LEN: usize = 32;
 /// The smallest page that a host has.
@@ -185,6 +193,17 @@ pub struct StateVersion {
     pub oldest: u32,
 }
 
+/// Values that programs cannot find out: an array map that the VMM fills.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+pub struct Param {
+    /// Name of the map, 1 to 15 bytes, which says what the values are.
+    pub name: String,
+    /// The device cannot work without.
+    pub required: bool,
+}
+
 /// What the note says about a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -210,6 +229,10 @@ pub struct Note {
     pub doorbells: Vec<Doorbell>,
     /// Versions of the state, where the lists have them.
     pub state_version: Option<StateVersion>,
+    /// The parameters of the lists, in their order.
+    // A reader that knows none refuses the field, so it is there only where it says something.
+    #[cfg_attr(feature = "serde", serde(skip_serializing_if = "Vec::is_empty"))]
+    pub params: Vec<Param>,
 }
 
 /// Why a file has no usable note.
@@ -298,16 +321,22 @@ impl Note {
         self.check_regions()?;
         self.check_read_pages()?;
         self.check_works()?;
-        self.check_doorbells()
+        self.check_doorbells()?;
+        match first_twice(&self.params, |a, b| a.name == b.name) {
+            Some(param) => Err(Error::BadNote(format!("parameter {:?} twice", param.name))),
+            None => Ok(()),
+        }
     }
 
     /// Whether both describe the same device to a guest and want the same guest memory. What programs
-    /// there are besides its handlers, what runs them, and which state they can load, may differ.
+    /// there are besides its handlers, what runs them, which state they can load, and what they must be
+    /// told, may differ.
     pub fn is_same_device(&self, other: &Self) -> bool {
         let seen = |note: &Self| Note {
             works: Vec::new(),
             doorbells: Vec::new(),
             state_version: None,
+            params: Vec::new(),
             ..note.clone()
         };
         seen(self) == seen(other)
@@ -325,6 +354,11 @@ impl Note {
     pub fn work_index(&self, name: &str) -> Option<u32> {
         let work = self.works.iter().find(|work| work.name == name)?;
         Some(work.index)
+    }
+
+    /// The parameter of that name, if there is one.
+    pub fn param(&self, name: &str) -> Option<&Param> {
+        self.params.iter().find(|param| param.name == name)
     }
 
     /// All regions.
@@ -457,6 +491,7 @@ impl Note {
             window: None,
             doorbells: Vec::new(),
             state_version: None,
+            params: Vec::new(),
         })
     }
 
@@ -493,6 +528,10 @@ impl Note {
                     parse_state_version(payload),
                     "version of the state",
                 ),
+                kind::PARAM => {
+                    let required = kind & REQUIRED != 0;
+                    add(&mut self.params, parse_param(payload, required))
+                }
                 _ if kind & REQUIRED != 0 => return Err(Error::UnknownKind(kind)),
                 0 => Err("kind 0".to_string()),
                 _ => Ok(()),
@@ -531,6 +570,8 @@ struct Unchecked {
     doorbells: Vec<Doorbell>,
     #[serde(default)]
     state_version: Option<StateVersion>,
+    #[serde(default)]
+    params: Vec<Param>,
 }
 
 #[cfg(feature = "serde")]
@@ -552,6 +593,7 @@ impl TryFrom<Unchecked> for Note {
             window: from.window,
             doorbells: from.doorbells,
             state_version: from.state_version,
+            params: from.params,
         };
         let bad = |reason: &str| Err(Error::BadNote(reason.to_string()));
         let lens = [
@@ -560,8 +602,10 @@ impl TryFrom<Unchecked> for Note {
             note.read_pages.len(),
             note.works.len(),
             note.doorbells.len(),
+            note.params.len(),
         ];
         let is_name = |name: &String| !name.is_empty() && !name.contains('\0');
+        let is_map_name = |name: &String| is_name(name) && name.len() < NAME_LEN;
         if lens.iter().any(|&len| len > MAX_ITEMS) {
             return bad("more items than a device has");
         }
@@ -574,10 +618,12 @@ impl TryFrom<Unchecked> for Note {
             .try_for_each(check_range)
             .map_err(Error::BadNote)?;
         for page in &note.read_pages {
-            let is_short = is_name(&page.map) && page.map.len() < NAME_LEN;
-            if !page.offset.is_multiple_of(MIN_PAGE) || !is_short {
+            if !page.offset.is_multiple_of(MIN_PAGE) || !is_map_name(&page.map) {
                 return bad("a read page in the middle of a page, or without a map's name");
             }
+        }
+        if !note.params.iter().all(|param| is_map_name(&param.name)) {
+            return bad("a parameter without a map's name");
         }
         for work in &note.works {
             let is_good = is_work_name(work.name.as_bytes()) && work.name.len() < NAME_LEN;
@@ -681,15 +727,30 @@ fn parse_read_page(payload: &[u8]) -> Result<ReadPage, String> {
     if !offset.is_multiple_of(MIN_PAGE) {
         return Err(format!("read page at {offset:#x}, in the middle of a page"));
     }
-    let name = name_in(&payload[16..]).and_then(|name| str::from_utf8(name).ok());
-    let Some(name) = name else {
-        return Err("a read page without a map's name, 1 to 15 bytes and zeroes".to_string());
-    };
     Ok(ReadPage {
         region: u32_at(payload, 0),
         offset,
-        map: name.to_string(),
+        map: map_name("read page", &payload[16..])?,
     })
+}
+
+fn parse_param(payload: &[u8], required: bool) -> Result<Param, String> {
+    check_len("parameter", payload, PARAM_LEN)?;
+    let (name, flags) = payload.split_at(NAME_LEN);
+    match u32_at(flags, 0) {
+        0 => Ok(Param {
+            name: map_name("parameter", name)?,
+            required,
+        }),
+        flags => Err(format!("unknown flags {flags:#x} of a parameter")),
+    }
+}
+
+/// The name of a map that an item is about.
+fn map_name(what: &str, bytes: &[u8]) -> Result<String, String> {
+    let name = name_in(bytes).and_then(|name| str::from_utf8(name).ok());
+    name.map(str::to_string)
+        .ok_or_else(|| format!("a {what} without a map's name, 1 to 15 bytes and zeroes"))
 }
 
 fn parse_work(payload: &[u8]) -> Result<WorkName, String> {
@@ -897,6 +958,7 @@ mod tests {
                 window: None,
                 doorbells: vec![],
                 state_version: None,
+                params: vec![],
             }
         );
     }
@@ -1021,7 +1083,7 @@ mod tests {
     }
 
     /// A kind that there is not.
-    const UNKNOWN: u16 = 8;
+    const UNKNOWN: u16 = 9;
 
     /// An item, padded to 4 bytes.
     fn item(kind: u16, payload: &[u8]) -> Vec<u8> {
@@ -1288,6 +1350,61 @@ mod tests {
         assert!(refused.contains("doorbell 1, an interrupt"), "{refused}");
     }
 
+    /// A parameter of 16 bytes of name, and these flags.
+    fn param(kind: u16, name: &[u8], flags: u32) -> Vec<u8> {
+        let mut payload = name.to_vec();
+        payload.resize(NAME_LEN, 0);
+        payload.extend(flags.to_le_bytes());
+        item(kind, &payload)
+    }
+
+    #[test]
+    fn reads_parameters() {
+        let ports = range(kind::PORT_RANGE, 0, 0, 8);
+        let items = [
+            param(kind::PARAM | REQUIRED, b"clock", 0),
+            ports.clone(),
+            param(kind::PARAM, b"a_name_of_15_ch", 0),
+        ];
+        let parsed = parse_items_of(&items.concat()).unwrap();
+        let wanted = [("clock", true), ("a_name_of_15_ch", false)];
+        let wanted = wanted.map(|(name, required)| Param {
+            name: name.to_string(),
+            required,
+        });
+        assert_eq!(parsed.params, wanted);
+        assert_eq!(parsed.param("clock"), Some(&wanted[0]));
+        assert_eq!(parsed.param("clocks"), None);
+        // They are no part of what a guest sees.
+        assert!(parse_items_of(&ports).unwrap().is_same_device(&parsed));
+    }
+
+    #[test]
+    fn refuses_bad_parameters() {
+        for name in [
+            &b""[..],
+            b"\0clock",
+            b"clo\0ck",
+            b"\xff",
+            b"sixteen_bytes_xx",
+        ] {
+            for kind in [kind::PARAM, kind::PARAM | REQUIRED] {
+                assert_bad_items(&param(kind, name, 0), "a parameter without a map's name");
+            }
+        }
+        assert_bad_items(&param(kind::PARAM, b"clock", 1), "flags 0x1 of a parameter");
+        for len in [0, 16, 19, 21, 24] {
+            let wanted = format!("a parameter of {len} bytes, not 20");
+            assert_bad_items(&item(kind::PARAM, &vec![0; len]), &wanted);
+        }
+        let twice = [
+            range(kind::PORT_RANGE, 0, 0, 8),
+            param(kind::PARAM, b"clock", 0),
+            param(kind::PARAM | REQUIRED, b"clock", 0),
+        ];
+        assert_bad_items(&twice.concat(), "parameter \"clock\" twice");
+    }
+
     #[test]
     fn skips_unknown_kinds() {
         let good = range(kind::PORT_RANGE, 0, 0, 8);
@@ -1445,13 +1562,17 @@ mod tests {
             "ranges":[{"space":"ports","region":1,"size":8}],
             "read_pages":[{"region":0,"offset":0,"map":"page"}],
             "works":[{"index":3,"name":"save"}],"window":{"read":true,"write":false},
-            "doorbells":[{"irq":2,"work":3}],"state_version":{"version":2,"oldest":1}}"#;
+            "doorbells":[{"irq":2,"work":3}],"state_version":{"version":2,"oldest":1},
+            "params":[{"name":"clock","required":true},{"name":"table","required":false}]}"#;
         let note: Note = serde_json::from_str(text).unwrap();
         assert_eq!((note.nr_irqs, note.work_index("save")), (2, Some(3)));
         let again = serde_json::to_string(&note).unwrap();
         assert_eq!(serde_json::from_str::<Note>(&again).unwrap(), note);
         let least = r#"{"mmio_size":1,"nr_irqs":0,"compatible":["a"]}"#;
-        serde_json::from_str::<Note>(least).unwrap();
+        let least: Note = serde_json::from_str(least).unwrap();
+        // Who knows no parameters can read it.
+        let text_of_least = serde_json::to_string(&least).unwrap();
+        assert!(!text_of_least.contains("params"), "{text_of_least}");
         for (good, bad) in [
             ("\"mmio_size\":4096", "\"mmio_size\":2147483648"),
             ("\"nr_irqs\":2", "\"nr_irqs\":257"),
@@ -1475,6 +1596,11 @@ mod tests {
             ("\"work\":3", "\"work\":4"),
             ("\"oldest\":1", "\"oldest\":3"),
             ("\"window\"", "\"windows\""),
+            ("\"clock\"", "\"\""),
+            ("\"clock\"", "\"c\\u0000k\""),
+            ("\"clock\"", "\"sixteen_letters_\""),
+            ("\"clock\"", "\"table\""),
+            ("\"required\":true", "\"required\":1"),
         ] {
             assert!(text.contains(good), "{good}");
             let other = text.replacen(good, bad, 1);

@@ -7,11 +7,13 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::mapping::Words;
 use crate::maps::Layout;
 use crate::note::{self, Note};
 use crate::page::{self, PageMap};
+use crate::param;
 use crate::state::StateMap;
 use crate::sys::{self, FdInfo, MapInfo, map_type};
 
@@ -66,6 +68,45 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A map cannot be what the note says, a parameter.
+    #[error("map {map} cannot be a parameter: {why}")]
+    Param {
+        /// The map's name in the note.
+        map: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// The note has no parameter of that name.
+    #[error("the device has no parameter {name}, {}", param::list(.there))]
+    NoSuchParam {
+        /// The name.
+        name: String,
+        /// The names that the note has.
+        there: Vec<String>,
+    },
+    /// A parameter has fewer values.
+    #[error("more than {max} values for parameter {param}, which has no room for them")]
+    TooManyValues {
+        /// The parameter.
+        param: String,
+        /// How many it has.
+        max: u32,
+    },
+    /// A value is no number of as many bytes.
+    #[error("value {index} of parameter {param}, {value}, does not fit into {bytes} bytes")]
+    ValueTooLarge {
+        /// The parameter.
+        param: String,
+        /// Which value, from 0 on.
+        index: u32,
+        /// The value.
+        value: u64,
+        /// Bytes that each value of the parameter has.
+        bytes: u32,
+    },
+    /// A parameter that the note says is required has no values yet.
+    #[error("the VMM has not given parameter {0}, without which the device cannot work")]
+    MissingParam(String),
     /// The running device has a map that would start anew, or not be there any more.
     #[error("map {map} of the running device would be lost: {why}")]
     LostMap {
@@ -325,6 +366,8 @@ pub struct Programs {
     states: Vec<StateMap>,
     /// The read pages of the note, in its order.
     pub(crate) read_pages: Vec<Arc<PageMap>>,
+    /// Whether somebody has given the parameters of the note, in its order.
+    given: Vec<AtomicBool>,
 }
 
 /// All that [`Programs`] are made of.
@@ -338,6 +381,8 @@ pub(crate) struct Parts {
     pub layouts: Vec<Layout>,
     /// What global data has at first, by section.
     pub initial: BTreeMap<String, Vec<u8>>,
+    /// The parameters whose maps have their values already.
+    pub given: Vec<String>,
 }
 
 impl Programs {
@@ -360,6 +405,7 @@ impl Programs {
             maps,
             layouts: Vec::new(),
             initial: BTreeMap::new(),
+            given: Vec::new(),
         })
     }
 
@@ -374,6 +420,7 @@ impl Programs {
             maps,
             layouts,
             mut initial,
+            given,
         } = parts;
         if read.is_none() && write.is_none() {
             return Err(Error::NoProgram);
@@ -392,6 +439,7 @@ impl Programs {
         }
         let find = |name: &str| maps.iter().find(|map| map.name == name);
         page::check(&note, |name| find(name).map(|map| map.info))?;
+        param::check(&note, |name| find(name).map(|map| map.info))?;
         check_pages_have_program(&note, read.is_some())?;
         let mut states = Vec::new();
         for layout in layouts.iter().filter(|layout| layout.is_state) {
@@ -413,7 +461,9 @@ impl Programs {
             })?;
             read_pages.push(Arc::new(mapping));
         }
+        let is_given = |param: &note::Param| AtomicBool::new(given.contains(&param.name));
         Ok(Programs {
+            given: note.params.iter().map(is_given).collect(),
             note,
             read,
             write,
@@ -479,7 +529,62 @@ impl Programs {
         filled.map_err(|source| Error::Access {
             map: map.to_string(),
             source,
-        })
+        })?;
+        self.set_given(map);
+        Ok(())
+    }
+
+    /// Gives a parameter of the device its values, one for each element of the map; those behind
+    /// are 0. It calls bpf(2), unless the map is one with memory ([`Map::words`]).
+    ///
+    /// What a value means, its unit too, is between the device and the VMM. Values that nobody
+    /// could take are refused, and then nothing changes: more than the map has elements
+    /// ([`Error::TooManyValues`]), or one that needs more bytes than an element has
+    /// ([`Error::ValueTooLarge`]).
+    pub fn param(&self, name: &str, values: impl IntoIterator<Item = u64>) -> Result<(), Error> {
+        let map = self
+            .note
+            .param(name)
+            .and_then(|param| self.map(&param.name));
+        let map = map.ok_or_else(|| Error::NoSuchParam {
+            name: name.to_string(),
+            there: self
+                .note
+                .params
+                .iter()
+                .map(|one| one.name.clone())
+                .collect(),
+        })?;
+        self.fill(name, param::encode(map, values)?)
+    }
+
+    /// Notes that the map of that name has its values, if it is a parameter's.
+    pub(crate) fn set_given(&self, map: &str) {
+        for (param, given) in self.note.params.iter().zip(&self.given) {
+            if param.name == map {
+                given.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The names of the parameters whose maps have their values.
+    pub(crate) fn given(&self) -> impl Iterator<Item = &str> {
+        let params = self.note.params.iter().zip(&self.given);
+        params
+            .filter(|(_, given)| given.load(Ordering::Relaxed))
+            .map(|(param, _)| param.name.as_str())
+    }
+
+    /// Checks that the required parameters have their values, or get them by what else is known.
+    pub(crate) fn check_given(&self, gets: impl Fn(&str) -> bool) -> Result<(), Error> {
+        let mut required = self.note.params.iter().filter(|param| param.required);
+        let is_missing = |param: &&note::Param| {
+            !self.given().any(|given| given == param.name) && !gets(&param.name)
+        };
+        match required.find(is_missing) {
+            Some(param) => Err(Error::MissingParam(param.name.clone())),
+            None => Ok(()),
+        }
     }
 
     /// What the kernel has counted of each program, from `/proc/self/fdinfo`: no bpf(2).

@@ -979,7 +979,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::note::{Note, Range};
+    use crate::note::{Note, Param, Range};
     use crate::schema::Enumerator;
     use crate::schema::tests::{array, field, int, structure, ty};
 
@@ -1264,6 +1264,7 @@ mod tests {
             window: None,
             doorbells: vec![],
             state_version: None,
+            params: vec![],
         }
     }
 
@@ -1327,6 +1328,14 @@ mod tests {
             plan(&note(), shapes.iter(), &saved).unwrap(),
             [5_u64.to_le_bytes()]
         );
+
+        // It is of before the device had parameters.
+        let mut with_params = note();
+        with_params.params.push(Param {
+            name: "clock".to_string(),
+            required: true,
+        });
+        plan(&with_params, shapes.iter(), &saved).unwrap();
 
         // A version that the device does not load, and those that it does.
         let versioned = |version, oldest| Note {

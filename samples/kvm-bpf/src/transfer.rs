@@ -140,6 +140,9 @@ struct Description {
     layouts: Vec<Layout>,
     /// What global data has in a new device, by section, as hexadecimal digits.
     initial: BTreeMap<String, String>,
+    /// The parameters that have their values: the receiver need not give them again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    given: Vec<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -167,6 +170,7 @@ impl Description {
             maps: maps.collect(),
             layouts: programs.layouts().to_vec(),
             initial: states.collect(),
+            given: programs.given().map(str::to_string).collect(),
         }
     }
 
@@ -200,6 +204,16 @@ impl Description {
         at_most("maps", self.maps.len(), MAX_MAPS)?;
         at_most("types of maps", self.layouts.len(), MAX_MAPS)?;
         at_most("WORK programs", self.works.len(), self.note.works.len())?;
+        if let Some(odd) = self
+            .given
+            .iter()
+            .find(|name| self.note.param(name).is_none())
+        {
+            return Err(Error::Map {
+                name: odd.clone(),
+                why: "given, and no parameter".to_string(),
+            });
+        }
         for layout in &self.layouts {
             let bad = |why: &str| Error::Map {
                 name: layout.name.clone(),
@@ -269,6 +283,7 @@ impl Description {
             maps,
             layouts: self.layouts,
             initial,
+            given: self.given,
         })?)
     }
 }
@@ -628,6 +643,7 @@ mod tests {
                 12,
             ))],
             initial: BTreeMap::from([(name, "0a00".to_string())]),
+            given: Vec::new(),
         }
     }
 
