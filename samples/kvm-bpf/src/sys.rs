@@ -374,9 +374,12 @@ pub(crate) fn get_pinned(path: &Path) -> io::Result<OwnedFd> {
 pub(crate) struct FdInfo(String);
 
 impl FdInfo {
-    /// Reads it. It is no system call of bpf(2).
+    /// Reads it. It is no system call of bpf(2). The error names the file.
     pub fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
-        fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).map(FdInfo)
+        let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+        fs::read_to_string(&path)
+            .map(FdInfo)
+            .map_err(|error| io::Error::new(error.kind(), format!("{path}: {error}")))
     }
 
     /// The number in a line, with `0x` before it or not.

@@ -12,7 +12,8 @@
 //! The receiver takes nothing on trust that could harm it: sizes have limits, notes and types are
 //! checked as those of a file are, and what the kernel says in `/proc/self/fdinfo` must agree with
 //! the description. Without `/proc`, numbers and sizes of maps are taken as described; memory is
-//! still mapped only as far as the kernel has it, and never that of a file. It calls no bpf(2) for what comes over a socket.
+//! still mapped only as far as the kernel has it, and never that of a file, and [`Map::lookup`] and
+//! [`Map::update`] ask the kernel before it copies. It calls no bpf(2) for what comes over a socket.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -264,8 +265,8 @@ impl Description {
         }
         let mut maps = Vec::new();
         for ((fd, _), DescribedMap { name, info }) in fds.zip(self.maps) {
-            check_map(fd.as_fd(), &name, &info)?;
-            maps.push(Map::with_info(&name, fd, info));
+            let is_known = check_map(fd.as_fd(), &name, &info)?;
+            maps.push(Map::with_info(&name, fd, info, is_known));
         }
         let mut initial = BTreeMap::new();
         for (name, digits) in self.initial {
@@ -338,12 +339,13 @@ fn check_program(fd: BorrowedFd<'_>, name: &str) -> Result<()> {
     }
 }
 
-fn check_map(fd: BorrowedFd<'_>, name: &str, described: &MapInfo) -> Result<()> {
+/// Returns whether the kernel has confirmed it.
+fn check_map(fd: BorrowedFd<'_>, name: &str, described: &MapInfo) -> Result<bool> {
     let why = match FdInfo::of(fd).map(|info| info.map()) {
-        Ok(Some(info)) if info == *described => return Ok(()),
+        Ok(Some(info)) if info == *described => return Ok(true),
         Ok(Some(info)) => format!("it is {info:?}, and described as {described:?}"),
         // Somebody may shorten a file, and then its memory is none.
-        Err(_) if sys::is_anonymous(fd) => return Ok(()),
+        Err(_) if sys::is_anonymous(fd) => return Ok(false),
         Ok(None) | Err(_) => "no eBPF map".to_string(),
     };
     let name = name.to_string();
