@@ -104,6 +104,7 @@ struct __attribute__((preserve_static_offset)) bpf_kvm_io_ctx;
 #define KVM_BPF_NOTE_WINDOW 5
 #define KVM_BPF_NOTE_WORK_NAME 6
 #define KVM_BPF_NOTE_STATE_VERSION 7
+#define KVM_BPF_NOTE_PARAM 8
 /* With this bit, a VMM that does not know the kind refuses the device. */
 #define KVM_BPF_NOTE_REQUIRED 0x8000
 
@@ -207,6 +208,14 @@ struct kvm_bpf_note_state_version {
 	__u16 len;
 	__u32 version;
 	__u32 oldest;
+} __attribute__((packed, aligned(4)));
+
+struct kvm_bpf_note_param {
+	__u16 kind;
+	/* Bytes behind it. */
+	__u16 len;
+	char map[16];
+	__u32 flags;
 } __attribute__((packed, aligned(4)));
 
 #define KVM_BPF_PASTE_(a, b) a##b
@@ -355,6 +364,29 @@ struct kvm_bpf_note_state_version {
 	KVM_BPF_ITEM(kvm_bpf_doorbell, kvm_bpf_note_doorbell,		\
 		     KVM_BPF_NOTE_DOORBELL | KVM_BPF_NOTE_REQUIRED,	\
 		     .irq = (_irq), .work = (_work))
+
+/*
+ * KVM_BPF_PARAM - values that programs cannot find out, and that the VMM may give
+ * KVM_BPF_REQUIRED_PARAM - the same, and without them the device cannot work
+ * @_map:	name of the map as a literal, at most 15 characters: an array of values
+ *		of 1, 2, 4 or 8 bytes, at most 65536
+ *
+ * The name says to the VMM what the values are; what they mean, and in which unit, is
+ * between the device and its VMM.  The VMM fills the map before the guest sees the
+ * device, with zeroes behind what it has, and again where the programs are replaced.
+ * Values that hold on one host only belong into a map without BPF_F_MMAPABLE, as
+ * the VMM does not save that.
+ *
+ * May be there several times, for one map each.
+ */
+#define KVM_BPF_PARAM_ITEM(_map, _required)				\
+	_Static_assert(sizeof(_map) > 1 && sizeof(_map) <= 16, "name of a map"); \
+	KVM_BPF_ITEM(KVM_BPF_PASTE(kvm_bpf_param_, __LINE__),		\
+		     kvm_bpf_note_param, KVM_BPF_NOTE_PARAM | (_required), \
+		     .map = _map)
+#define KVM_BPF_PARAM(_map) KVM_BPF_PARAM_ITEM(_map, 0)
+#define KVM_BPF_REQUIRED_PARAM(_map)					\
+	KVM_BPF_PARAM_ITEM(_map, KVM_BPF_NOTE_REQUIRED)
 /* clang-format on */
 
 /* libbpf has it from 1.2. */

@@ -24,7 +24,7 @@
  * step is that of the counter: up to a second later.
  *
  * All state is in the map "pl031", and nothing in it depends on when this host
- * has booted: that is in "clock" alone, which the VMM sets.  So a VMM may put
+ * has booted: that is in "clock" alone, a parameter.  So a VMM may put
  * the state of another host there, and run "restore", which starts the timer.
  * Time has passed since, as for any clock: an alarm that was due meanwhile rings.
  * "reset" is that of the machine, through which the clock runs on.
@@ -70,8 +70,10 @@
 
 KVM_BPF_MMIO_DEVICE(PL031_SIZE, PL031_IRQS, "arm,pl031\0arm,primecell");
 
-/* What the VMM adds to bpf_ktime_get_boot_ns() to get the time of day, in
- * nanoseconds.  A map of its own: it is the host's, and no state. */
+/* What to add to bpf_ktime_get_boot_ns() to get the time of day, in nanoseconds.
+ * A map of its own: it is the host's, and no state. */
+KVM_BPF_REQUIRED_PARAM("clock");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);

@@ -58,8 +58,10 @@
 
 KVM_BPF_MMIO_DEVICE(MAX_CPUS *CPU_SIZE, 0, "qemu,virtual-cpufreq");
 
-/* Frequencies in kHz, ascending, with zeroes after the last.  The VMM fills it
- * before the guest runs; without one the driver's probe fails with -ENODEV. */
+/* Frequencies in kHz, ascending, with zeroes after the last; without one the
+ * driver's probe fails with -ENODEV. */
+KVM_BPF_REQUIRED_PARAM("perf_table");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, PERFTBL_MAX);

@@ -44,7 +44,7 @@ mod readme {
 
         let device = ImageDevice::builder(Device::with_abi(&vm, &abi)?, programs)
             .irq(0, &eventfd)?                                  // a duplicate stays open as long as the device
-            .fill("clock", [offset_ns.to_ne_bytes()])?
+            .param("clock", [offset_ns])?                       // what its programs cannot find out
             .plug(Place::Memory(0x0901_0000))?;                 // from here on the guest sees it
         Ok(device)
     }

@@ -37,8 +37,8 @@ pub const MAX_REQUESTS: u32 = 1000;
 /// How long a VMM may take for the rest of a request, and to take an answer.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The map that a device finds the time of day with, which the manager sets: the VMM may not.
-const CLOCK_MAP: &str = "clock";
+/// The parameter that a device finds the time of day with, which the manager gives: the VMM may not.
+const CLOCK: &str = "clock";
 
 /// Why a request is refused.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +67,7 @@ pub enum Error {
     /// What the VMM has sent are no programs. The connection ends.
     #[error("cannot take the running programs")]
     Programs(#[source] transfer::Error),
-    /// A map cannot be given what it needs.
+    /// The parameter cannot be given.
     #[error("cannot set the clock")]
     Clock(#[source] programs::Error),
     /// The connection does not go on. It ends.
@@ -199,9 +199,9 @@ impl Files {
         };
         image.set_abi(&abi);
         let programs = image.load().map_err(Error::Image)?;
-        if programs.map(CLOCK_MAP).is_some() {
-            let offset = clock::time_of_day_offset_ns().to_ne_bytes();
-            programs.fill(CLOCK_MAP, [offset]).map_err(Error::Clock)?;
+        if programs.note().param(CLOCK).is_some() {
+            let offset = clock::time_of_day_offset_ns();
+            programs.param(CLOCK, [offset]).map_err(Error::Clock)?;
         }
         Ok(programs)
     }

@@ -56,11 +56,14 @@ pub struct Args {
     /// Lines "LINE LEVEL" of a pipe or regular FILE drive the inputs of a device with a WORK program
     /// "input". The first interrupt of a device with a WORK program "resample" is level-triggered. With
     /// map=MAP:FILE (repeatable) the device's map MAP is the one that is pinned at FILE, on a file system
-    /// of type bpf: others may use it too, and it is not saved. With uio=LINE an arm64 guest has line LINE
-    /// of a GPIO controller as the level-triggered interrupt of a device "generic-uio".
+    /// of type bpf: others may use it too, and it is not saved. With param=NAME:VALUE[:VALUE...]
+    /// (repeatable) the device's parameter NAME has these values, decimal or 0x..., and zeroes behind
+    /// them; by itself this VMM gives "clock" and "perf_table". They are not saved: a guest that goes on
+    /// elsewhere has those of that command line. With uio=LINE an arm64 guest has line LINE of a GPIO
+    /// controller as the level-triggered interrupt of a device "generic-uio".
     #[arg(
         long,
-        value_name = "DEVICE.o@ADDR[,fallback=NAME][,output=FILE][,input=FILE][,map=MAP:FILE][,uio=LINE]"
+        value_name = "DEVICE.o@ADDR[,fallback=NAME][,output=FILE][,input=FILE][,map=MAP:FILE][,param=NAME:VALUE...][,uio=LINE]"
     )]
     pub bpf: Vec<Bpf>,
 
@@ -153,13 +156,6 @@ impl FromStr for At {
         if what.is_empty() {
             return Err("nothing before @ADDR".to_string());
         }
-        let number = |text: &str| {
-            let parsed = match text.strip_prefix("0x") {
-                Some(hex) => u64::from_str_radix(hex, 16),
-                None => text.parse(),
-            };
-            parsed.map_err(|error| error.to_string())
-        };
         let port = |text| {
             if !cfg!(target_arch = "x86_64") {
                 return Err("there are no ports but on x86-64".to_string());
@@ -177,6 +173,15 @@ impl FromStr for At {
     }
 }
 
+/// A number, decimal or `0x...`.
+fn number(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|error| error.to_string())
+}
+
 /// Splits `WHAT@ADDR[,OPTION...]`.
 fn split_options(text: &str) -> (&str, impl Iterator<Item = &str>) {
     // The options are behind the address; a file's name may have commas.
@@ -189,6 +194,33 @@ fn split_options(text: &str) -> (&str, impl Iterator<Item = &str>) {
     };
     let options = options.into_iter().flat_map(|options| options.split(','));
     (at, options)
+}
+
+/// Values of a device's parameter: `NAME:VALUE[:VALUE...]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Param {
+    /// The parameter.
+    pub name: String,
+    /// Its first values.
+    pub values: Vec<u64>,
+}
+
+impl FromStr for Param {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut words = text.split(':');
+        let name = words.next().filter(|name| !name.is_empty());
+        let values = words.map(|word| number(word).map_err(|error| format!("{word:?}: {error}")));
+        let values: Vec<_> = values.collect::<Result<_, _>>()?;
+        match name {
+            Some(name) if !values.is_empty() => Ok(Param {
+                name: name.to_string(),
+                values,
+            }),
+            _ => Err("it is not param=NAME:VALUE[:VALUE...]".to_string()),
+        }
+    }
 }
 
 /// A device of eBPF programs: `FILE@ADDR`, and options, each `,NAME=VALUE`.
@@ -206,6 +238,8 @@ pub struct Bpf {
     pub maps: Vec<(String, PathBuf)>,
     /// Its line that interrupts a program in the guest.
     pub uio: Option<u32>,
+    /// Its parameters, as far as they are not this VMM's own.
+    pub params: Vec<Param>,
 }
 
 impl FromStr for Bpf {
@@ -220,6 +254,7 @@ impl FromStr for Bpf {
             input: None,
             maps: Vec::new(),
             uio: None,
+            params: Vec::new(),
         };
         let map = |text: &str| {
             let (name, file) = text.split_once(':')?;
@@ -244,12 +279,22 @@ impl FromStr for Bpf {
                     twice
                 }
                 Some(("uio", line)) => {
-                    let line = line.parse().map_err(|_| format!("{option:?} is not uio=LINE"))?;
+                    let line = line
+                        .parse()
+                        .map_err(|_| format!("{option:?} is not uio=LINE"))?;
                     bpf.uio.replace(line).is_some()
+                }
+                Some(("param", text)) => {
+                    let param = text.parse::<Param>();
+                    let param = param.map_err(|error| format!("{option:?}: {error}"))?;
+                    let twice = bpf.params.iter().any(|other| other.name == param.name);
+                    bpf.params.push(param);
+                    twice
                 }
                 _ => {
                     return Err(format!(
-                        "{option:?} is not fallback=NAME, output=FILE, input=FILE, map=MAP:FILE or uio=LINE"
+                        "{option:?} is not fallback=NAME, output=FILE, input=FILE, map=MAP:FILE, \
+                         param=NAME:VALUE or uio=LINE"
                     ));
                 }
             };
@@ -387,7 +432,24 @@ mod tests {
         assert_eq!(bpf.maps, maps);
         let bpf: Bpf = "a.o@1,uio=7".parse().unwrap();
         assert_eq!(bpf.uio, Some(7));
+        let bpf: Bpf = "a.o@1,param=clock:7,param=table:0x10:18446744073709551615"
+            .parse()
+            .unwrap();
+        let params = [("clock", vec![7]), ("table", vec![16, u64::MAX])];
+        let params = params.map(|(name, values)| Param {
+            name: name.to_string(),
+            values,
+        });
+        assert_eq!(bpf.params, params);
         for bad in [
+            "a.o@1,param=clock",
+            "a.o@1,param=clock:",
+            "a.o@1,param=:1",
+            "a.o@1,param=clock:x",
+            "a.o@1,param=clock:-1",
+            "a.o@1,param=clock:1:",
+            "a.o@1,param=clock:18446744073709551616",
+            "a.o@1,param=clock:1,param=clock:2",
             "a.o@1,",
             "a.o@1,uio=",
             "a.o@1,uio=-1",

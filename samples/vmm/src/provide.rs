@@ -1,19 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! What a device made of eBPF programs cannot know by itself, put into its maps.
+//! What a device made of eBPF programs cannot know by itself: the parameters that this VMM knows.
 //!
-//! | `compatible` | map, an array | content |
-//! | --- | --- | --- |
-//! | `arm,pl031` | `clock`, one 64-bit number | nanoseconds to add to the time since boot for the time of day |
-//! | `qemu,virtual-cpufreq` | `perf_table`, 64 numbers of 32 bits | frequencies in kHz, ascending; 0 ends them |
+//! | parameter | values |
+//! | --- | --- |
+//! | `clock` | one: nanoseconds to add to the host's time since boot for the time of day |
+//! | `perf_table` | frequencies in kHz, ascending; 0 ends them where there is room for more |
 //!
-//! A device of that name without the map, or with one of another shape, needs nothing.
+//! The command line gives others, or other values.
 
 use std::fs;
-use std::io;
 
-use kvm_bpf::Programs;
 use kvm_bpf::clock::time_of_day_offset_ns;
+use kvm_bpf::{Programs, programs};
+
+use crate::cli::Param;
+
+const CLOCK: &str = "clock";
+const PERF_TABLE: &str = "perf_table";
 
 /// Entries of a table of frequencies.
 pub const PERF_TABLE_MAX: usize = 64;
@@ -34,7 +38,7 @@ pub fn max_cpus(compatible: &[String], size: u64) -> Option<u64> {
         .then_some(size / PAGE)
 }
 
-/// What goes into the maps, the same as long as the VM lives.
+/// What this VMM knows, the same as long as the VM lives.
 pub struct Provided {
     /// Frequencies in kHz, ascending.
     pub perf_table: Vec<u32>,
@@ -51,33 +55,17 @@ impl Provided {
         }
     }
 
-    /// Fills the maps that want it. On an error, the map's name comes with it.
-    pub fn fill(&self, programs: &Programs) -> Result<(), (&'static str, io::Error)> {
-        let compatible = &programs.note().compatible;
-        let map = |device, name, value_size, entries| {
-            compatible
-                .iter()
-                .any(|own| own == device)
-                .then(|| programs.map(name))
-                .flatten()
-                .filter(|map| {
-                    map.is_array() && map.value_size() == value_size && map.max_entries() == entries
-                })
-        };
-        if let Some(map) = map("arm,pl031", "clock", 8, 1) {
-            let offset = self.clock_offset_ns.to_ne_bytes();
-            map.fill([offset]).map_err(|error| ("clock", error))?;
+    /// Gives a device the parameters that it has, those of the command line last.
+    pub fn give(&self, programs: &Programs, own: &[Param]) -> Result<(), programs::Error> {
+        let has = |name| programs.note().param(name).is_some();
+        if has(CLOCK) {
+            programs.param(CLOCK, [self.clock_offset_ns])?;
         }
-        if let Some(map) = map(
-            "qemu,virtual-cpufreq",
-            "perf_table",
-            4,
-            PERF_TABLE_MAX as u32,
-        ) {
-            let table = self.perf_table.iter().map(|khz| khz.to_ne_bytes());
-            map.fill(table).map_err(|error| ("perf_table", error))?;
+        if has(PERF_TABLE) {
+            programs.param(PERF_TABLE, self.perf_table.iter().copied().map(u64::from))?;
         }
-        Ok(())
+        own.iter()
+            .try_for_each(|param| programs.param(&param.name, param.values.iter().copied()))
     }
 }
 

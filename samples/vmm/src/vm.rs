@@ -107,13 +107,6 @@ pub enum Error {
         has: u32,
         needed: u32,
     },
-    #[error("{device}: cannot fill its map {map}")]
-    Provide {
-        device: String,
-        map: &'static str,
-        #[source]
-        source: io::Error,
-    },
     #[error(transparent)]
     Conflict(#[from] Conflict),
     #[error("{0}: for guests of at most {1} CPUs")]
@@ -258,6 +251,8 @@ struct BpfDevice {
     lines: Vec<Line>,
     /// What drives its inputs, until that begins.
     inputs: Option<input::Source>,
+    /// Parameters that the command line gives it.
+    params: Vec<cli::Param>,
 }
 
 /// A disk that this process serves.
@@ -452,7 +447,9 @@ impl Vm {
             let device_error = |source| Error::Device(name.clone(), source);
             let device = Device::with_abi(&vm, &abi).map_err(device_error)?;
             let programs = image.load().map_err(|error| device_error(error.into()))?;
-            provide_to(&name, &programs, &provided)?;
+            provided
+                .give(&programs, &args.params)
+                .map_err(|error| device_error(error.into()))?;
             let lines = wire_interrupts(&vm, info, programs.note().nr_irqs, &mut free_gsis)?;
             let serial = Serial::new(&name, &programs, args.output.as_deref(), &platform)?;
             let window = programs.note().window;
@@ -511,6 +508,7 @@ impl Vm {
                 serial,
                 lines,
                 inputs,
+                params: args.params.clone(),
             });
         }
         for (info, nr_irqs) in userspace.iter_mut().zip(userspace_irqs) {
@@ -1150,12 +1148,18 @@ impl BpfDevice {
     /// Has its programs go on from a state, with what they cannot know on this host. Those that
     /// access guest memory go on with [`Self::resume`].
     fn restore(&mut self, provided: &Provided, state: &State) -> Result<(), Error> {
-        provide_to(&self.name, self.device.programs(), provided)?;
+        self.give(provided, self.device.programs())?;
         let restored = match self.accesses_memory() {
             true => self.device.prepare(state),
             false => self.device.restore(state),
         };
         restored.map_err(|source| self.error(source))
+    }
+
+    /// Gives its programs, or those that replace them, their parameters.
+    fn give(&self, provided: &Provided, programs: &Programs) -> Result<(), Error> {
+        let given = provided.give(programs, &self.params);
+        given.map_err(|source| self.error(source.into()))
     }
 
     fn accesses_memory(&self) -> bool {
@@ -1183,7 +1187,7 @@ impl BpfDevice {
         let programs = loaded.map_err(|source| self.error(source))?;
         let changes = self.device.changes(&programs, on_loss);
         let changes = changes.map_err(|source| self.error(source))?;
-        provide_to(&self.name, &programs, provided)?;
+        self.give(provided, &programs)?;
         if let Some(serial) = &mut self.serial {
             serial.follow(&self.name, &programs)?;
         }
@@ -1295,16 +1299,6 @@ fn create_model(
 ) -> Result<Box<dyn userspace::MmioDevice>, Error> {
     userspace::create(device, irqs, &provided.perf_table)
         .ok_or_else(|| Error::NoSuchDevice(device.to_string()))
-}
-
-fn provide_to(device: &str, programs: &Programs, provided: &Provided) -> Result<(), Error> {
-    provided
-        .fill(programs)
-        .map_err(|(map, source)| Error::Provide {
-            device: device.to_string(),
-            map,
-            source,
-        })
 }
 
 fn guest_device(at: &At, size: u64, compatible: Vec<String>) -> GuestDevice {

@@ -764,15 +764,16 @@ fn read_insns(len: i32) -> Result<Vec<Insn>, String> {
     ])
 }
 
-/// A sample device at [`ADDR`], with a table of frequencies if it has a use for one.
+/// A sample device at [`ADDR`], with the parameters that it has.
 fn load_sample(guest: &Guest, name: &str) -> ImageDevice {
     let image = loaded(sample(name));
-    if let Some(table) = image.map("perf_table") {
-        for (index, khz) in (0_u32..).zip(PERF_TABLE) {
-            table
-                .update(&index.to_ne_bytes(), &khz.to_ne_bytes())
-                .expect("BPF_MAP_UPDATE_ELEM");
-        }
+    for param in &image.note().params {
+        let values = match param.name.as_str() {
+            "perf_table" => PERF_TABLE.iter().copied().map(u64::from).collect(),
+            // It starts with the host.
+            _ => Vec::new(),
+        };
+        image.param(&param.name, values).expect("a parameter");
     }
     let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
     ImageDevice::builder(device, image)

@@ -76,10 +76,7 @@ fn host_time() -> Duration {
 
 /// Sets what the VMM tells the device: how far the time of day is from the time since boot.
 fn set_clock(image: &Programs, offset_ns: u64) {
-    let clock = image.map("clock").expect("the device's map");
-    clock
-        .update(&[0; 4], &offset_ns.to_ne_bytes())
-        .expect("BPF_MAP_UPDATE_ELEM");
+    image.param("clock", [offset_ns]).expect("the parameter");
 }
 
 /// Sets a device up, with pauses, and then has the guest see it.

@@ -6,11 +6,11 @@
 use std::sync::mpsc;
 use std::{fs, thread};
 
-use kvm_bpf::{ImageDevice, OnLoss};
+use kvm_bpf::{Device, ImageDevice, OnLoss, Place, Programs};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{Random, in_a_thread, number_from_env, stay_on, unpaused};
-use kvm_bpf_selftests::programs::{plug, sample};
+use kvm_bpf_selftests::programs::{loaded, sample};
 use kvm_bpf_vmm::userspace::{self, uclamp};
 
 use super::{ADDR, assert_described, other_accesses_of};
@@ -54,24 +54,22 @@ struct Setup {
 impl Setup {
     fn new(table: &[u32]) -> Self {
         let guest = Guest::new();
-        let device = plug(guest.vm(), ADDR, sample("vcpufreq"));
-        let setup = Setup {
+        let programs = loaded(sample("vcpufreq"));
+        fill(&programs, table);
+        let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
+        let device = ImageDevice::builder(device, programs)
+            .plug(Place::Memory(ADDR))
+            .expect("the region");
+        Setup {
             vcpu: guest.vcpu(0),
             guest,
             device,
-        };
-        setup.fill(table);
-        setup
+        }
     }
 
     /// Fills the table, with zeroes after its end.
     fn fill(&self, table: &[u32]) {
-        let map = self.device.programs().map("perf_table").expect("the table");
-        for index in 0..PERFTBL_MAX {
-            let khz = table.get(index).copied().unwrap_or(0);
-            map.update(&(index as u32).to_ne_bytes(), &khz.to_ne_bytes())
-                .expect("BPF_MAP_UPDATE_ELEM");
-        }
+        fill(self.device.programs(), table);
     }
 
     /// What a VMM sees of a page: request, selection, the last clamp, the errno of that.
@@ -97,6 +95,11 @@ impl Setup {
     fn write(&mut self, cpu: u64, register: u64, value: u32) {
         write(&mut self.vcpu, cpu, register, value);
     }
+}
+
+fn fill(programs: &Programs, table: &[u32]) {
+    let table = table.iter().copied().map(u64::from);
+    programs.param("perf_table", table).expect("the parameter");
 }
 
 fn read(vcpu: &mut Vcpu, cpu: u64, register: u64) -> u32 {
