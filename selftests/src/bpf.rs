@@ -510,8 +510,8 @@ pub struct Map {
 
 /// Name of every [`Map`], to count them by.
 const MAP_NAME: &CStr = c"kvm_bpf_test";
-/// The maps of those of `samples/devices` that tests load.
-const SAMPLE_MAP_NAMES: [&CStr; 11] = [
+/// The maps of those of `samples/devices` that tests load, and of one of `selftests/progs`.
+const SAMPLE_MAP_NAMES: [&CStr; 13] = [
     c".data.page",
     c"clock",
     c"pl031",
@@ -523,6 +523,9 @@ const SAMPLE_MAP_NAMES: [&CStr; 11] = [
     c"output",
     c"uart",
     c"lost",
+    // Of builder.bpf.c.
+    c"builder",
+    c"table",
 ];
 
 /// A map of a kind; `sizes` are those of a key and a value.
