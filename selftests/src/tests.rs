@@ -55,6 +55,7 @@ pub use doorbell::be_the_peer;
 
 mod access;
 mod bpftool;
+mod builder;
 mod bus;
 mod context;
 mod device;
@@ -106,6 +107,7 @@ pub fn all() -> Vec<Trial> {
     [
         device::all(),
         programs::all(),
+        builder::all(),
         bpftool::all(),
         region::all(),
         bus::all(),
