@@ -76,6 +76,8 @@
 //! File descriptors of the VMM are `impl AsRawFd`, which eventfds and VMs of all versions of
 //! `vmm-sys-util` and `kvm-ioctls` are; errors of the kernel are [`std::io::Error`].
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 pub mod abi;
 #[cfg(feature = "acpi")]
 pub mod acpi;

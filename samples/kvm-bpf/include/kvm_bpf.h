@@ -1,0 +1,1 @@
+../../devices/kvm_bpf.h
