@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use kvm_bpf::image::Error;
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Exit, Guest};
-use kvm_bpf_selftests::harness::skip;
+use kvm_bpf_selftests::harness::{skip, wait_for};
 use kvm_bpf_selftests::programs::{plug, test_image, test_path};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -20,6 +20,7 @@ tests!(
     programs_that_are_not_loaded,
     no_program_that_is_loaded,
     examples_of_documents,
+    examples_of_kernel_documents,
 );
 
 /// `kvm_bpf.h` has clang keep constant offsets into the context, where branches would share one
@@ -143,4 +144,26 @@ fn examples_of_documents() {
     let json = String::from_utf8(state.to_json().expect("JSON")).expect("text");
     let field = format!("\"seconds_left\": {UPPER}");
     assert!(json.contains(&field), "{json}");
+}
+
+/// Those of the documents that the series adds to the kernel: they load, and do what is said.
+fn examples_of_kernel_documents() {
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(5);
+    let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    let mut device = plug(guest.vm(), ADDR, test_image("documents"));
+    device.set_irq(0, &irq).expect("interrupt 0");
+    let read = vcpu.read(ADDR, 4);
+    assert_got!((read.value, read.exits), (5, vec![]));
+    for (offset, len) in [(0, 8), (4, 4)] {
+        let exits = vcpu.read(ADDR + offset, len).exits;
+        assert_got!(exits, [Exit::Read(ADDR + offset, len)]);
+    }
+    // The timer finds the interrupt that a program has taken, and not before.
+    device.resume().expect("starting the timer");
+    device.save().expect("its end");
+    assert_got!(taken(&irq), 0, "signals without an interrupt");
+    assert_got!(vcpu.write(ADDR, 4, 0), []);
+    device.resume().expect("starting the timer");
+    wait_for("the timer's signal", 1, || taken(&irq));
 }
