@@ -61,7 +61,7 @@ int builder_write(struct bpf_kvm_io_ctx *ctx)
 {
 	struct builder *b = the_builder();
 	__u64 data = *(__u64 *)ctx->buf;
-	__u64 word;
+	__u64 word = 0;
 
 	if (!b)
 		return 0;

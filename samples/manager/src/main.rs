@@ -147,3 +147,28 @@ fn main() -> ExitCode {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The page has a unit for systemd, which this starts with: on a socket that is handed over.
+    #[test]
+    fn the_unit_of_the_page_has_our_options() {
+        let page = include_str!("../../../Documentation/privileges.md");
+        let commands = page
+            .lines()
+            .filter_map(|line| line.strip_prefix("ExecStart="));
+        let [command] = commands.collect::<Vec<_>>()[..] else {
+            panic!("the page has not one line ExecStart=");
+        };
+        let (program, _) = command.split_once(' ').unwrap();
+        assert!(program.ends_with(env!("CARGO_BIN_NAME")), "{program}");
+        let args = Args::try_parse_from(command.split(' ')).unwrap();
+        assert_eq!(args.files, Path::new("/usr/lib/kvm-bpf"));
+        assert_eq!(
+            (args.socket, args.allowed, args.user),
+            (None, vec![65534], None)
+        );
+    }
+}
