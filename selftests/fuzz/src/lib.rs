@@ -49,6 +49,9 @@ pub fn note(file: &[u8]) -> bool {
     for work in &note.works {
         assert_eq!(note.work_index(&work.name), Some(work.index), "{note:?}");
     }
+    for param in &note.params {
+        assert_eq!(note.param(&param.name), Some(param), "{note:?}");
+    }
     note.regions();
     true
 }
