@@ -591,7 +591,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::note::{Range, Rights, Space, WorkName};
+    use crate::note::{Param, Range, Rights, Space, WorkName};
     use crate::schema::tests::{array, field, int, structure};
     use crate::schema::{Encoding, Kind, Type};
 
@@ -709,6 +709,34 @@ mod tests {
         assert_eq!(back.layouts, description().layouts);
         assert_eq!(back.names(), ["read", "work4", "map0"]);
         assert_eq!(back.to_bytes().unwrap(), bytes);
+    }
+
+    /// Parameters are told only where there are such: who knows none can read the rest.
+    #[test]
+    fn parameters_that_are_given_go_along() {
+        let json = |this: &Description| {
+            let bytes = this.to_bytes().unwrap();
+            String::from_utf8(bytes[HEADER_LEN..].to_vec()).unwrap()
+        };
+        let without = json(&description());
+        for word in ["params", "given"] {
+            assert!(!without.contains(word), "{word} in {without}");
+        }
+        let mut this = description();
+        let params = [("clock", true), ("table", false)];
+        this.note.params = params
+            .map(|(name, required)| Param {
+                name: name.to_string(),
+                required,
+            })
+            .to_vec();
+        this.given = vec!["clock".to_string()];
+        let text = json(&this);
+        let back = Description::from_json(text.as_bytes()).unwrap();
+        assert_eq!((back.note, back.given), (this.note, this.given));
+        let odd = text.replace(r#""given":["clock"]"#, r#""given":["clocks"]"#);
+        let error = Description::from_json(odd.as_bytes()).unwrap_err();
+        assert_eq!(error.to_string(), "map clocks: given, and no parameter");
     }
 
     #[test]
