@@ -355,7 +355,10 @@ impl Vm {
                 return Err(Error::NoLevel(bpf.at.what.clone()));
             }
             device.uio = bpf.uio;
-            if device.uio.is_some_and(|line| !arch::has_line(&device, line)) {
+            if device
+                .uio
+                .is_some_and(|line| !arch::has_line(&device, line))
+            {
                 return Err(Error::NoLine(bpf.at.what.clone()));
             }
             devices.push(device);
