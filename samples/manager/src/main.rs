@@ -3,15 +3,15 @@
 //! The manager's process: what it listens at, and what it may do.
 
 use std::error::Error;
-use std::fs;
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
-use std::thread;
+use std::{env, fs, thread};
 
 use caps::{CapSet, Capability, CapsHashSet};
 use clap::Parser;
@@ -45,12 +45,38 @@ struct Args {
 
 fn listen(path: Option<&Path>) -> Result<UnixListener> {
     let Some(path) = path else {
-        let handed_over = ListenFd::from_env().take_unix_listener(0)?;
-        return handed_over.ok_or_else(|| "no --socket, and none handed over".into());
+        return handed_over();
     };
     let listener = UnixListener::bind(path)?;
     // Who may is not a matter of the file.
     fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
+    Ok(listener)
+}
+
+/// The first socket of those that are meant for this process, as sd_listen_fds(3) has it.
+fn handed_over() -> Result<UnixListener> {
+    // The crate also takes what is meant for nobody.
+    let pid = env::var("LISTEN_PID").ok();
+    let is_ours = pid.and_then(|pid| pid.parse().ok()) == Some(process::id());
+    let listener = match is_ours {
+        true => ListenFd::from_env().take_unix_listener(0)?,
+        false => None,
+    };
+    let listener = listener.ok_or("no --socket, and none handed over")?;
+    let (mut listens, mut len): (libc::c_int, _) = (0, size_of::<libc::c_int>() as u32);
+    // SAFETY: the kernel writes at most `len` bytes to a number of that size.
+    let result = unsafe {
+        libc::getsockopt(
+            listener.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ACCEPTCONN,
+            (&raw mut listens).cast(),
+            &mut len,
+        )
+    };
+    if (result, listens) != (0, 1) {
+        return Err("the socket that was handed over does not listen".into());
+    }
     Ok(listener)
 }
 

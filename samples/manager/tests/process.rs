@@ -2,9 +2,11 @@
 
 //! The manager's process: sockets that it makes, and one that it is handed.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -16,20 +18,26 @@ struct Manager(Child);
 
 impl Drop for Manager {
     fn drop(&mut self) {
-        self.0.kill().expect("kill(2)");
+        // It may have ended.
+        _ = self.0.kill();
         self.0.wait().expect("wait(2)");
     }
 }
 
 /// Starts it, and waits until it listens.
 fn start(mut command: Command) -> Manager {
-    let mut child = command.stdout(Stdio::piped()).spawn().expect("the manager");
-    let output = child.stdout.take().expect("its output");
-    let manager = Manager(child);
+    let child = command.stdout(Stdio::piped()).spawn().expect("the manager");
+    let mut manager = Manager(child);
+    assert_eq!(first_line(&mut manager), "kvm-bpf-manager: ready\n");
+    manager
+}
+
+/// What it prints first; nothing if it ends before.
+fn first_line(manager: &mut Manager) -> String {
+    let output = manager.0.stdout.take().expect("its output");
     let mut line = String::new();
     BufReader::new(output).read_line(&mut line).expect("a line");
-    assert_eq!(line, "kvm-bpf-manager: ready\n");
-    manager
+    line
 }
 
 fn own_uid() -> String {
@@ -60,17 +68,15 @@ fn listens_at_a_path() {
     assert!(ask(&socket).starts_with("error cannot read the file: No such file"));
 }
 
-#[test]
-fn takes_the_socket_that_it_is_handed() {
-    let dir = TempDir::new().expect("a directory");
-    let socket = dir.as_path().join("socket");
-    let listener = UnixListener::bind(&socket).expect("a socket");
-    let fd = listener.as_raw_fd();
+/// The manager, with `fd` as its descriptor 3 and what the shell is told to have in the environment,
+/// where `$$` is the manager's number.
+fn handed(dir: &Path, fd: &impl AsRawFd, environment: &str) -> Command {
+    let fd = fd.as_raw_fd();
     // The shell has the number of the process that it becomes, as systemd's child has.
     let mut command = Command::new("sh");
-    command.args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\"", "sh"]);
+    command.args(["-c", &format!("{environment} exec \"$@\""), "sh"]);
     command.arg(env!("CARGO_BIN_EXE_kvm-bpf-manager"));
-    command.arg("--files").arg(dir.as_path());
+    command.arg("--files").arg(dir);
     command.args(["--allow", &own_uid()]);
     // SAFETY: these may be called between fork(2) and execve(2). If it is 3 already, it is still to
     // stay open.
@@ -82,9 +88,89 @@ fn takes_the_socket_that_it_is_handed() {
             },
         )
     };
-    let _manager = start(command);
-    drop(listener);
-    assert!(ask(&socket).starts_with("error cannot read the file: No such file"));
+    command
+}
+
+/// Fails unless the manager ends and says why.
+#[track_caller]
+fn assert_refused(mut command: Command, why: &str) {
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut manager = Manager(command.spawn().expect("the manager"));
+    let line = first_line(&mut manager);
+    assert_eq!(line, "", "{why}: it should not begin");
+    let mut said = String::new();
+    let mut errors = manager.0.stderr.take().expect("its errors");
+    errors.read_to_string(&mut said).expect("its errors");
+    let status = manager.0.wait().expect("wait(2)");
+    assert_eq!(status.code(), Some(1), "{why}: {said}");
+    assert!(said.contains(why), "wanted {why:?}, got {said:?}");
+}
+
+#[test]
+fn takes_the_socket_that_it_is_handed() {
+    let dir = TempDir::new().expect("a directory");
+    for (index, environment) in [
+        "LISTEN_PID=$$ LISTEN_FDS=1",
+        // Of more it takes the first.
+        "LISTEN_PID=$$ LISTEN_FDS=2",
+        "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=a.socket",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let socket = dir.as_path().join(format!("socket{index}"));
+        let listener = UnixListener::bind(&socket).expect("a socket");
+        let _manager = start(handed(dir.as_path(), &listener, environment));
+        drop(listener);
+        let answer = ask(&socket);
+        assert!(
+            answer.starts_with("error cannot read the file: No such file"),
+            "{environment}: {answer}"
+        );
+    }
+}
+
+/// As sd_listen_fds(3) has it: another process's are not taken, whatever is at the number.
+#[test]
+fn takes_no_socket_that_is_anothers() {
+    let dir = TempDir::new().expect("a directory");
+    let listener = UnixListener::bind(dir.as_path().join("socket")).expect("a socket");
+    for environment in [
+        "LISTEN_PID=1 LISTEN_FDS=1",
+        "LISTEN_PID=$(($$ + 1)) LISTEN_FDS=1",
+        "LISTEN_PID=-1 LISTEN_FDS=1",
+        "LISTEN_PID=x$$ LISTEN_FDS=1",
+        "LISTEN_PID= LISTEN_FDS=1",
+        "LISTEN_FDS=1",
+        "LISTEN_PID=$$",
+        "LISTEN_PID=$$ LISTEN_FDS=0",
+        "LISTEN_PID=$$ LISTEN_FDS=-1",
+        "LISTEN_PID=$$ LISTEN_FDS=one",
+        "LISTEN_PID=$$ LISTEN_FDS=",
+        "",
+    ] {
+        let command = handed(dir.as_path(), &listener, environment);
+        assert_refused(command, "no --socket, and none handed over");
+    }
+}
+
+#[test]
+fn takes_nothing_but_a_listening_socket() {
+    let dir = TempDir::new().expect("a directory");
+    let path = dir.as_path();
+    let (stream, _peer) = UnixStream::pair().expect("socketpair(2)");
+    let datagrams = UnixDatagram::bind(path.join("datagrams")).expect("a socket");
+    let internet = TcpListener::bind("127.0.0.1:0").expect("a socket");
+    let file = File::open("/dev/null").expect("/dev/null");
+    let environment = "LISTEN_PID=$$ LISTEN_FDS=1";
+    assert_refused(handed(path, &file, environment), "fd 3 is not a socket");
+    let not_one = "fd 3 is not a valid unix stream socket";
+    assert_refused(handed(path, &datagrams, environment), not_one);
+    assert_refused(handed(path, &internet, environment), not_one);
+    let connected = "the socket that was handed over does not listen";
+    assert_refused(handed(path, &stream, environment), connected);
+    let closed = format!("exec 3<&-; {environment}");
+    assert_refused(handed(path, &file, &closed), "fd 3 is not a socket");
 }
 
 #[test]
@@ -104,9 +190,6 @@ fn wants_a_socket_and_a_directory() {
         if let Some(socket) = socket {
             command.arg("--socket").arg(socket);
         }
-        let output = command.output().expect("the manager");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        assert!(said.contains(why), "wanted {why:?}, got {said:?}");
+        assert_refused(command, why);
     }
 }
