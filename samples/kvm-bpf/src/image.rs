@@ -8,8 +8,8 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use libbpf_rs::{
-    AsRawLibbpf, ErrorKind, MapCore, ObjectBuilder, OpenMap, OpenMapMut, OpenObject,
-    OpenProgramMut, libbpf_sys,
+    AsRawLibbpf, ErrorKind, ObjectBuilder, OpenMap, OpenMapMut, OpenObject, OpenProgramMut,
+    libbpf_sys,
 };
 
 use crate::abi::Abi;
@@ -176,6 +176,9 @@ impl<T> ByRole<T> {
 pub struct OpenImage {
     note: Note,
     object: OpenObject,
+    /// The maps' names, in the object's order. libbpf has the kernel's of one that is carried over,
+    /// which has none where its loader had a token.
+    map_names: Vec<String>,
     /// What the maps were like before some were carried over.
     layouts: Option<Vec<Layout>>,
     /// The maps that have what somebody has put into them.
@@ -203,9 +206,12 @@ impl OpenImage {
             .name(name)
             .and_then(|builder| builder.open_memory(file))
             .map_err(|error| Error::Open(foreign(error)))?;
+        let map_name = |map: OpenMap<'_>| map.name().to_string_lossy().into_owned();
+        let map_names = object.maps().map(map_name).collect();
         Ok(OpenImage {
             note,
             object,
+            map_names,
             layouts: None,
             given: Vec::new(),
             abi: Abi::default(),
@@ -238,9 +244,15 @@ impl OpenImage {
     }
 
     fn map_mut(&mut self, name: &str) -> Option<OpenMapMut<'_>> {
-        self.object
-            .maps_mut()
-            .find(|map| is_named(&map.name().to_string_lossy(), name))
+        let mut maps = self.map_names.iter().zip(self.object.maps_mut());
+        maps.find_map(|(full, map)| is_named(full, name).then_some(map))
+    }
+
+    fn named_maps(&self) -> impl Iterator<Item = (&str, OpenMap<'_>)> {
+        self.map_names
+            .iter()
+            .map(String::as_str)
+            .zip(self.object.maps())
     }
 
     /// Has the device use `map`, which others use too, instead of a map of its own of that name.
@@ -307,9 +319,8 @@ impl OpenImage {
             writes: programs.write.is_some(),
         };
         let changes = maps::plan(&from.side(), &new, on_loss, |old, new| new.difference(old))?;
-        for mut map in self.object.maps_mut() {
-            let full = map.name().to_string_lossy().into_owned();
-            let name = short_name(&full).to_string();
+        for (full, mut map) in self.map_names.iter().zip(self.object.maps_mut()) {
+            let name = short_name(full).to_string();
             if let Some(old) = from.map(&name)
                 && changes.carried.contains(&name)
             {
@@ -381,8 +392,8 @@ impl OpenImage {
         }
         // Before the kernel gets to see anything.
         let find = |name: &str| {
-            let mut maps = self.object.maps().filter(OpenMap::autocreate);
-            let map = maps.find(|map| is_named(&map.name().to_string_lossy(), name))?;
+            let mut maps = self.named_maps().filter(|(_, map)| map.autocreate());
+            let (_, map) = maps.find(|(full, _)| is_named(full, name))?;
             Some(info_of(&map))
         };
         page::check(&self.note, find)?;
@@ -393,6 +404,8 @@ impl OpenImage {
             None => Layout::of_object(&mut self.object)?,
         };
         let initial = self.initial_values();
+        let created = self.named_maps().filter(|(_, map)| map.autocreate());
+        let created: Vec<_> = created.map(|(name, _)| name.to_string()).collect();
         let mut logs = Vec::new();
         for mut program in self.object.progs_mut() {
             let section = program.section().to_string_lossy().into_owned();
@@ -429,10 +442,9 @@ impl OpenImage {
             }
         }
         let mut maps = Vec::new();
-        for map in object.maps() {
-            let name = map.name().to_string_lossy();
+        for (name, map) in created.iter().zip(object.maps()) {
             let fd = map.as_fd().try_clone_to_owned();
-            let map = fd.and_then(|fd| Map::from_fd(short_name(&name), fd));
+            let map = fd.and_then(|fd| Map::from_fd(short_name(name), fd));
             maps.push(map.map_err(Error::Load)?);
         }
         Ok(Programs::new(Parts {
@@ -449,11 +461,11 @@ impl OpenImage {
 
     /// What global data has at first, by section.
     fn initial_values(&self) -> BTreeMap<String, Vec<u8>> {
-        let of_map = |map: OpenMap<'_>| {
-            let name = short_name(&map.name().to_string_lossy()).to_string();
+        let of_map = |(full, map): (&str, OpenMap<'_>)| {
+            let name = short_name(full).to_string();
             Some((name, map.initial_value()?.to_vec()))
         };
-        self.object.maps().filter_map(of_map).collect()
+        self.named_maps().filter_map(of_map).collect()
     }
 }
 

@@ -18,6 +18,8 @@ use clap::Parser;
 use kvm_bpf_manager::Files;
 use listenfd::ListenFd;
 
+mod token;
+
 /// The most VMMs that are served at the same time.
 const MAX_CONNECTIONS: u32 = 64;
 
@@ -25,7 +27,8 @@ type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
 
 /// Loads devices made of eBPF programs, for VMMs that have no right to.
 ///
-/// It gives up all rights but CAP_BPF. Without that, a BPF token in LIBBPF_BPF_TOKEN_PATH does.
+/// It gives up all rights but CAP_BPF. Without that, a BPF token does: of --token, or of the bpf
+/// file system that LIBBPF_BPF_TOKEN_PATH names.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
@@ -41,6 +44,10 @@ struct Args {
     /// The user to become, by number
     #[arg(long, value_name = "UID")]
     user: Option<libc::uid_t>,
+    /// Load with a BPF token, in a user namespace of its own, where the process has CAP_BPF, and no
+    /// capability on the host; it has to start with all that root has
+    #[arg(long, requires = "user")]
+    token: bool,
 }
 
 fn listen(path: Option<&Path>) -> Result<UnixListener> {
@@ -115,6 +122,14 @@ fn drop_privileges(user: Option<libc::uid_t>) -> Result<()> {
 fn run(args: Args) -> Result<()> {
     let files = Arc::new(Files::new(&args.files)?);
     let listener = listen(args.socket.as_deref())?;
+    if args.token {
+        // Root's files are root's, whatever the namespace.
+        if args.user == Some(0) {
+            return Err("with --token, --user is not root".into());
+        }
+        token::enter().map_err(|error| format!("cannot get a BPF token: {error}"))?;
+    }
+    token::refuse_ambiguous(&args.allowed)?;
     drop_privileges(args.user)?;
     let allowed: Arc<[_]> = args.allowed.into();
     let connections = Arc::new(AtomicU32::new(0));
@@ -158,10 +173,11 @@ impl Drop for Served {
 
 fn serve(files: &Files, stream: &UnixStream, allowed: &[libc::uid_t]) {
     let (granted, ended) = files.serve(stream, allowed);
-    match ended {
-        Ok(()) => println!("kvm-bpf-manager: {granted} granted"),
-        Err(error) => eprintln!("kvm-bpf-manager: {granted} granted; {error}"),
-    }
+    // Who read that may be gone.
+    _ = match ended {
+        Ok(()) => writeln!(io::stdout(), "kvm-bpf-manager: {granted} granted"),
+        Err(error) => writeln!(io::stderr(), "kvm-bpf-manager: {granted} granted; {error}"),
+    };
 }
 
 fn main() -> ExitCode {

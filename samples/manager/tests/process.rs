@@ -10,6 +10,8 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::tempdir::TempDir;
 
@@ -48,7 +50,8 @@ fn own_uid() -> String {
 /// What it answers to a request for a file that is not there.
 fn ask(socket: &Path) -> String {
     let mut stream = UnixStream::connect(socket).expect("a connection");
-    stream.write_all(b"load nothing.o\n").expect("a request");
+    // Where there are too many connections it answers unasked, and closes this one.
+    _ = stream.write_all(b"load nothing.o\n");
     let mut line = String::new();
     BufReader::new(stream)
         .read_line(&mut line)
@@ -191,5 +194,33 @@ fn wants_a_socket_and_a_directory() {
             command.arg("--socket").arg(socket);
         }
         assert_refused(command, why);
+    }
+}
+
+#[test]
+fn serves_so_many_at_a_time() {
+    let dir = TempDir::new().expect("a directory");
+    let socket = dir.as_path().join("socket");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvm-bpf-manager"));
+    command.arg("--files").arg(dir.as_path());
+    command.arg("--socket").arg(&socket);
+    command.args(["--allow", &own_uid()]);
+    let _manager = start(command);
+    let connect = || UnixStream::connect(&socket).expect("a connection");
+    let mut served: Vec<_> = (0..64).map(|_| connect()).collect();
+    let one_more = connect();
+    let limit = Some(Duration::from_secs(60));
+    one_more.set_read_timeout(limit).expect("a time limit");
+    let mut line = String::new();
+    BufReader::new(one_more)
+        .read_line(&mut line)
+        .expect("an answer");
+    assert_eq!(line, "error 64 connections are there\n");
+    // One that ends makes room.
+    served.pop();
+    let end = Instant::now() + Duration::from_secs(60);
+    while !ask(&socket).starts_with("error cannot read the file") {
+        assert!(Instant::now() < end, "wanted room for another connection");
+        thread::sleep(Duration::from_millis(10));
     }
 }
