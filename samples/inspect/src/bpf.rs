@@ -67,8 +67,9 @@ impl Program {
     }
 }
 
-/// How often a program handled what it was run for, and how often it declined, from the time when
-/// this is made.
+/// How often a program returned 0, and how often something else, from the time when this is made.
+///
+/// Of an access that is whether it was handled; a program without one returns 1 to be run again.
 #[derive(Debug)]
 pub struct Counter {
     counts: MapHandle,
@@ -95,7 +96,7 @@ impl Counter {
         })
     }
 
-    /// How often it handled one, and how often it declined.
+    /// How often it returned 0, and how often something else.
     pub fn get(&self) -> io::Result<[u64; 2]> {
         let count = |index: u32| {
             let value = self.counts.lookup(&index.to_ne_bytes(), MapFlags::ANY);
@@ -237,27 +238,60 @@ impl Map {
         )
     }
 
-    /// The values of its first entries, in the words of the program's source: only of arrays,
-    /// whose types the program has brought along.
-    pub fn values(&self, entries: u32) -> io::Result<Vec<String>> {
+    /// Its first entries, in the words of the program's source: of arrays and hash tables whose
+    /// types the program has brought along.
+    pub fn entries(&self, most: u32) -> io::Result<Vec<String>> {
         let info = &self.info.info;
-        if self.handle.map_type() != MapType::Array || info.btf_id == 0 {
+        let is_array = match self.handle.map_type() {
+            MapType::Array => true,
+            MapType::Hash | MapType::LruHash => false,
+            _ => return Ok(Vec::new()),
+        };
+        if info.btf_id == 0 {
             return Ok(Vec::new());
         }
-        // SAFETY: a number; what it returns is freed below.
-        let btf = unsafe { sys::btf__load_from_kernel_by_id(info.btf_id) };
+        let btf = Types::of_map(info.btf_id)?;
+        let value = |key: &[u8]| {
+            let bytes = self.handle.lookup(key, MapFlags::ANY);
+            // An entry of a hash table may be gone by now.
+            let bytes = bytes.map_err(io::Error::other)?;
+            let dumped = bytes.map(|bytes| dump(&btf, info.btf_value_type_id, &bytes));
+            dumped.transpose()
+        };
+        if is_array {
+            let entries = (0..info.max_entries.min(most)).map(|index| {
+                let value = value(&index.to_ne_bytes())?.unwrap_or_default();
+                Ok(format!("{index}: {value}"))
+            });
+            return entries.collect();
+        }
+        let entries = self.handle.keys().take(most as usize).filter_map(|key| {
+            let entry = dump(&btf, info.btf_key_type_id, &key)
+                .and_then(|words| Ok(value(&key)?.map(|value| format!("{words}: {value}"))));
+            entry.transpose()
+        });
+        entries.collect()
+    }
+}
+
+/// Types that a program has brought along.
+struct Types(*mut sys::btf);
+
+impl Types {
+    fn of_map(id: u32) -> io::Result<Self> {
+        // SAFETY: a number.
+        let btf = unsafe { sys::btf__load_from_kernel_by_id(id) };
         if btf.is_null() {
             return Err(io::Error::last_os_error());
         }
-        let values = (0..info.max_entries.min(entries)).map(|index| {
-            let bytes = self.handle.lookup(&index.to_ne_bytes(), MapFlags::ANY);
-            let bytes = bytes.map_err(io::Error::other)?.unwrap_or_default();
-            dump(btf, info.btf_value_type_id, &bytes)
-        });
-        let values = values.collect();
+        Ok(Types(btf))
+    }
+}
+
+impl Drop for Types {
+    fn drop(&mut self) {
         // SAFETY: it is ours, and nobody uses it any more.
-        unsafe { sys::btf__free(btf) };
-        values
+        unsafe { sys::btf__free(self.0) };
     }
 }
 
@@ -266,7 +300,7 @@ impl Map {
 type Print = unsafe extern "C" fn(*mut c_void, *const c_char, *mut c_void);
 
 /// libbpf's text for bytes of a type.
-fn dump(btf: *mut sys::btf, ty: u32, bytes: &[u8]) -> io::Result<String> {
+fn dump(btf: &Types, ty: u32, bytes: &[u8]) -> io::Result<String> {
     unsafe extern "C" fn append(text: *mut c_void, format: *const c_char, args: *mut c_void) {
         // SAFETY: `text` is what `btf_dump__new()` was given; libbpf's format fits its arguments.
         unsafe {
@@ -281,7 +315,7 @@ fn dump(btf: *mut sys::btf, ty: u32, bytes: &[u8]) -> io::Result<String> {
     let append =
         unsafe { std::mem::transmute::<Print, sys::btf_dump_printf_fn_t>(append as Print) };
     // SAFETY: `text` outlives what this returns.
-    let dump = unsafe { sys::btf_dump__new(btf, append, (&raw mut text).cast(), ptr::null()) };
+    let dump = unsafe { sys::btf_dump__new(btf.0, append, (&raw mut text).cast(), ptr::null()) };
     if dump.is_null() {
         return Err(io::Error::last_os_error());
     }

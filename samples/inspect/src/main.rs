@@ -22,6 +22,10 @@ use fdinfo::Device;
 /// Entries of a map that are shown.
 const MAX_ENTRIES: u32 = 16;
 
+/// What a program's result says, where it is 0 and where it is not.
+const OF_AN_ACCESS: [&str; 2] = ["handled", "declined"];
+const OF_WORK: [&str; 2] = ["finished", "more to do"];
+
 #[derive(Debug, Parser)]
 #[command(
     name = "kvm-bpf",
@@ -41,8 +45,9 @@ enum Command {
     Inspect {
         /// The process, a VMM.
         pid: u32,
-        /// Count for so long, or until the process ends, how often each program handled what it ran
-        /// for, and how often it declined. Otherwise nothing is counted.
+        /// Count for so long, or until the process ends, how many accesses each program handled, and
+        /// how many it declined; of a WORK program, how often it finished, and had more to do.
+        /// Otherwise nothing is counted.
         #[arg(long = "for", value_name = "SECONDS")]
         seconds: Option<f64>,
     },
@@ -123,34 +128,36 @@ fn show(
     counters: Option<&BTreeMap<u32, Counter>>,
     out: &mut impl Write,
 ) -> Result<(), Error> {
-    let show_program = |out: &mut dyn Write, what: &str, program: &fdinfo::Program| {
-        let known = programs.get(&program.id);
-        let name = known.map_or("", |known| known.name.as_str());
-        let sleeps = if program.sleeps { ", may sleep" } else { "" };
-        write!(
-            out,
-            "    {what}: {name} (program {}, tag {}{sleeps})",
-            program.id, program.tag
-        )?;
-        if let Some(counters) = counters {
-            match counters.get(&program.id) {
-                Some(counter) => {
-                    let [handled, declined] = counter.get()?;
-                    write!(out, ": handled {handled}, declined {declined}")?;
-                }
-                None => write!(out, ": not counted: it has no BTF")?,
-            }
-        } else if let Some(known) = known
-            && known.run_cnt > 0
-        {
+    let show_program =
+        |out: &mut dyn Write, what: &str, program: &fdinfo::Program, results: [&str; 2]| {
+            let known = programs.get(&program.id);
+            let name = known.map_or("", |known| known.name.as_str());
+            let sleeps = if program.sleeps { ", may sleep" } else { "" };
             write!(
                 out,
-                ": ran {} times, {} ns",
-                known.run_cnt, known.run_time_ns
+                "    {what}: {name} (program {}, tag {}{sleeps})",
+                program.id, program.tag
             )?;
-        }
-        writeln!(out)
-    };
+            if let Some(counters) = counters {
+                match counters.get(&program.id) {
+                    Some(counter) => {
+                        let [zero, other] = counter.get()?;
+                        let [if_zero, if_other] = results;
+                        write!(out, ": {if_zero} {zero}, {if_other} {other}")?;
+                    }
+                    None => write!(out, ": not counted: it has no BTF")?,
+                }
+            } else if let Some(known) = known
+                && known.run_cnt > 0
+            {
+                write!(
+                    out,
+                    ": ran {} times, {} ns",
+                    known.run_cnt, known.run_time_ns
+                )?;
+            }
+            writeln!(out)
+        };
     for region in &device.regions {
         let kind = if region.is_pio { "ports" } else { "MMIO" };
         writeln!(
@@ -160,7 +167,7 @@ fn show(
         )?;
         for (what, program) in [("reads", &region.read), ("writes", &region.write)] {
             match program {
-                Some(program) => show_program(out, what, program)?,
+                Some(program) => show_program(out, what, program, OF_AN_ACCESS)?,
                 None => writeln!(out, "    {what}: user space")?,
             }
         }
@@ -172,7 +179,7 @@ fn show(
             "the VMM"
         };
         writeln!(out, "  work {}: run by {by}", work.index)?;
-        show_program(out, "program", &work.program)?;
+        show_program(out, "program", &work.program, OF_WORK)?;
     }
     if !device.irqs.is_empty() {
         let irqs: Vec<_> = device.irqs.iter().map(u32::to_string).collect();
@@ -220,10 +227,10 @@ fn show_maps(
             continue;
         };
         writeln!(out, "  {}", map.describe())?;
-        match map.values(MAX_ENTRIES) {
-            Ok(values) => {
-                for (index, value) in values.iter().enumerate() {
-                    writeln!(out, "    {index}: {value}")?;
+        match map.entries(MAX_ENTRIES) {
+            Ok(entries) => {
+                for entry in entries {
+                    writeln!(out, "    {entry}")?;
                 }
             }
             Err(error) => writeln!(out, "    not shown: {error}")?,

@@ -2,23 +2,30 @@
 
 //! `kvm-bpf inspect`, which shows the devices of a process.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::process::id;
+use std::thread;
 
+use kvm_bpf::uapi::{KVM_DEV_BPF_ATTR_GROUP_PIO, kvm_bpf_user_region, kvm_bpf_user_work};
 use kvm_bpf::{Device as LibraryDevice, Window};
 use kvm_bpf_selftests::bpf::{Prog, ProgType, program_id};
 use kvm_bpf_selftests::device::{Device, region, work};
-use kvm_bpf_selftests::guest::Guest;
-use kvm_bpf_selftests::harness::meanwhile;
-use kvm_bpf_selftests::programs::{answer, only_return, plug, ret, sample, test_image};
+use kvm_bpf_selftests::guest::{Guest, Vcpu};
+use kvm_bpf_selftests::harness::{Errno, meanwhile, skip, wait_for};
+use kvm_bpf_selftests::programs::{answer, loaded, only_return, plug, ret, sample, test_image};
+use libbpf_rs::query::LinkInfoIter;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ADDR, SIZE, beside_this_program};
 
 tests!(
     a_sample_with_its_state_in_words,
+    state_of_each_kind_in_words,
     each_kind_of_thing,
     counts_while_it_runs,
+    counts_of_ports,
+    counts_of_work,
+    counts_only_when_asked,
     a_process_without_devices,
 );
 
@@ -76,6 +83,36 @@ fn a_sample_with_its_state_in_words() {
     assert_line(&lines, "allowed: all");
 }
 
+/// Arrays, hash tables and global variables; of what is in other maps nothing is said.
+fn state_of_each_kind_in_words() {
+    let guest = Guest::new();
+    let device = plug(guest.vm(), ADDR, test_image("carry"));
+    let mut vcpu = guest.vcpu(0);
+    for (offset, value) in [(0, 11), (8, 12), (0x10, 13), (0x18, 14)] {
+        vcpu.write(ADDR + offset, 8, value);
+    }
+    let other = device.programs().map("other").expect("a hash table");
+    other
+        .update(&[5, 0, 0, 0], &77_u64.to_ne_bytes())
+        .expect("an entry");
+    let lines = own(&[]);
+    for wanted in [
+        "0: (struct state){.first = (__u32)11,.second = (__u32)12,}",
+        "(__u32)0: (__u64)13",
+        "(__u32)5: (__u64)77",
+    ] {
+        assert_line(&lines, wanted);
+    }
+    for wanted in [
+        "zeroed = (__u64)14",
+        "preset = (__u64)7",
+        "version = (__u64)1",
+    ] {
+        let is_there = lines.iter().any(|line| line.contains(wanted));
+        assert!(is_there, "wanted {wanted:?}, got {lines:#?}");
+    }
+}
+
 fn each_kind_of_thing() {
     let guest = Guest::new();
     let device = Device::new(guest.vm());
@@ -120,15 +157,39 @@ fn each_kind_of_thing() {
 /// The numbers behind "handled" and "declined" of a program's line.
 #[track_caller]
 fn counts(lines: &[String], what: &str) -> [u64; 2] {
+    counts_in_words(lines, what, ["handled", "declined"])
+}
+
+/// The numbers behind these two words.
+#[track_caller]
+fn counts_in_words(lines: &[String], what: &str, [zero, other]: [&str; 2]) -> [u64; 2] {
     let line = lines.iter().find(|line| line.starts_with(what));
     let line = line.unwrap_or_else(|| panic!("wanted {what:?}, got {lines:#?}"));
     let (_, counts) = line
-        .split_once("handled ")
+        .split_once(&format!(": {zero} "))
         .unwrap_or_else(|| panic!("no counts: {line}"));
+    let between = format!(", {other} ");
     let mut numbers = counts
-        .split(", declined ")
+        .split(&between)
         .map(|number| number.parse().expect("a number"));
     [(); 2].map(|()| numbers.next().expect("two numbers"))
+}
+
+/// What it printed as it counted for a second. It counts so many programs when `act` is called.
+#[track_caller]
+fn counted_meanwhile(programs: usize, act: impl FnOnce()) -> Vec<String> {
+    thread::scope(|scope| {
+        let before = links();
+        let inspect = scope.spawn(|| own(&["--for", "1"]));
+        wait_for("programs that count", before + programs, links);
+        act();
+        inspect.join().expect("kvm-bpf inspect")
+    })
+}
+
+/// How many links there are: a program that counts is attached with one.
+fn links() -> usize {
+    LinkInfoIter::default().count()
 }
 
 fn counts_while_it_runs() {
@@ -169,6 +230,98 @@ fn counts_while_it_runs() {
         !lines.iter().any(|line| line.contains("handled")),
         "{lines:#?}"
     );
+}
+
+fn counts_of_ports() {
+    const PORT: u16 = 0x2f8;
+
+    let guest = Guest::new();
+    let device = Device::new(guest.vm());
+    if device.has_attr(KVM_DEV_BPF_ATTR_GROUP_PIO, 0).is_err() {
+        skip("this architecture has no ports");
+    }
+    let programs = loaded(test_image("inspected"));
+    let fd = |program: Option<BorrowedFd<'_>>| program.expect("a program").as_raw_fd();
+    let ports = kvm_bpf_user_region {
+        addr: PORT.into(),
+        size: 8,
+        bpf_readfd: fd(programs.read_program()),
+        bpf_writefd: fd(programs.write_program()),
+    };
+    device.set_ports(5, &ports);
+    let mut vcpu = guest.vcpu(0);
+    let lines = counted_meanwhile(2, || {
+        for (port, times) in [(PORT, 5), (PORT + 4, 3)] {
+            for _ in 0..times {
+                port_access(&mut vcpu, port);
+            }
+        }
+    });
+    assert_line(&lines, "region 5: ports 0x2f8, 0x8 bytes");
+    assert_got!(counts(&lines, "reads: inspected_read "), [5, 3], "of in");
+    assert_got!(counts(&lines, "writes: inspected_write "), [3, 5], "of out");
+}
+
+#[cfg(target_arch = "x86_64")]
+fn port_access(vcpu: &mut Vcpu, port: u16) {
+    vcpu.port_in(port, 1);
+    vcpu.port_out(port, 1, 0);
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn port_access(_: &mut Vcpu, _: u16) {
+    unreachable!("there are no ports");
+}
+
+/// Whoever runs it. A run that asks to be run again is one that had more to do.
+fn counts_of_work() {
+    let guest = Guest::new();
+    let device = Device::new(guest.vm());
+    let programs = loaded(test_image("inspected"));
+    let signal = EventFd::new(0).expect("eventfd");
+    let program = programs.work("odd").expect("its program").program;
+    let work = kvm_bpf_user_work {
+        bpf_fd: program.as_raw_fd(),
+        eventfd: signal.as_raw_fd(),
+        flags: 0,
+        pad: 0,
+    };
+    device.set_work(9, &work);
+    let lines = counted_meanwhile(1, || {
+        let again = Err(Errno(libc::EAGAIN));
+        assert_got!((device.run(9, 2), device.run(9, 4)), (Ok(()), Ok(())));
+        assert_got!(device.run(9, 3), again, "with an odd number");
+        // Once for the number, and once more as it was odd.
+        signal.write(7).expect("a signal");
+    });
+    assert_line(&lines, "work 9: run by an eventfd or the VMM");
+    let got = counts_in_words(
+        &lines,
+        "program: inspected_work ",
+        ["finished", "more to do"],
+    );
+    assert_got!(got, [3, 2], "runs that finished, and that had more to do");
+}
+
+/// The kernel numbers programs one by one: none is loaded without `--for`, and none stays with it.
+fn counts_only_when_asked() {
+    let guest = Guest::new();
+    let _device = plug(guest.vm(), ADDR, test_image("half_bank"));
+    let before = links();
+    let next = || program_id(answer(0).as_raw_fd());
+    let loaded_by = |args: &[&str]| {
+        let before = next();
+        own(args);
+        next() - before - 1
+    };
+    assert_got!(loaded_by(&[]), 0, "programs that it loads");
+    // libbpf has some of its own, to find out what the kernel can.
+    let counting = loaded_by(&["--for", "0"]);
+    assert!(
+        counting >= 2,
+        "wanted two programs that count, got {counting}"
+    );
+    wait_for("programs that count", before, links);
 }
 
 fn a_process_without_devices() {
