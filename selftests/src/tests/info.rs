@@ -138,7 +138,7 @@ fn fdinfo_path(device: &Device) -> PathBuf {
 }
 
 /// What comes from the device itself: lines as words.
-fn fdinfo(device: &Device) -> Vec<String> {
+pub(super) fn fdinfo(device: &Device) -> Vec<String> {
     let text = fs::read_to_string(fdinfo_path(device)).expect("fdinfo");
     let ours = [
         "region:", "irq:", "mem:", "work:", "allow:", "require:", "sealed:",
