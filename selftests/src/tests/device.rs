@@ -15,11 +15,14 @@ use kvm_bpf_selftests::bpf::{
 };
 use kvm_bpf_selftests::device::{Device, region, test_create};
 use kvm_bpf_selftests::guest::{Exit, Guest, Vcpu, vms};
-use kvm_bpf_selftests::harness::{CAP_BPF, Errno, in_a_thread, set_capabilities, wait_for};
+use kvm_bpf_selftests::harness::{
+    CAP_BPF, Errno, in_a_process, in_a_thread, set_capabilities, wait_for,
+};
 use kvm_bpf_selftests::programs::{
     Recorder, answer, answer_insns, loaded, only_return, ret, sample, test_image,
 };
 use kvm_ioctls::Kvm;
+use libbpf_rs::libbpf_sys as sys;
 
 use super::{ADDR, PATTERN, SIZE, assert_errno, beside_this_program, fd_of, system_call};
 
@@ -32,6 +35,7 @@ tests!(
     create_and_close_repeatedly,
     close_in_any_order,
     unprivileged_vmm,
+    other_processes_get_eio,
     loading_needs_cap_bpf_alone,
     samples_load_with_cap_bpf_alone,
     loading_with_a_token,
@@ -242,6 +246,23 @@ fn assert_loading(
     }
 }
 
+/// Whoever has the file descriptors: a VM and its devices are of the process that has created it.
+fn other_processes_get_eio() {
+    let guest = Guest::new();
+    let device = Device::new(guest.vm());
+    let read = answer(PATTERN);
+    in_a_process(|| {
+        let eio = Err(Errno(libc::EIO));
+        let region = region(ADDR, SIZE, Some(&read), None);
+        assert_got!(device.try_set_region(0, &region), eio, "setting a region");
+        assert_got!(device.try_set_perms(0, 0), eio, "giving up permissions");
+        assert_got!(device.info(0).map(drop), eio, "asking");
+        assert_got!(Device::try_new(guest.vm()).map(drop), eio, "a new device");
+    });
+    device.set_region(0, &region(ADDR, SIZE, Some(&read), None));
+    assert_handled(&mut guest.vcpu(0), ADDR, PATTERN);
+}
+
 /// Of all privileges that root has, `CAP_BPF` is enough to load programs of both types.
 fn loading_needs_cap_bpf_alone() {
     let recorder = Recorder::new();
@@ -361,6 +382,11 @@ fn load_in_a_namespace(mut parent: UnixStream, wanted: Result<(), Errno>) {
     ];
     assert_loading(&programs, None, Err(Errno(libc::EPERM)));
     assert_loading(&programs, Some(token.as_raw_fd()), wanted);
+    // No token here is for these.
+    let others = [sys::BPF_PROG_TYPE_XDP, sys::BPF_PROG_TYPE_TRACEPOINT];
+    let others = others.map(|kind| (ProgType(kind), ret(0).to_vec()));
+    let refused = Err(Errno(libc::EPERM));
+    assert_loading(&others, Some(token.as_raw_fd()), refused);
 }
 
 /// `enum fsconfig_command`

@@ -30,6 +30,7 @@ tests!(
     no_helpers_that_look_around,
     messages_for_debugging,
     no_kfuncs_that_look_around,
+    no_kfuncs_that_allocate,
     no_kfuncs_that_hold_up_the_host,
     no_arenas,
     extensions_have_no_more_rights,
@@ -268,11 +269,28 @@ fn no_kfuncs_that_look_around() {
         "bpf_iter_css_new",
         "bpf_iter_css_task_new",
         "bpf_iter_kmem_cache_new",
+        "bpf_get_root_mem_cgroup",
+        "bpf_get_mem_cgroup",
     ] {
-        kfunc_refused(
-            name,
-            &format!("calling kernel function {name} is not allowed"),
-        );
+        not_allowed(name);
+    }
+}
+
+fn not_allowed(name: &str) {
+    kfunc_refused(
+        name,
+        &format!("calling kernel function {name} is not allowed"),
+    );
+}
+
+/// Their memory is charged to nobody, and a guest could have them get more and more.
+fn no_kfuncs_that_allocate() {
+    for name in [
+        "bpf_obj_new_impl",
+        "bpf_percpu_obj_new_impl",
+        "bpf_cpumask_create",
+    ] {
+        not_allowed(name);
     }
 }
 
