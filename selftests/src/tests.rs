@@ -57,6 +57,7 @@ mod access;
 mod bpftool;
 mod builder;
 mod bus;
+mod charged;
 mod context;
 mod device;
 mod doorbell;
@@ -115,6 +116,7 @@ pub fn all() -> Vec<Trial> {
         perms::all(),
         info::all(),
         inspect::all(),
+        charged::all(),
         access::all(),
         pio::all(),
         context::all(),

@@ -5,7 +5,6 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,6 +17,7 @@ use kvm_bpf_selftests::bpf::{
     Census, Index, Insn, LOADERS, Load, LoadOptions, Map, Prog, ProgType, Reg, add_imm, atomic_add,
     call_kfunc, exit, jump_if_eq, jump_if_ne, load, lookup, mov, mov_imm, store,
 };
+use kvm_bpf_selftests::cgroup::Cgroup;
 use kvm_bpf_selftests::device::{Device, NO_WORK, region, work};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine};
 use kvm_bpf_selftests::harness::{
@@ -949,50 +949,9 @@ fn thread_counts() {
 /// What a victim is to do, in that process.
 const VARIABLE: &str = "KVM_BPF_WORK_VICTIM";
 
-/// A cgroup, removed when dropped: its processes have to be gone.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    fn new(name: &str) -> Self {
-        let root = Path::new("/sys/fs/cgroup");
-        fs::write(root.join("cgroup.subtree_control"), "+cpu").expect("the CPU controller");
-        let path = root.join(name);
-        fs::create_dir(&path).expect("a cgroup");
-        Cgroup(path)
-    }
-
-    #[track_caller]
-    fn read(&self, file: &str) -> String {
-        let text = fs::read_to_string(self.0.join(file));
-        text.unwrap_or_else(|error| panic!("{file}: {error}"))
-    }
-
-    #[track_caller]
-    fn write(&self, file: &str, text: impl ToString) {
-        let written = fs::write(self.0.join(file), text.to_string());
-        written.unwrap_or_else(|error| panic!("{file}: {error}"));
-    }
-
-    /// How long its threads have run, in microseconds.
-    fn used(&self) -> u64 {
-        self.stat("usage_usec ")
-    }
-
-    #[track_caller]
-    fn stat(&self, name: &str) -> u64 {
-        let stat = self.read("cpu.stat");
-        let mut lines = stat.lines();
-        let number = lines.find_map(|line| line.strip_prefix(name));
-        number
-            .and_then(|number| number.parse().ok())
-            .unwrap_or_else(|| panic!("wanted {name}, got {stat:?}"))
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir(&self.0);
-    }
+/// How long the threads of a cgroup have run, in microseconds.
+fn used_by(cgroup: &Cgroup) -> u64 {
+    cgroup.number("cpu.stat", "usage_usec")
 }
 
 /// The thread of a device goes with its process into a cgroup: what that allows of a CPU holds for
@@ -1014,7 +973,7 @@ fn thread_is_in_the_vmms_cgroup() {
             thread::park();
         }
     }
-    let cgroups = ["vmm", "other"].map(|name| Cgroup::new(&format!("kvm-bpf-{name}")));
+    let cgroups = ["vmm", "other"].map(|name| Cgroup::new(&format!("kvm-bpf-{name}"), "cpu"));
     let [vmm, other] = &cgroups;
     let victims = ["work", "spin"].map(|what| Victim::new(TEST, VARIABLE, what));
     let [worker, _] = &victims;
@@ -1034,7 +993,7 @@ fn thread_is_in_the_vmms_cgroup() {
         for (cgroup, weight) in cgroups.iter().zip(weights) {
             cgroup.write("cpu.weight", weight);
         }
-        let used = || cgroups.each_ref().map(Cgroup::used);
+        let used = || cgroups.each_ref().map(used_by);
         let before = used();
         wait_for("two seconds of CPU", true, || {
             used().iter().sum::<u64>() > before.iter().sum::<u64>() + 2_000_000
@@ -1048,15 +1007,15 @@ fn thread_is_in_the_vmms_cgroup() {
     }
 
     // Nor is it more than a quota, however great the weight.
-    let throttled = || vmm.stat("nr_throttled ");
+    let throttled = || vmm.number("cpu.stat", "nr_throttled");
     let throttled_before = throttled();
     vmm.write("cpu.max", "20000 100000");
     wait_for("the thread to be throttled", true, || {
         throttled() > throttled_before
     });
-    let (before, start) = (vmm.used(), Instant::now());
+    let (before, start) = (used_by(vmm), Instant::now());
     thread::sleep(Duration::from_secs(2));
-    let percent = 100 * u128::from(vmm.used() - before) / start.elapsed().as_micros();
+    let percent = 100 * u128::from(used_by(vmm) - before) / start.elapsed().as_micros();
     assert!(
         (10..30).contains(&percent),
         "wanted the device to have 20 percent of a CPU, got {percent}"
@@ -1067,11 +1026,13 @@ fn thread_is_in_the_vmms_cgroup() {
     wait_for("the cgroup to stop", true, || {
         vmm.read("cgroup.events").contains("frozen 1")
     });
-    let before = vmm.used();
+    let before = used_by(vmm);
     thread::sleep(Duration::from_millis(300));
-    assert_got!(vmm.used(), before, "what a stopped thread has run");
+    assert_got!(used_by(vmm), before, "what a stopped thread has run");
     vmm.write("cgroup.freeze", 0);
-    wait_for("the thread to go on", true, || vmm.used() > before + 50_000);
+    wait_for("the thread to go on", true, || {
+        used_by(vmm) > before + 50_000
+    });
 
     drop(victims);
     for cgroup in [vmm, other] {
