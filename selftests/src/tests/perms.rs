@@ -4,6 +4,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Barrier;
+use std::time::Duration;
 use std::{fs, hint, thread};
 
 use Reg::{R2, R3};
@@ -889,7 +890,7 @@ fn no_call_slips_through_a_race() {
             let addr = ADDR + index * 4 * SIZE;
             let device = set_up(guest.vm(), index, &eventfd, 0);
             let most = match bit {
-                KVM_BPF_ALLOW_NEW_REGION => 250,
+                KVM_BPF_ALLOW_NEW_REGION => 40,
                 KVM_BPF_ALLOW_REMOVE => 20,
                 _ => 1000,
             };
@@ -902,7 +903,9 @@ fn no_call_slips_through_a_race() {
             let repeat = || {
                 for n in 0..most {
                     match call(&device, addr, n) {
-                        Ok(()) => {}
+                        // Emulated processors take turns: the other thread's is when this one
+                        // holds no lock.
+                        Ok(()) => thread::sleep(Duration::from_micros(1)),
                         DENIED => return n,
                         other => panic!("{what}: wanted success or EACCES, got {other:?}"),
                     }
@@ -919,7 +922,8 @@ fn no_call_slips_through_a_race() {
             calls_before += calls;
             rounds_with_calls += u64::from(calls > 0 && calls < most);
             devices.push(device);
-            if devices.len() == PLACES_OF_RACES {
+            // A VM has 1000 ranges.
+            if devices.len() == 20 {
                 close_at_once(&mut devices);
             }
         }
