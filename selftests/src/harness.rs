@@ -56,7 +56,11 @@ pub fn trial(name: &'static str, test: fn()) -> Trial {
 }
 
 /// The same with another time limit.
-pub fn trial_within(name: &'static str, limit: Duration, test: fn()) -> Trial {
+pub fn trial_within(
+    name: &'static str,
+    limit: Duration,
+    test: impl FnOnce() + Send + 'static,
+) -> Trial {
     Trial::ignorable_test(name, move || {
         let _limit = Limit::new(name, limit);
         match catch_unwind(AssertUnwindSafe(test)) {

@@ -8,6 +8,7 @@
 //! * [`cgroup`]: control groups, of what they allow and what they count,
 //! * [`peer`]: another process, which gets fds over a socket,
 //! * [`programs`]: device programs that several tests share,
+//! * [`vmm`]: the VMM with a Linux guest, as a process,
 //! * [`harness`]: skips, time limits and bounded waiting,
 //! * [`marker`]: what QEMU's plugin is told.
 
@@ -19,3 +20,4 @@ pub mod harness;
 pub mod marker;
 pub mod peer;
 pub mod programs;
+pub mod vmm;

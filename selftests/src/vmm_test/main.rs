@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Tests of the VMM.  Run as root on the host kernel; takes the arguments of an ordinary Rust test
+//! (`--list`, a filter).
+//!
+//! The environment may set what [`kvm_bpf_selftests::vmm`] says, and `KVM_BPF_MODULE`, the file of
+//! `kvm_bpf.ko`, to test a host without it.
+
+use std::process::ExitCode;
+
+use kvm_bpf_selftests::vmm::{Vmm, sample};
+use libtest_mimic::{Arguments, Trial};
+
+/// Lists functions that are tests, as `vmm::function`.
+macro_rules! tests {
+    ($($test:ident),+ $(,)?) => {
+        vec![$(kvm_bpf_selftests::vmm::trial(concat!("vmm::", stringify!($test)), $test)),+]
+    };
+}
+
+mod boot;
+mod clock;
+mod demo;
+mod disk;
+mod disk_file;
+mod frequency;
+mod input;
+mod module;
+mod reboot;
+mod refusal;
+mod registers;
+mod reload;
+mod serial;
+
+/// Where most tests have their device.
+const AT: u64 = 0xd000_0000;
+/// And where a second one.
+const AT2: u64 = 0xd000_1000;
+
+/// Whether guests are arm64's; its Linux has drivers for clocks, GPIO lines and frequencies.
+const ARM64: bool = cfg!(target_arch = "aarch64");
+
+/// A device of programs, as the command line has it.
+fn at(file: &str, addr: u64) -> String {
+    format!("{file}@{addr:#x}")
+}
+
+/// The register bank at its usual place.
+fn bank() -> String {
+    at(&sample("regbank"), AT)
+}
+
+/// A device of 16550s at the ports of `ttyS1`.
+fn serial_port() -> String {
+    format!("{}@pio:0x2f8", sample("uart16550"))
+}
+
+/// A guest that accesses every register of the bank there.
+fn accessing(device: &str) -> Vmm {
+    Vmm::new().bpf(device).append(&format!("bank={AT:#x}"))
+}
+
+fn all() -> Vec<Trial> {
+    [
+        refusal::all(),
+        boot::all(),
+        module::all(),
+        demo::all(),
+        clock::all(),
+        frequency::all(),
+        registers::all(),
+        input::all(),
+        serial::all(),
+        disk::all(),
+        disk_file::all(),
+        reboot::all(),
+        reload::all(),
+        clock::slow(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn main() -> ExitCode {
+    let mut args = Arguments::from_args();
+    // Most of them take all processors of the host.
+    args.test_threads = args.test_threads.or(Some(1));
+    let tests = all();
+    let wanted = |test: &Trial| test.name() == clock::SLOW && !args.is_filtered_out(test);
+    if !args.list && tests.iter().any(wanted) {
+        clock::start_slow();
+    }
+    libtest_mimic::run(&args, tests).exit_code()
+}

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Replacing the device of a running guest.
+
+use std::fs;
+use std::path::PathBuf;
+
+use kvm_bpf_selftests::vmm::{
+    Finished, GUEST, Running, Vmm, assert_between, number, program, sample,
+};
+use libtest_mimic::Trial;
+use vmm_sys_util::tempdir::TempDir;
+
+use super::registers::assert_reads_itself;
+use super::serial::assert_sent;
+use super::{ARM64, AT, at};
+
+pub fn all() -> Vec<Trial> {
+    let mut tests = tests!(
+        programs_are_replaced_under_a_running_guest,
+        reload_keeps_the_state,
+        reload_fresh_starts_maps_anew,
+        state_is_converted_under_a_running_guest,
+        another_page_is_read_after_reload,
+    );
+    if !ARM64 {
+        tests.extend(tests!(serial_port_is_replaced_under_a_running_guest));
+    }
+    tests
+}
+
+/// A VMM whose device's file is replaced.
+struct Reloading {
+    vmm: Running,
+    directory: TempDir,
+}
+
+impl Reloading {
+    /// With that file, and options of the command line.
+    fn new(object: &str, append: &str, options: &[&str]) -> Self {
+        let directory = TempDir::new().expect("a directory");
+        let file = Self::file_in(&directory);
+        fs::copy(object, &file).expect("the file");
+        let vmm = Vmm::new()
+            .bpf(at(&file.display().to_string(), AT))
+            .args(options)
+            .append(append)
+            .start();
+        Reloading { vmm, directory }
+    }
+
+    /// The same until the guest watches a register that is 1 now, for it to change.
+    #[track_caller]
+    fn watching(object: &str, offset: u64, options: &[&str]) -> Self {
+        let watching = Self::new(object, &format!("watch={:#x}", AT + offset), options);
+        watching.vmm.sees("WATCH 0x00000001");
+        watching
+    }
+
+    fn file_in(directory: &TempDir) -> PathBuf {
+        directory.as_path().join("device.o")
+    }
+
+    /// Replaces the file, and waits for what the VMM says of it.
+    #[track_caller]
+    fn reload(&self, object: &str, said: &str) {
+        fs::copy(object, Self::file_in(&self.directory)).expect("the file");
+        self.vmm.signal(libc::SIGUSR1);
+        self.vmm.sees(&format!("*reload*device.o*{said}"));
+    }
+
+    /// Waits for the change, and for the end; so many files were taken.
+    #[track_caller]
+    fn changed(self, reloads: usize) -> Finished {
+        self.vmm.sees("WATCH 0x00000002");
+        self.ended(reloads)
+    }
+
+    #[track_caller]
+    fn ended(self, reloads: usize) -> Finished {
+        self.vmm.sees("DONE");
+        let got = self.vmm.finish(GUEST);
+        got.assert_well();
+        assert_eq!(got.report["reloads"], reloads, "reloads");
+        got
+    }
+}
+
+/// VERSION of a bank.
+const VERSION: u64 = 0x04;
+/// And what `carry` says of itself.
+const CARRY: u64 = 0x28;
+
+fn programs_are_replaced_under_a_running_guest() {
+    let device = Reloading::watching(&sample("regbank"), VERSION, &[]);
+    // First what must leave the device as it is.
+    device.reload(&program("no_note"), "note*");
+    // Another device, that of this note: it has the register bank's size and interrupts.
+    device.reload(&program("irq_object"), "not the same device*kvm-bpf,test*");
+    device.reload(&program("regbank_refused"), "the verifier refused*");
+    device.vmm.sees("*invalid bpf_context access off=8*");
+    device.reload(&program("regbank_v2"), "carried over: accesses, regbank");
+    device.changed(1).assert_no_exits(1);
+}
+
+/// What would lose state is refused, but if the command line allows it.
+fn reload_keeps_the_state() {
+    let device = Reloading::watching(&program("carry"), CARRY, &[]);
+    let lost = "map state *would be lost: it lacks value.third at bit 64*";
+    device.reload(&program("carry_grown"), lost);
+    device.reload(&program("carry_read_only"), "program for writes*");
+    let carried = "carried over: .bss, .data, other, state";
+    device.reload(&program("carry_v2"), carried);
+    device.changed(1).assert_no_exits(1);
+}
+
+fn reload_fresh_starts_maps_anew() {
+    let device = Reloading::watching(&program("carry"), CARRY, &["--reload-fresh"]);
+    for (object, said) in [
+        (
+            "carry_grown",
+            "carried over: .bss, .data, other; starts anew: state",
+        ),
+        (
+            "carry_removed",
+            "carried over: .bss, .data; starts anew: state; dropped: other",
+        ),
+        (
+            "carry_v2",
+            "carried over: .bss, .data, state; starts anew: other",
+        ),
+    ] {
+        device.reload(&program(object), said);
+    }
+    device.changed(3).assert_no_exits(1);
+}
+
+/// State whose types have changed is converted while the vCPUs stop; none of the guest's writes is
+/// lost, which two of them make all the time.
+fn state_is_converted_under_a_running_guest() {
+    let device = Reloading::new(&program("convert"), "writes=0xd0000000", &["--cpus", "2"]);
+    device.vmm.sees("WRITES");
+    // First a file without a place for a field that is not 0.
+    let no_place = "counts[0].saved: there is no such field any more*";
+    device.reload(&program("convert_less"), no_place);
+    device.reload(&program("convert_v2"), "converted: counts");
+    let got = device.ended(1);
+    let [version, written, counted, saved, restored, replaced] = got.fields("WRITES").map(number);
+    assert_eq!(version, 2, "version");
+    assert_between("writes", 20, written, 1_000_000);
+    assert_eq!(counted, written, "writes that are counted");
+    // "save" of the old programs twice, "restore" of old and new ones.
+    assert_eq!([saved, restored, replaced], [2, 2, 0], "runs");
+    got.assert_no_exits(1);
+}
+
+/// Another page takes the place of the one that the guest reads.
+fn another_page_is_read_after_reload() {
+    let page = sample("pagebank");
+    let device = Reloading::watching(&page, VERSION, &["--reload-fresh"]);
+    device.reload(&page, "carried over: .data.page");
+    device.reload(&program("pagebank_v2"), "starts anew: .data.page");
+    let got = device.changed(2);
+    got.assert_no_exits(1);
+    assert_reads_itself(&got);
+}
+
+/// The serial port goes on at its ports, with its bytes; it is used after the replacement.
+fn serial_port_is_replaced_under_a_running_guest() {
+    let directory = TempDir::new().expect("a directory");
+    let [uart, serial] = ["uart.o", "serial"].map(|name| directory.as_path().join(name));
+    fs::copy(sample("uart16550"), &uart).expect("the file");
+    let port = format!("{}@pio:0x2f8,output={}", uart.display(), serial.display());
+    let append = format!("watch={:#x} serial=ttyS1", AT + VERSION);
+    let device = Reloading::new(&sample("regbank"), &append, &["--bpf", &port]);
+    device.vmm.sees("WATCH 0x00000001");
+    let carried = "carried over: accesses, regbank";
+    device.reload(&program("regbank_v2"), carried);
+    device
+        .vmm
+        .sees("*reload*uart.o: carried over: locks, lost, output, uart");
+    device.changed(2).assert_no_exits(2);
+    assert_sent(&serial);
+}
