@@ -22,6 +22,7 @@ pub fn all() -> Vec<Trial> {
     let mut tests = tests!(
         first_vm_has_a_device,
         guest_reads_the_device_in_ten_lines,
+        guest_reads_a_parameter,
         interrupts_reach_the_lines_of_their_device,
         odd_accesses_end_no_guest,
         ends_though_nobody_reads,
@@ -62,6 +63,14 @@ fn guest_reads_the_device_in_ten_lines() {
     let directions: Vec<_> = registers.iter().map(|it| &it["direction"]).collect();
     assert!(directions.iter().any(|it| **it == "write"), "writes exit");
     assert!(directions.iter().all(|it| **it != "read"), "reads do not");
+}
+
+/// A device's parameters are what the command line says.
+fn guest_reads_a_parameter() {
+    let device = at(&program("params"), AT);
+    let got = accessing(&(device + ",param=longs:7,param=bytes:42:1,param=mapped:0x1")).run();
+    got.assert_well();
+    got.assert_has("ACCESS 0xd0000000 32 read 0x0000002A");
 }
 
 /// Each device gets as many interrupt lines as its note says, and a signal goes to its own: of two

@@ -25,6 +25,7 @@ pub fn all() -> Vec<Trial> {
     let mut tests = objects();
     tests.extend(places());
     tests.extend(disks());
+    tests.extend(parameters());
     tests.extend(if ARM64 {
         tests!(refuses_ports)
     } else {
@@ -152,6 +153,40 @@ fn disks() -> Vec<Trial> {
             [
                 "--disk",
                 &format!("{},registers={}", bank(), sample("regbank"))
+            ]
+        ),
+    ]
+}
+
+/// What the VMM cannot know of a device is for the command line to say, in its words.
+fn parameters() -> Vec<Trial> {
+    vec![
+        refused!(
+            "missing_parameter",
+            ["params.bpf.o", "not given parameter longs"],
+            ["--bpf", &at(&program("params"), AT)]
+        ),
+        refused!(
+            "other_parameter",
+            ["pl031", "no parameter alarm", "only clock"],
+            ["--bpf", &(at(&sample("pl031"), AT) + ",param=alarm:1")]
+        ),
+        refused!(
+            "parameter_of_what_has_none",
+            ["regbank", "no parameter x", "it has none"],
+            ["--bpf", &(bank() + ",param=x:1")]
+        ),
+        refused!(
+            "more_values_than_a_parameter",
+            ["pl031", "more than 1 values", "clock"],
+            ["--bpf", &(at(&sample("pl031"), AT) + ",param=clock:1:2")]
+        ),
+        refused!(
+            "value_too_large",
+            ["params.bpf.o", "value 1 of parameter bytes, 256"],
+            [
+                "--bpf",
+                &(at(&program("params"), AT) + ",param=bytes:0:0x100")
             ]
         ),
     ]
