@@ -144,7 +144,7 @@ const KINDS: [Kind; 5] = [
     },
     Kind {
         name: "devices with windows",
-        count: 300,
+        count: 100,
         least: 4 * KIB,
         uncharged: 0,
         make: |vm, which| {
@@ -324,9 +324,9 @@ fn programs_and_maps_to_their_loader() {
 
 /// A VMM that makes devices without end meets the limit of its cgroup, and nobody else's.
 fn a_limit_ends_a_vmm() {
-    const LIMIT: u64 = 16 * MIB;
-    /// Their memory is several times the limit.
-    const DEVICES: u64 = 10_000;
+    const LIMIT: u64 = 12 * MIB;
+    /// Their memory is more than the limit.
+    const DEVICES: u64 = 5_000;
 
     let other = Guest::new();
     let mut vcpu = other.vcpu(0);

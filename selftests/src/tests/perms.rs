@@ -712,7 +712,7 @@ fn at_once<A: Send, B>(
 
 /// Either the program is there and the permission with it, or neither.
 fn no_program_slips_through_a_race() {
-    let rounds = number_from_env("KVM_BPF_RACES", 1000);
+    let rounds = number_from_env("KVM_BPF_RACES", 200);
     let guest = Guest::new();
     let image = containing(1, 0);
     let read = image.read_program();
@@ -840,7 +840,7 @@ type Repeated<'a> = &'a (dyn Fn(&Device, u64, u64) -> Answer + Sync);
 
 /// When the call that gives a permission up has returned, nothing changes that it was for.
 fn no_call_slips_through_a_race() {
-    let rounds = number_from_env("KVM_BPF_RACES", 1000) / 10;
+    let rounds = number_from_env("KVM_BPF_RACES", 200) / 10;
     let guest = Guest::new();
     let eventfd = EventFd::new(0).expect("eventfd");
     let programs = [1, 2].map(answer);
