@@ -9,13 +9,18 @@
 //! how often it was written; each read is checked, word by word. The last line is
 //! "IO DISK requests reads writes deepest wrong", of which "deepest" is how many requests were in
 //! flight at once, and "wrong" counts pages that had something else and requests that failed.
+//!
+//! Or: "copy", a file, another one, of which a disk is accessed directly, bytes of each request, the
+//! first of them by number, and the number behind the last. busybox's dd goes through the page cache
+//! where it cannot access a disk directly.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::{array, env, mem};
+use std::{array, env, mem, slice};
 
 use kvm_bpf_selftests::harness::Random;
 use vmm_sys_util::aio::{IOCB_CMD_PREAD, IOCB_CMD_PWRITE, IoContext, IoControlBlock, IoEvent};
@@ -237,13 +242,49 @@ impl Load {
     }
 }
 
+/// Copies between a disk and a file, a request at a time.
+fn copy(from: &str, to: &str, bytes: usize, requests: Range<usize>) -> io::Result<()> {
+    let open = |path: &str, writes: bool| {
+        let is_disk = Path::new(path)
+            .metadata()
+            .is_ok_and(|it| it.file_type().is_block_device());
+        let direct = if is_disk { libc::O_DIRECT } else { 0 };
+        let mut options = File::options();
+        options
+            .read(!writes)
+            .write(writes)
+            .create(writes)
+            .truncate(false);
+        options.custom_flags(direct).open(path)
+    };
+    let (from, to) = (open(from, false)?, open(to, true)?);
+    let mut pages = vec![Page([0; WORDS]); bytes.div_ceil(PAGE)];
+    // SAFETY: they are so long, and any bytes make numbers.
+    let buffer = unsafe { slice::from_raw_parts_mut(pages.as_mut_ptr().cast::<u8>(), bytes) };
+    for number in requests {
+        let at = (number * bytes) as u64;
+        from.read_exact_at(buffer, at)?;
+        to.write_all_at(buffer, at)?;
+    }
+    Ok(())
+}
+
 fn main() -> io::Result<()> {
     let args: Vec<_> = env::args().skip(1).collect();
-    let usage = || io::Error::other("usage: kvm-bpf-guest-io DISK DEPTH PAGES REQUESTS|FILE");
+    let usage = || {
+        io::Error::other(
+            "usage: kvm-bpf-guest-io DISK DEPTH PAGES REQUESTS|FILE, or copy FROM TO BYTES FIRST END",
+        )
+    };
+    let number = |text: &str| text.parse::<usize>().map_err(|_| usage());
+    if let [command, from, to, bytes, first, end] = args.as_slice()
+        && command == "copy"
+    {
+        return copy(from, to, number(bytes)?, number(first)?..number(end)?);
+    }
     let [disk, depth, most, until] = args.as_slice() else {
         return Err(usage());
     };
-    let number = |text: &str| text.parse::<usize>().map_err(|_| usage());
     let until = match until.starts_with('/') {
         true => Until::File(until.into()),
         false => Until::Requests(number(until)? as u64),

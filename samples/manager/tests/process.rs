@@ -59,15 +59,20 @@ fn ask(socket: &Path) -> String {
     line
 }
 
+/// The manager, with a socket of its own.
+fn listening_at(socket: &Path, files: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kvm-bpf-manager"));
+    command.arg("--files").arg(files);
+    command.arg("--socket").arg(socket);
+    command.args(["--allow", &own_uid()]);
+    command
+}
+
 #[test]
 fn listens_at_a_path() {
     let dir = TempDir::new().expect("a directory");
     let socket = dir.as_path().join("socket");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kvm-bpf-manager"));
-    command.arg("--files").arg(dir.as_path());
-    command.arg("--socket").arg(&socket);
-    command.args(["--allow", &own_uid()]);
-    let _manager = start(command);
+    let _manager = start(listening_at(&socket, dir.as_path()));
     assert!(ask(&socket).starts_with("error cannot read the file: No such file"));
 }
 
@@ -201,11 +206,7 @@ fn wants_a_socket_and_a_directory() {
 fn serves_so_many_at_a_time() {
     let dir = TempDir::new().expect("a directory");
     let socket = dir.as_path().join("socket");
-    let mut command = Command::new(env!("CARGO_BIN_EXE_kvm-bpf-manager"));
-    command.arg("--files").arg(dir.as_path());
-    command.arg("--socket").arg(&socket);
-    command.args(["--allow", &own_uid()]);
-    let _manager = start(command);
+    let _manager = start(listening_at(&socket, dir.as_path()));
     let connect = || UnixStream::connect(&socket).expect("a connection");
     let mut served: Vec<_> = (0..64).map(|_| connect()).collect();
     let one_more = connect();

@@ -100,6 +100,16 @@ fn objects() -> Vec<Trial> {
             ["--bpf", &(at(&program("carry"), AT) + ",fallback=regbank")]
         ),
         refused!(
+            "line_of_no_controller",
+            ["regbank", "uio", "arm,pl061"],
+            ["--bpf", &(bank() + ",uio=0")]
+        ),
+        refused!(
+            "line_past_the_last",
+            ["pl061", "uio", "0 to 7"],
+            ["--bpf", &(at(&sample("pl061"), AT) + ",uio=8")]
+        ),
+        refused!(
             "to_reset_user_space",
             ["regbank", "cannot be reset"],
             ["--reboot", "--userspace", &at("regbank", AT)]
