@@ -289,7 +289,7 @@ pub unsafe extern "C" fn kvm_bpf_irq_acquire(
     ctx: *const bindings::bpf_kvm_io_ctx_kern,
     index: u32,
 ) -> *mut bindings::bpf_kvm_irq {
-    // SAFETY: By the safety requirements and the type invariants of `Context`.
+    // SAFETY: By the safety requirements and the type invariants of `Context` and `Binding`.
     let irqs = unsafe { &*(*(*ctx).binding).irqs.cast::<Irqs>() };
     // CAST: `usize` has 64 bits where this is built.
     let irq = irqs.as_irq(index as usize);
