@@ -51,6 +51,7 @@ pub fn trial(name: &'static str, test: fn()) -> Trial {
         + seconds("KVM_BPF_STRESS_MS", 500)
         + seconds("KVM_BPF_FUZZ_MS", 500)
         + seconds("KVM_BPF_LOADS", 10)
+        + seconds("KVM_BPF_MODULE_LOADS", 1)
         + seconds("KVM_BPF_RACES", 3);
     trial_within(name, TEST_LIMIT + Duration::from_secs(more), test)
 }

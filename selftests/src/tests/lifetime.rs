@@ -18,7 +18,7 @@ use kvm_bpf_selftests::bpf::{
 };
 use kvm_bpf_selftests::device::{Answer, Device, NO_REGION, region, test_create};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu, vms};
-use kvm_bpf_selftests::harness::{Errno, Victim, meanwhile, skip, wait_for};
+use kvm_bpf_selftests::harness::{Errno, Victim, meanwhile, number_from_env, skip, wait_for};
 use kvm_bpf_selftests::programs::{Recorder, ret, test_image};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -479,7 +479,7 @@ impl Drop for Unloaded {
 
 fn module_unloads_and_loads() {
     let guest = Guest::new();
-    for _ in 0..3 {
+    for _ in 0..number_from_env("KVM_BPF_MODULE_LOADS", 3) {
         let unloaded = Unloaded::new();
         let answer = test_create(guest.vm(), KVM_DEV_TYPE_BPF);
         assert_errno(

@@ -5,6 +5,7 @@
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -76,10 +77,21 @@ pub struct Running {
 impl Running {
     /// Starts it; its report, if it has one, is "report" in that directory.
     #[track_caller]
-    pub fn start(mut command: Command, directory: Option<TempDir>) -> Self {
+    pub fn start(command: Command, directory: Option<TempDir>) -> Self {
+        Self::start_on(Stdio::null(), command, directory)
+    }
+
+    /// The same, with input from [`Self::input`].
+    #[track_caller]
+    pub fn start_with_input(command: Command) -> Self {
+        Self::start_on(Stdio::piped(), command, None)
+    }
+
+    #[track_caller]
+    fn start_on(from: Stdio, mut command: Command, directory: Option<TempDir>) -> Self {
         let (output, input) = io::pipe().expect("a pipe");
         command
-            .stdin(Stdio::null())
+            .stdin(from)
             .stdout(input.try_clone().expect("the pipe again"))
             .stderr(input);
         let child = command
@@ -132,6 +144,32 @@ impl Running {
         self.child.id()
     }
 
+    /// Gives it a line of input.
+    #[track_caller]
+    pub fn input(&mut self, line: &str) {
+        let input = self.child.stdin.as_mut().expect("a process with input");
+        writeln!(input, "{line}").unwrap_or_else(|error| panic!("{line:?}: {error}"));
+    }
+
+    /// Ends its input.
+    pub fn close_input(&mut self) {
+        self.child.stdin = None;
+    }
+
+    /// A line that it has printed.
+    #[track_caller]
+    pub fn line(&self, index: usize) -> String {
+        let lines = self.log.lines.lock().expect("lines");
+        lines.get(index).expect("so many lines").text.clone()
+    }
+
+    /// Waits for the end of a process that was killed.
+    #[track_caller]
+    pub fn ends(&mut self) {
+        let status = self.child.wait().expect("wait(2)");
+        assert_eq!(status.signal(), Some(libc::SIGKILL), "what ended it");
+    }
+
     /// How many lines are as the pattern says so far.
     pub fn count(&self, pattern: &str) -> usize {
         let lines = self.log.lines.lock().expect("lines");
@@ -170,7 +208,7 @@ impl Running {
     pub fn finish(mut self, limit: Duration) -> Finished {
         let status = loop {
             match self.child.try_wait().expect("wait(2)") {
-                Some(status) => break status.code(),
+                Some(status) => break Some(status),
                 None if self.started.elapsed() >= limit => break None,
                 None => sleep(Duration::from_millis(50)),
             }
@@ -185,7 +223,8 @@ impl Running {
             serde_json::from_str(&text).ok()
         });
         Finished {
-            status,
+            status: status.and_then(|status| status.code()),
+            signal: status.and_then(|status| status.signal()),
             lines: self.log.lines.lock().expect("lines").clone(),
             report: report.unwrap_or(Value::Null),
             log: Arc::clone(&self.log),
@@ -205,6 +244,8 @@ impl Drop for Running {
 pub struct Finished {
     /// Its exit status; none if it had to be killed, or was.
     pub status: Option<i32>,
+    /// The signal that ended it, if it did not have to be killed.
+    pub signal: Option<i32>,
     /// All that it has printed.
     pub lines: Vec<Line>,
     /// Its report; null if there is none.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Tests of the VMM.  Run as root on the host kernel; takes the arguments of an ordinary Rust test
+//! Tests of the VMM, and of the one without privileges.  Run as root on the host kernel; takes the arguments of an ordinary Rust test
 //! (`--list`, a filter).
 //!
 //! The environment may set what [`kvm_bpf_selftests::vmm`] says, and `KVM_BPF_MODULE`, the file of
@@ -11,10 +11,13 @@ use std::process::ExitCode;
 use kvm_bpf_selftests::vmm::{Vmm, sample};
 use libtest_mimic::{Arguments, Trial};
 
-/// Lists functions that are tests, as `vmm::function`.
+/// Lists functions that are tests, as `vmm::function`, or with another topic.
 macro_rules! tests {
+    ($topic:literal: $($test:ident),+ $(,)?) => {
+        vec![$(kvm_bpf_selftests::vmm::trial(concat!($topic, "::", stringify!($test)), $test)),+]
+    };
     ($($test:ident),+ $(,)?) => {
-        vec![$(kvm_bpf_selftests::vmm::trial(concat!("vmm::", stringify!($test)), $test)),+]
+        tests!("vmm": $($test),+)
     };
 }
 
@@ -25,6 +28,7 @@ mod disk;
 mod disk_file;
 mod frequency;
 mod input;
+mod jail;
 mod module;
 mod reboot;
 mod refusal;
@@ -76,6 +80,7 @@ fn all() -> Vec<Trial> {
         reboot::all(),
         reload::all(),
         clock::slow(),
+        jail::all(),
     ]
     .into_iter()
     .flatten()
