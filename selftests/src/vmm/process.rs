@@ -37,6 +37,8 @@ pub struct Line {
     pub text: String,
     /// When it came, in seconds since 1970.
     pub at: i64,
+    /// Whether the line ended, and not only the output.
+    pub ended: bool,
 }
 
 /// Forgets what was seen; what is seen from now on is shown when this is dropped in a panic.
@@ -109,8 +111,9 @@ impl Running {
             let mut bytes = Vec::new();
             while output.read_until(b'\n', &mut bytes).is_ok_and(|n| n > 0) {
                 let text = String::from_utf8_lossy(&bytes).replace(['\r', '\n'], "");
-                let at = now();
-                to.lines.lock().expect("lines").push(Line { text, at });
+                let (at, ended) = (now(), bytes.ends_with(b"\n"));
+                let line = Line { text, at, ended };
+                to.lines.lock().expect("lines").push(line);
                 bytes.clear();
             }
         });
@@ -156,11 +159,9 @@ impl Running {
         self.child.stdin = None;
     }
 
-    /// A line that it has printed.
-    #[track_caller]
-    pub fn line(&self, index: usize) -> String {
-        let lines = self.log.lines.lock().expect("lines");
-        lines.get(index).expect("so many lines").text.clone()
+    /// What it has printed so far.
+    pub fn lines(&self) -> Vec<Line> {
+        self.log.lines.lock().expect("lines").clone()
     }
 
     /// Waits for the end of a process that was killed.

@@ -140,7 +140,7 @@ impl Jailed {
         let before = self.vmm.count("*");
         self.vmm.input(command);
         self.vmm.sees_times(before + 1, "*", LIMIT);
-        let line = self.vmm.line(before);
+        let line = &self.vmm.lines()[before].text;
         let name = command.split(' ').next().expect("a word");
         let rest = line.strip_prefix(name).and_then(|it| it.strip_prefix(": "));
         rest.unwrap_or_else(|| panic!("wanted what {command:?} gives, got {line:?}"))
@@ -291,7 +291,7 @@ fn no_capability() {
     let ids = [NOBODY; 4].map(|id| id.to_string()).join(" ");
     let sets = ["CapPrm", "CapEff", "CapBnd"].map(|set| format!("{set}: {:016x}", 0));
     let wanted = format!("privileges: Uid: {ids} {} NoNewPrivs: 1", sets.join(" "));
-    assert_eq!(jailed.vmm.line(0), wanted);
+    assert_eq!(jailed.vmm.lines()[0].text, wanted);
 }
 
 /// Programs that sleep and programs that do not, in turn, while the guest reads the time.
