@@ -209,7 +209,7 @@ impl Running {
     pub fn finish(mut self, limit: Duration) -> Finished {
         let status = loop {
             match self.child.try_wait().expect("wait(2)") {
-                Some(status) => break Some(status),
+                Some(status) => break status.code(),
                 None if self.started.elapsed() >= limit => break None,
                 None => sleep(Duration::from_millis(50)),
             }
@@ -224,8 +224,7 @@ impl Running {
             serde_json::from_str(&text).ok()
         });
         Finished {
-            status: status.and_then(|status| status.code()),
-            signal: status.and_then(|status| status.signal()),
+            status,
             lines: self.log.lines.lock().expect("lines").clone(),
             report: report.unwrap_or(Value::Null),
             log: Arc::clone(&self.log),
@@ -245,8 +244,6 @@ impl Drop for Running {
 pub struct Finished {
     /// Its exit status; none if it had to be killed, or was.
     pub status: Option<i32>,
-    /// The signal that ended it, if it did not have to be killed.
-    pub signal: Option<i32>,
     /// All that it has printed.
     pub lines: Vec<Line>,
     /// Its report; null if there is none.
