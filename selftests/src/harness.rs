@@ -7,8 +7,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use std::{env, fmt, io, mem, process, thread};
+use std::{env, fmt, io, mem, process};
 
 use libtest_mimic::{Completion, Trial};
 
@@ -76,18 +77,32 @@ pub fn trial_within(
 
 /// Ends the process if it lives longer than the limit: a thread that hangs in
 /// the kernel cannot be made to return.
-struct Limit(#[allow(dead_code)] mpsc::Sender<()>);
+struct Limit {
+    sender: Option<mpsc::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
 
 impl Limit {
     fn new(name: &'static str, limit: Duration) -> Self {
         let (sender, receiver) = mpsc::channel::<()>();
-        thread::spawn(move || {
+        let thread = thread::spawn(move || {
             if receiver.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
                 println!("\ntest {name} is not done after {limit:?}: giving up");
                 process::exit(124);
             }
         });
-        Limit(sender)
+        Limit {
+            sender: Some(sender),
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Limit {
+    /// Waits for the thread: the next test may count threads.
+    fn drop(&mut self) {
+        self.sender = None;
+        let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
