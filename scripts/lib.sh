@@ -220,15 +220,40 @@ kernel_env() {
 # kernel_cc ARCH VARIANT: the C compiler.  gcc, as it is done sooner; clang for
 # the debug kernel, since with gcc Rust and KASAN exclude each other.
 kernel_cc() {
-	local target
-	target=$(rust_target "$1")
 	if [[ $2 == debug ]]; then
 		say "clang$(llvm_suffix)"
-	elif [[ $1 == "$(machine_arch)" ]]; then
-		say gcc
 	else
-		say "${target/-unknown/}-gcc"
+		say "$(cross_prefix "$1")gcc"
 	fi
+}
+
+# cross_prefix ARCH: of the tools for it, nothing where they are the machine's own.
+cross_prefix() {
+	local target
+	target=$(rust_target "$1")
+	[[ $1 == "$(machine_arch)" ]] || say "${target/-unknown/}-"
+}
+
+# kselftest ARCH SUITE WORD...: make with these words for the kernel's
+# tools/testing/selftests/SUITE, of static programs below out/ARCH/kselftests/SUITE.
+kselftest() {
+	local arch=$1 to
+	to=$(out_dir "$1")/kselftests/$2
+	mkdir -p "$to"
+	make -C "$TREE/tools/testing/selftests/$2" ARCH="$arch" CROSS_COMPILE="$(cross_prefix "$arch")" OUTPUT="$to" \
+		LLVM='' USERLDFLAGS=-static KHDR_INCLUDES="-isystem $(out_dir "$arch")/headers/include" \
+		-j"$JOBS" "${@:3}"
+}
+
+# libelf ARCH: where cargo has the sources of libelf and zlib, and on a second line the static
+# libraries that it has made of them: a machine has them for itself at most.
+libelf() {
+	local file built=''
+	for file in "$CACHE/target/$(rust_target "$1")"/release/build/libbpf-sys-*/output; do
+		[[ $file -ot $built ]] || built=$file
+	done
+	sed -n 's,^cargo:rerun-if-changed=\(.*\)/zlib/zlib\.h$,\1,p' "$built"
+	say "${built%/*}/out"
 }
 
 # base KEY: a line of patches/BASE.
@@ -354,7 +379,7 @@ kernel_recipe() {
 	local files
 	mapfile -t files < <(kernel_fragments "$1" "$2")
 	{
-		series_sum
+		[[ $2 == base ]] || series_sum
 		cat "$TOP/patches/BASE" "${files[@]}"
 	} | sha256sum | cut -d' ' -f1
 }
@@ -362,6 +387,28 @@ kernel_recipe() {
 # The kernel tree's note of what was applied or exported: sum of the patches,
 # commit.
 series_mark() { say "$(series_sum) $(git -C "$TREE" rev-parse "$1")" >"$TREE/.git/kvm-bpf-series"; }
+
+# What a kernel says when something is wrong, job's status or not.
+SPLAT='WARNING:|BUG:|Oops|Call [Tt]race|INFO: task .* blocked|INFO: .* detected'
+SPLAT+='|possible (recursive|circular|irq)|lock held when returning|suspicious RCU usage'
+SPLAT+='|(RCU|rcu).* stall|soft lockup|scheduling while atomic|nobody cared'
+SPLAT+='|UBSAN|KASAN|KCSAN|KFENCE|refcount_t:|list_(add|del) corruption|verifier bug'
+SPLAT+='|[Kk]ernel panic|Unable to handle|general protection fault|segfault at'
+SPLAT+='|EXPECTATION FAILED|ASSERTION FAILED'
+SPLAT+='|unreferenced object|kmemleak: [0-9]+ new'
+SPLAT+='|Out of memory'
+# What it says of this CPU, not of itself.
+BENIGN='WARNING: See https'
+# Where it was when memory ran out; a cgroup's limit, unlike the host's, is no complaint.
+LIMITED='/invoked oom-killer/,/memory: usage|Mem-Info:/d'
+# What a debug kernel says of each vmalloc() that fails, as a test has it do.
+REFUSED='/vmalloc error: .*failed to allocate/,/Mem-Info:/d'
+
+# complaints LOG [OPTION...]: those of a kernel, as grep finds them with these options.
+complaints() {
+	grep -avE "$BENIGN" "$1" | tr -d '\r' | sed "$REFUSED" | sed -E "$LIMITED" |
+		grep -aE "${@:2}" -e "$SPLAT" || true
+}
 
 # cargo_for ARCH SUBCOMMAND [ARG...]: cargo for static binaries of ARCH.  One
 # profile and one target directory for all, so that nothing is built twice.
