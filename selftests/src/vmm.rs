@@ -17,7 +17,7 @@ use vmm_sys_util::tempdir::TempDir;
 use crate::harness::trial_within;
 use crate::programs::{sample_path, test_path};
 
-pub use process::{Finished, Line, Running, feed, make_fifo};
+pub use process::{Finished, Line, Running, all_said, feed, make_fifo};
 pub use text::{assert_between, fields, is_like, number};
 
 mod process;

@@ -164,9 +164,9 @@ impl Running {
         self.log.lines.lock().expect("lines").clone()
     }
 
-    /// Waits for the end of a process that was killed.
+    /// Waits for its end, and fails unless it was killed.
     #[track_caller]
-    pub fn ends(&mut self) {
+    pub fn assert_killed(&mut self) {
         let status = self.child.wait().expect("wait(2)");
         assert_eq!(status.signal(), Some(libc::SIGKILL), "what ended it");
     }
@@ -276,8 +276,7 @@ impl Finished {
 
     /// The rest of the lines that begin with those words.
     pub fn all_said<'a>(&'a self, words: &str) -> Vec<&'a str> {
-        let rest = |line: &'a Line| line.text.strip_prefix(words)?.strip_prefix(' ');
-        self.lines.iter().filter_map(rest).collect()
+        all_said(&self.lines, words)
     }
 
     /// The rest of the first such line.
@@ -315,6 +314,12 @@ impl Finished {
         let exits: Vec<_> = self.devices().iter().map(|it| &it["exits"]).collect();
         assert_eq!(exits, vec![0; devices], "exits by device");
     }
+}
+
+/// The rest of the lines that begin with those words.
+pub fn all_said<'a>(lines: &'a [Line], words: &str) -> Vec<&'a str> {
+    let rest = |line: &'a Line| line.text.strip_prefix(words)?.strip_prefix(' ');
+    lines.iter().filter_map(rest).collect()
 }
 
 fn show(log: &Arc<Log>) {

@@ -99,14 +99,22 @@ fn disk_has_the_image_of_a_file_system() {
     /// Written in sectors, in pages, and in MiB; and so read.
     const LEAST: i64 = 1024 + 384 + 6 + 4 + 768 + 2048;
 
-    let [name, magic, written, back, requests] = loaded().fields("IMAGE");
+    let requests = assert_image(loaded());
+    assert_between("requests", LEAST, requests, 2 * LEAST);
+}
+
+/// Fails unless the image of a file system came back from a disk as it was written.  Returns how
+/// many requests the driver has made for that.
+#[track_caller]
+pub fn assert_image(got: &Finished) -> i64 {
+    let [name, magic, written, back, requests] = got.fields("IMAGE");
     assert_eq!([name, magic], ["vda", "ef53"], "the file system");
     assert_eq!(written.len(), 64, "digits of a sum");
     assert_eq!(
         back, written,
         "sums of what came back and of what was written"
     );
-    assert_between("requests", LEAST, number(requests), 2 * LEAST);
+    number(requests)
 }
 
 /// Fails unless in a round of a load each read had what the last write wrote, the driver has made

@@ -8,9 +8,9 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use kvm_bpf_selftests::harness::CAP_BPF;
+use kvm_bpf_selftests::harness::{CAP_BPF, wait_for};
 use kvm_bpf_selftests::vmm::{
     Finished, Running, feed, fields, is_like, make_fifo, number, program, sample,
 };
@@ -359,7 +359,7 @@ fn alarm_rings_without_the_manager() {
     let mut jailed = Jailed::new();
     jailed.arms(5);
     jailed.manager.signal(libc::SIGKILL);
-    jailed.manager.ends();
+    jailed.manager.assert_killed();
     jailed.rings();
     jailed.told(&format!("swap {CLOCK}"), "error: *");
     jailed.reads_more();
@@ -407,11 +407,9 @@ fn nothing_is_loaded_without_a_token() {
     command.args(files.manager(NOBODY).get_args());
     command.args(["--user", &USER.to_string()]);
     let manager = Running::start(command, None);
-    let start = Instant::now();
-    while !in_another_namespace(&manager) {
-        assert!(start.elapsed() < LIMIT, "no namespace");
-        sleep(Duration::from_millis(50));
-    }
+    wait_for("a namespace of its own", true, || {
+        in_another_namespace(&manager)
+    });
     for map in ["uid_map", "gid_map"] {
         let file = format!("/proc/{}/{map}", manager.id());
         fs::write(file, "0 0 4294967295\n").expect("the map of a namespace");

@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use kvm_bpf_selftests::harness::{Errno, in_a_thread, stay_on};
 use kvm_bpf_selftests::vmm::{
-    Finished, GUEST, Line, Running, Vmm, assert_between, feed, fields, is_like, make_fifo, number,
-    program, sample, trial,
+    Finished, GUEST, Line, Running, Vmm, all_said, assert_between, feed, fields, is_like,
+    make_fifo, number, program, sample, trial,
 };
 use libtest_mimic::Trial;
 use vmm_sys_util::tempdir::TempDir;
@@ -140,13 +140,7 @@ fn console<'a>(lines: impl IntoIterator<Item = &'a Line>) -> Vec<Line> {
     console
 }
 
-/// The rest of the lines that begin with those words.
-fn all_said<'a>(console: &'a [Line], words: &str) -> Vec<&'a str> {
-    let rest = |line: &'a Line| line.text.strip_prefix(words)?.strip_prefix(' ');
-    console.iter().filter_map(rest).collect()
-}
-
-/// The rest of the last one.
+/// The rest of the last line that begins with those words.
 #[track_caller]
 fn said<'a>(console: &'a [Line], words: &str) -> &'a str {
     let last = all_said(console, words).pop();
@@ -547,8 +541,8 @@ fn run_behind(vmm: &Running) {
 fn has_pending_requests(file: &Path) -> bool {
     let file = fs::File::open(file).expect("the saved guest");
     let mut bytes = Vec::new();
-    let state = file.take(20_000_000);
-    { state }.read_to_end(&mut bytes).expect("its state");
+    let mut state = file.take(20_000_000);
+    state.read_to_end(&mut bytes).expect("its state");
     let wanted = br#""pending":1"#;
     bytes.windows(wanted.len()).any(|it| it == wanted)
 }
