@@ -2,7 +2,9 @@
 /* What the test asks of guest memory, by a map and then a guest's write or a run. */
 #include "kvm_bpf.h"
 
+#ifndef DATA_SIZE
 #define DATA_SIZE 0x2000
+#endif
 
 enum op {
 	READ,

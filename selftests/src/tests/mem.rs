@@ -44,7 +44,9 @@ tests!(
     pages_that_come_late,
     killed_while_a_page_is_late,
     too_much_at_once,
+    a_mebibyte_at_once,
     removed_while_programs_use_it,
+    deleted_and_moved_slots,
     slots_that_come_and_go,
     dirty_pages_are_marked,
     dirty_rings_without_bitmaps,
@@ -885,6 +887,37 @@ fn too_much_at_once() {
     assert_got!(got.0, libc::E2BIG);
 }
 
+/// What a call copies at most if it may sleep.
+fn a_mebibyte_at_once() {
+    const MOST: usize = 1 << 20;
+
+    let mut setup = Setup::new("mem_large", MOST / PAGE + 1);
+    setup.window(0, START, (MOST + PAGE) as u64, true, true);
+    setup.pages.fill((0..).map(pattern));
+    for by in [By::Access, By::Run] {
+        let before = setup.pages.bytes(1, MOST);
+        let got = setup.ask(by, READ, START + 1, &vec![0x5a; MOST]);
+        assert!(got == (0, before), "{by:?}: reading a mebibyte");
+        let got = setup.ask(by, READ, START, &vec![0x5a; MOST + 1]);
+        let wanted = (libc::E2BIG, vec![0; MOST + 1]);
+        assert!(got == wanted, "{by:?}: reading a byte more, {}", got.0);
+
+        let data: Vec<_> = (0..MOST).map(|at| !pattern(at)).collect();
+        assert_got!(setup.ask(by, WRITE, START + 1, &data).0, 0);
+        assert!(
+            setup.pages.bytes(1, MOST) == data,
+            "{by:?}: a mebibyte written"
+        );
+        let more = vec![0x5a; MOST + 1];
+        assert_got!(setup.ask(by, WRITE, START + 1, &more).0, libc::E2BIG);
+        assert!(
+            setup.pages.bytes(1, MOST) == data,
+            "{by:?}: a byte more has been written"
+        );
+        setup.pages.fill((0..).map(pattern));
+    }
+}
+
 /// When the call returns, programs do not use the window any more.
 fn removed_while_programs_use_it() {
     let Setup {
@@ -927,6 +960,37 @@ fn removed_while_programs_use_it() {
     );
 }
 
+/// Nobody uses the memory of a slot that is not there any more.
+fn deleted_and_moved_slots() {
+    const MOVED: u64 = START + 0x10_0000;
+
+    let mut setup = Setup::new("mem", 2);
+    setup.window(0, START, MOVED - START + PAGE as u64, true, true);
+    setup.pages.fill((0..).map(pattern));
+    let data = setup.pages.bytes(8, 8);
+    let slot = |setup: &Setup, addr, len| setup.pages.slot(&setup.guest, 1, 0, addr, 0, len);
+    let is_at = |setup: &mut Setup, addr| {
+        assert_got!(setup.read(addr + 8, 8), (0, data.clone()));
+        assert_got!(setup.write(addr, &[0x77; 8]), 0);
+        assert_got!(setup.pages.bytes(0, 8), [0x77; 8]);
+        setup.pages.set(0, 8, 0);
+    };
+    let is_not_at = |setup: &mut Setup, addr| {
+        assert_got!(setup.read(addr + 8, 8), (libc::EFAULT, vec![0; 8]));
+        assert_got!(setup.write(addr, &[0x77; 8]), libc::EFAULT);
+        assert_got!(setup.pages.bytes(0, 8), [0; 8]);
+    };
+    is_at(&mut setup, START);
+    slot(&setup, START, 0);
+    is_not_at(&mut setup, START);
+    slot(&setup, START, 2 * PAGE);
+    is_at(&mut setup, START);
+    is_not_at(&mut setup, MOVED);
+    slot(&setup, MOVED, 2 * PAGE);
+    is_at(&mut setup, MOVED);
+    is_not_at(&mut setup, START);
+}
+
 /// An access finds one state of the slots or the other.
 fn slots_that_come_and_go() {
     let setup = Setup::new("mem", 2);
@@ -937,6 +1001,7 @@ fn slots_that_come_and_go() {
         device,
         pages,
     } = &setup;
+    pages.set(0, 2 * PAGE, 0x77);
     request(device.programs(), READ, START, &[0; 8]);
     let mut seen = [0_u64; 2];
     meanwhile(
@@ -948,17 +1013,21 @@ fn slots_that_come_and_go() {
             pages.slot(guest, 1, 0, START, 0, 2 * PAGE);
         }],
         || {
-            for _ in 0..300 {
+            while seen.iter().sum::<u64>() < 300 || seen.contains(&0) {
+                let count = seen.iter().sum::<u64>();
+                assert!(count < 100_000, "wanted both results, got {seen:?}");
                 assert!(device.run("work", 0).expect("a run"), "no such program");
-                match result(device.programs(), 8).0 {
-                    0 => seen[0] += 1,
-                    errno if errno == -libc::EFAULT => seen[1] += 1,
+                let (errno, _, data) = result(device.programs(), 8);
+                let (which, wanted) = match -errno {
+                    0 => (0, [0x77; 8]),
+                    libc::EFAULT => (1, [0; 8]),
                     errno => panic!("wanted 0 or EFAULT, got {errno}"),
-                }
+                };
+                assert_got!(data, wanted);
+                seen[which] += 1;
             }
         },
     );
-    assert!(seen[0] > 0, "wanted some reads to succeed, got {seen:?}");
 }
 
 /// A migration takes the dirty pages while devices write: none is missed.
