@@ -20,7 +20,6 @@
 #include <linux/random.h>
 #include <linux/sched.h>
 #include <linux/sched/topology.h>
-#include <uapi/linux/sched/types.h>
 
 /* A program may have been told the number by the guest. */
 static bool known_cpu(u32 *cpu)
@@ -47,33 +46,6 @@ static __always_inline int copy_mem(struct bpf_kvm_io_ctx_kern *ctx, u64 gpa, vo
 	if (ret && !(flags & KVM_COPY_TO_GUEST))
 		memset(buf, 0, len);
 	return ret;
-}
-
-/* Set the clamps of the current thread, and nothing else; U32_MAX takes one off. */
-static int set_current_uclamp(u32 min, u32 max)
-{
-	struct sched_attr attr = {
-		.size		= sizeof(attr),
-		.sched_policy	= -1,	/* keep */
-		.sched_flags	= SCHED_FLAG_KEEP_ALL | SCHED_FLAG_UTIL_CLAMP,
-		.sched_util_min	= min,
-		.sched_util_max	= max,
-	};
-
-	/* What is to be kept must be repeated. */
-	switch (current->policy) {
-	case SCHED_DEADLINE:
-		return -EINVAL;
-	case SCHED_FIFO:
-	case SCHED_RR:
-		attr.sched_priority = current->rt_priority;
-		break;
-	default:
-		attr.sched_nice = task_nice(current);
-		attr.sched_runtime = current->se.slice;
-	}
-
-	return sched_setattr_nocheck(current, &attr);
 }
 
 __bpf_kfunc_start_defs();
@@ -315,8 +287,6 @@ __bpf_kfunc s64 bpf_get_cpu_scale(u32 cpu)
  */
 __bpf_kfunc int bpf_set_current_uclamp(u32 min, u32 max)
 {
-	if (!IS_ENABLED(CONFIG_UCLAMP_TASK))
-		return -EOPNOTSUPP;
 	/*
 	 * Set while bpf_prog_run_in_task() runs a program, but not for the
 	 * callbacks that a program schedules, which may run on any task.
@@ -326,7 +296,7 @@ __bpf_kfunc int bpf_set_current_uclamp(u32 min, u32 max)
 	if (max > SCHED_CAPACITY_SCALE || min > max)
 		return -EINVAL;
 
-	return set_current_uclamp(min, max);
+	return sched_uclamp_set_current(min, max);
 }
 
 __bpf_kfunc_end_defs();
@@ -348,12 +318,7 @@ EXPORT_SYMBOL_FOR_MODULES(kvm_bpf_kfuncs_prepare, "kvm_bpf");
  */
 void kvm_bpf_unclamp_current(void)
 {
-#ifdef CONFIG_UCLAMP_TASK
-	/* Only then: the first request of any task enables clamping for all. */
-	if (current->uclamp_req[UCLAMP_MIN].user_defined ||
-	    current->uclamp_req[UCLAMP_MAX].user_defined)
-		set_current_uclamp(U32_MAX, U32_MAX);
-#endif
+	sched_uclamp_reset_current();
 }
 EXPORT_SYMBOL_FOR_MODULES(kvm_bpf_unclamp_current, "kvm_bpf");
 

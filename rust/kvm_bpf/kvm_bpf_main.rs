@@ -13,7 +13,8 @@
 //! # Locks
 //!
 //! `kvm->lock`, then [`BpfDevice::changing`], then `kvm->slots_lock`, or the lock of who sets work
-//! and then [`BpfDevice::perms`]. [`BpfDevice::regions`] is innermost. An access takes none of
+//! and then [`BpfDevice::perms`]. [`BpfDevice::regions`] is inside them, and outside only what
+//! keeps a program from being extended. An access takes none of
 //! them; a region's programs go away only when no access can be inside any more, and whoever waits
 //! for that holds none of ours.
 
@@ -158,7 +159,7 @@ struct BpfDevice {
     #[pin]
     changing: Mutex<()>,
     /// By index, and only as long as the largest index in use has needed. Held to look at it, and
-    /// never to wait for anything, nor for memory.
+    /// never to wait for an access, nor for memory.
     #[pin]
     regions: Mutex<KVec<Option<Arc<Region>>>>,
     #[pin]
@@ -520,8 +521,7 @@ impl Device for BpfDevice {
             Id::Run(index) => {
                 let run = attr.read()?;
 
-                self.perms.lock().check(uapi::KVM_BPF_ALLOW_RUN)?;
-                self.works.run(index, &run)
+                self.works.run(index, &run, &self.perms)
             }
             Id::Perms => self.set_perms(&attr.read()?),
             Id::Info(_) => Err(ENXIO),
@@ -532,7 +532,11 @@ impl Device for BpfDevice {
         match Id::try_from(attr)? {
             Id::Region(bus, index) => attr.write(&self.get_region(bus, index)?),
             Id::Mem(index) => attr.write(&self.get_mem(index)?),
-            Id::Perms => attr.write(&self.perms.lock().to_user()),
+            Id::Perms => {
+                let perms = *self.perms.lock();
+
+                attr.write(&perms.to_user())
+            }
             Id::Info(index) => attr.write(&self.info(index).ok_or(ENOENT)?),
             // An eventfd that another process may have set has no number to return.
             Id::Irq(_) | Id::Work(_) | Id::Run(_) => Err(ENXIO),

@@ -92,8 +92,14 @@ impl Consume for Signal {
     type OwnerModule = crate::LocalModule;
 
     fn signalled(&self, count: u64) {
-        // The thread may find it before it is woken up: it must find what came before, too.
-        self.pending.count.fetch_add(count, Release);
+        let pending = &self.pending.count;
+        let mut now = pending.load(Relaxed);
+
+        // At its limit the count stays. The thread may find it before it is woken up: it must find
+        // what came before, too.
+        while let Err(other) = pending.cmpxchg(now, now.saturating_add(count), Release) {
+            now = other;
+        }
         self.thread.wake();
     }
 }
@@ -173,6 +179,16 @@ impl Shared {
         let index = nospec::array_index(index, MAX_WORKS)?;
 
         Some(self.turns.get(index)?.lock())
+    }
+
+    /// Drops what was taken from an index, its signals first and its program when it does not run:
+    /// until then nobody extends it.
+    fn retire(&self, index: usize, old: Slot) {
+        let Slot { prog, signal } = old;
+
+        drop(signal);
+        drop(self.turn(index));
+        drop(prog);
     }
 
     fn run_prog(&self, index: usize, prog: &Prog<IoWork>, arg: u64) -> bool {
@@ -322,9 +338,9 @@ impl Works {
             task.wake();
         }
         drop(thread);
-        // Whose signals, and then whose program, nobody gets any more.
-        drop(old);
-        drop(self.shared.turn(index));
+        if let Some(old) = old.flatten() {
+            self.shared.retire(index, old);
+        }
         Ok(())
     }
 
@@ -393,7 +409,9 @@ impl Works {
     /// Removes all programs of a device that closes. When this returns, none runs.
     pub(crate) fn clear(&self) {
         for index in 0..MAX_WORKS {
-            drop(self.shared.with_slot(index, |slot| slot.take()));
+            if let Some(old) = self.shared.with_slot(index, |slot| slot.take()).flatten() {
+                self.shared.retire(index, old);
+            }
         }
         // The last reference, as signals had the others: this waits for what it is at.
         drop(self.thread.lock().take());
@@ -409,14 +427,21 @@ impl Works {
         let old = self.shared.with_slot(index, |slot| slot.take());
 
         drop(thread);
-        drop(old.flatten().ok_or(ENOENT)?);
-        drop(self.shared.turn(index));
+        self.shared.retire(index, old.flatten().ok_or(ENOENT)?);
         Ok(())
     }
 
     /// Runs a program once, on the current thread, after those who came before.
-    pub(crate) fn run(&self, index: usize, run: &uapi::kvm_bpf_user_run) -> Result {
+    pub(crate) fn run(
+        &self,
+        index: usize,
+        run: &uapi::kvm_bpf_user_run,
+        perms: &Mutex<Perms>,
+    ) -> Result {
         let _turn = self.shared.turn(index);
+
+        // Only now, as it may have been given up meanwhile.
+        perms.lock().check(uapi::KVM_BPF_ALLOW_RUN)?;
         let prog = self
             .shared
             .with_slot(index, |slot| {

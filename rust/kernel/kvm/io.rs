@@ -518,7 +518,7 @@ impl<T: Handler> IoVTable<T> {
         match handler.read(&access) {
             Verdict::Handled(bytes) => {
                 // SAFETY: By the safety requirements; `access.len` is `len`. `val` may be in a
-                // page that user space sees, so it is written, once, and never borrowed.
+                // page that user space sees and writes, so it is never borrowed.
                 unsafe { store(bytes, val.cast(), access.len) };
                 0
             }
@@ -542,7 +542,7 @@ impl<T: Handler> IoVTable<T> {
         };
 
         // SAFETY: By the safety requirements; `access.len` is `len`. `val` may be in a page that
-        // user space sees, so it is read once.
+        // user space sees and writes, so it is never borrowed. Whatever is read is data.
         let data = unsafe { load(val.cast(), access.len) };
 
         match handler.write(&access, data) {
@@ -551,7 +551,8 @@ impl<T: Handler> IoVTable<T> {
         }
     }
 
-    /// Returns the handler and the access for it, or [`None`] for a length that none handles.
+    /// Returns the handler and the access for it, or [`None`] for a length that none handles, and
+    /// for an access that is not inside the range.
     ///
     /// # Safety
     ///
@@ -568,15 +569,22 @@ impl<T: Handler> IoVTable<T> {
         // SAFETY: By the safety requirements; `dev` is the first field of `Io`, and the bus has a
         // reference to it until its readers are gone.
         let io = unsafe { &*this.cast::<Io<T>>() };
+        let offset = addr.wrapping_sub(io.range.start);
 
+        // The bus takes an access for one inside if its end wraps around, as that of a guest which
+        // names addresses itself may (SEV-ES).
+        //
+        // CAST: Just checked.
+        if offset.checked_add(len as u64)? > io.range.size() {
+            return None;
+        }
         Some((
             // SAFETY: We are in a read-side section of the VM's SRCU, and `io` lives as long.
             unsafe { io.handler.get() },
             Access {
                 // SAFETY: By the safety requirements.
                 vcpu: unsafe { Vcpu::from_raw(vcpu) },
-                // The bus calls only with accesses that lie inside the range.
-                offset: addr.wrapping_sub(io.range.start),
+                offset,
                 // CAST: Just checked.
                 len: len as u8,
             },
@@ -629,19 +637,23 @@ mod tests {
         }
     }
 
+    /// A latch of 4096 bytes that no bus knows.
+    fn latch_at(start: u64) -> Result<Io<Latch>> {
+        Ok(Io {
+            dev: Opaque::uninit(),
+            range: Range::new(Bus::Mmio, start, 0x1000)?,
+            handler: Published::new(KBox::new(Latch(Atomic::new(0)), GFP_KERNEL)?),
+            destroyed: Atomic::new(false),
+            quiet: Atomic::new(false),
+        })
+    }
+
     #[test]
     fn as_many_bytes_as_the_access_has() -> Result {
         const AROUND: u8 = 0x5a;
 
-        let latch = KBox::new(Latch(Atomic::new(0)), GFP_KERNEL)?;
         let mut vcpu = KBox::<bindings::kvm_vcpu>::new_uninit(GFP_KERNEL)?;
-        let io = Io {
-            dev: Opaque::uninit(),
-            range: Range::new(Bus::Mmio, 0x1000, 0x1000)?,
-            handler: Published::new(latch),
-            destroyed: Atomic::new(false),
-            quiet: Atomic::new(false),
-        };
+        let io = latch_at(0x1000)?;
         // SAFETY: `io` lives, and nobody replaces its handler.
         let latch = unsafe { io.handler.get() };
         let this: *mut bindings::kvm_io_device = ptr::from_ref(&io).cast_mut().cast();
@@ -688,6 +700,30 @@ mod tests {
             };
             assert_eq!(got, ret);
             assert_eq!(latch.0.load(Relaxed), wanted);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn accesses_that_wrap_around() -> Result {
+        let mut vcpu = KBox::<bindings::kvm_vcpu>::new_uninit(GFP_KERNEL)?;
+        let io = latch_at(0)?;
+        let this: *mut bindings::kvm_io_device = ptr::from_ref(&io).cast_mut().cast();
+
+        for (addr, handled) in [
+            (0, true),
+            (0xffc, true),
+            (0xffd, false),
+            (u64::MAX - 1, false),
+        ] {
+            let mut val = [0; 8];
+            // SAFETY: `this` is `dev` of `io`, `val` has 8 bytes, and `Latch` does not look at the
+            // vCPU, whose bytes may be any.
+            let got = unsafe {
+                IoVTable::<Latch>::read(vcpu.as_mut_ptr(), this, addr, 4, val.as_mut_ptr().cast())
+            };
+            assert_eq!(got == 0, handled);
+            assert_eq!(val != [0; 8], handled);
         }
         Ok(())
     }

@@ -22,7 +22,7 @@ use crate::{
         from_result,
         to_result, //
     },
-    new_mutex,
+    new_mutex, nospec,
     prelude::*,
     sync::{
         aref::ARef,
@@ -144,7 +144,11 @@ impl Windows {
         let _guard = self.changing.lock();
 
         // SAFETY: Only who has the lock replaces the list.
-        unsafe { self.list.get() }.get(index).copied().flatten()
+        let list = unsafe { self.list.get() };
+
+        list.get(nospec::array_index(index, MAX_WINDOWS)?)
+            .copied()
+            .flatten()
     }
 
     /// Sets or removes a window.
@@ -162,6 +166,7 @@ impl Windows {
         let _guard = self.changing.lock();
         // SAFETY: Only who has the lock replaces the list.
         let mut new = KBox::new(*unsafe { self.list.get() }, GFP_KERNEL_ACCOUNT)?;
+        let index = nospec::array_index(index, MAX_WINDOWS).ok_or(ENXIO)?;
         let slot = new.get_mut(index).ok_or(ENXIO)?;
 
         if core::mem::replace(slot, window).is_none() && window.is_none() {
@@ -176,9 +181,8 @@ impl Windows {
     /// # Safety
     ///
     /// `ctx` must be that of a [`Context`](super::prog::Context) or
-    /// [`WorkContext`](super::prog::WorkContext) that a program is run on, on a thread with the
-    /// memory of the windows' VM, and `mem` that of its binding. `buf` must be valid for reads and
-    /// writes of `len` bytes.
+    /// [`WorkContext`](super::prog::WorkContext) that a program is run on, and `mem` that of its
+    /// binding. `buf` must be valid for reads and writes of `len` bytes.
     #[inline]
     unsafe extern "C" fn copy(
         ctx: *const bindings::bpf_kvm_io_ctx_kern,

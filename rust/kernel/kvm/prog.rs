@@ -330,8 +330,9 @@ impl Prog<IoWork> {
     ///
     /// `arg` is what the program finds in `buf`.
     ///
-    /// Context: process context, may sleep, on a thread with the VM's memory. It is in a read-side
-    /// section of the VM's SRCU, as a [`Handler`](super::io::Handler) is.
+    /// Context: process context, may sleep; on a thread without the VM's memory the program has no
+    /// access to it. It is in a read-side section of the VM's SRCU, as a
+    /// [`Handler`](super::io::Handler) is.
     #[inline]
     pub fn run_work(&self, arg: u64, binding: &Binding) -> bool {
         let _guard = binding.mem.vm().srcu().read_lock();

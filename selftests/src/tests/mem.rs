@@ -5,13 +5,14 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{env, ptr, thread};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bpf::perms::Allow;
 use kvm_bpf::uapi::{
-    KVM_BPF_MEM_READ, KVM_BPF_MEM_WRITE, KVM_DEV_BPF_ATTR_GROUP_MEM, KVM_DEV_BPF_MAX_MEMS,
-    kvm_bpf_user_mem,
+    KVM_BPF_MEM_READ, KVM_BPF_MEM_WRITE, KVM_DEV_BPF_ATTR_GROUP_MEM, KVM_DEV_BPF_ATTR_GROUP_PERMS,
+    KVM_DEV_BPF_MAX_MEMS, kvm_bpf_user_mem,
 };
 use kvm_bpf::{ImageDevice, Programs, Window};
 use kvm_bpf_selftests::bpf::Census;
@@ -42,6 +43,8 @@ tests!(
     words_are_whole,
     memory_that_is_not_there,
     pages_that_come_late,
+    permissions_for_a_page_that_is_late,
+    run_is_given_up_while_it_waits,
     killed_while_a_page_is_late,
     too_much_at_once,
     a_mebibyte_at_once,
@@ -826,6 +829,57 @@ fn pages_that_come_late() {
         assert_got!(pages.bytes(PAGE, 5), [0x11, 0x11, 0x11, 0x11, 0x3c]);
         drop((guest, late));
     }
+}
+
+/// Nobody waits for whoever gets the permissions.
+fn permissions_for_a_page_that_is_late() {
+    let guest = Guest::new();
+    let device = Device::new(guest.vm());
+    let pages = Pages::new(1);
+    let late = Late::new(&pages);
+    let eventfd = EventFd::new(0).expect("eventfd");
+    let addr = pages.at(0, PAGE) as u64;
+    thread::scope(|scope| {
+        // SAFETY: the kernel writes the permissions there, and nothing else does meanwhile.
+        let get = || unsafe { device.get_attr(KVM_DEV_BPF_ATTR_GROUP_PERMS, 0, addr) };
+        let get = scope.spawn(get);
+        late.wait();
+        let set = scope.spawn(|| device.set_irq(0, eventfd.as_raw_fd()));
+        let patience = Instant::now() + Duration::from_secs(20);
+        while !set.is_finished() && Instant::now() < patience {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let is_set = set.is_finished();
+        late.come(&pages, 0, 0);
+        assert!(is_set, "wanted an interrupt to be set, but it waits");
+        assert_got!(get.join().expect("no panic"), Ok(()));
+    });
+    assert!(pages.bytes(0, 8) != [0; 8], "wanted permissions, got none");
+}
+
+/// A run that waits for another one does not take place.
+fn run_is_given_up_while_it_waits() {
+    let setup = Setup::new("mem", 1);
+    setup.window(0, START, PAGE as u64, true, true);
+    let late = Late::new(&setup.pages);
+    let (image, pages) = (&setup.device, &setup.pages);
+    request(image.programs(), READ, START, &[0; 4]);
+    thread::scope(|scope| {
+        let first = scope.spawn(|| image.run("work", 0).is_ok());
+        late.wait();
+        let second = scope.spawn(|| image.run("work", 0).is_ok());
+        thread::sleep(Duration::from_millis(50));
+        assert!(!second.is_finished(), "wanted the second run to wait");
+        let device = image.device();
+        let mut left = device.permissions().expect("the permissions");
+        left.allow = left.allow.without(Allow::RUN);
+        device.restrict(left).expect("giving up a permission");
+        late.come(pages, 0, 0x3c);
+        let ran = [first, second].map(|run| run.join().expect("no panic"));
+        assert_got!(ran, [true, false]);
+    });
+    let (errno, served, data) = result(image.programs(), 4);
+    assert_got!((errno, served, data), (0, 1, vec![0x3c; 4]));
 }
 
 /// The page never comes, and all threads are in the kernel for it.

@@ -50,6 +50,7 @@ tests!(
     eventfd_has_one_consumer,
     more_work_leaves_room,
     runs_of_one_index_follow_each_other,
+    count_has_an_end,
     removal_waits,
     close_waits,
     closed_in_every_order,
@@ -721,6 +722,28 @@ fn end_under_load(end: impl Fn(Device) -> Option<Device>) {
         drop(counts);
         census.wait_for_newer(0, 0);
     }
+}
+
+/// Signals that are more than a counter holds are not none.
+fn count_has_an_end() {
+    let guest = Guest::new();
+    // Unless the thread is as fast as the signals are.
+    for _ in 0..100 {
+        let device = Device::new(guest.vm());
+        let counts = Map::new(1, 4);
+        let (busy, many) = (eventfd(), eventfd());
+        let recorder = Recorder::new();
+        device.set_work(0, &work(Some(&slow(&counts, ROUNDS)), Some(&busy)));
+        device.set_work(1, &work(Some(&recorder.prog(Prog::load)), Some(&many)));
+        signal(&busy, 1);
+        signal(&many, 1 << 63);
+        signal(&many, 1 << 63);
+        wait_for("a run for them", true, || recorder.record().runs > 0);
+        if recorder.record().last == u64::MAX {
+            return;
+        }
+    }
+    panic!("the thread has run the program between two signals, always");
 }
 
 fn removal_waits() {
