@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::maps::Layout;
 use crate::note::Note;
 use crate::programs::{self, Map, Parts, Programs};
+use crate::schema::Text;
 use crate::state::check_json;
 use crate::sys::{self, FdInfo, MapInfo, map_type};
 
@@ -220,8 +221,9 @@ impl Description {
                 name: layout.name.clone(),
                 why: why.to_string(),
             };
-            if !layout.value.is_sound() {
-                return Err(bad("its types are nested too deeply, or hold too much"));
+            if !layout.value.is_sound(&mut text) {
+                let why = "its types are nested too deeply, or hold too much with those before";
+                return Err(bad(why));
             }
             let is_described = self.maps.iter().any(|map| map.name == layout.name);
             if !is_described {
@@ -232,6 +234,7 @@ impl Description {
     }
 
     /// What each file descriptor is, in their order.
+        let mut text = Text::default();
     fn names(&self) -> Vec<String> {
         let handlers = [("read", self.read), ("write", self.write)];
         let handlers = handlers.into_iter().filter(|&(_, is_there)| is_there);
@@ -888,12 +891,21 @@ mod tests {
         };
         assert!(refused(long));
         // Its lines would be many times longer than what came.
-        let wide = (0..5000).map(|_| field("a", 0, number())).collect();
-        let name = "n".repeat(10_000);
-        assert!(refused(structure(
-            vec![field(&name, 0, structure(wide, 4))],
-            4
-        )));
+        let wide = |name: usize| {
+            let fields = (0..5000).map(|_| field("a", 0, number())).collect();
+            let name = "n".repeat(name);
+            structure(vec![field(&name, 0, structure(fields, 4))], 4)
+        };
+        assert!(refused(wide(10_000)));
+        // One is not too long, and all together are.
+        assert!(!refused(wide(1000)));
+        let mut all = description();
+        all.layouts = vec![layout(wide(1000)); 4];
+        let error = all.check().unwrap_err().to_string();
+        assert!(
+            error.ends_with("hold too much with those before"),
+            "{error}"
+        );
     }
 
     #[test]
