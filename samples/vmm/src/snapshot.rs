@@ -15,15 +15,16 @@
 //! descriptor comes with the first byte.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use kvm_bpf::State;
+use kvm_bpf::file::write_whole;
 use kvm_bpf::note::Space;
 use kvm_bpf::state::{MAX_FILE_SIZE, MAX_VALUES, check_size};
 use serde::{Deserialize, Serialize};
@@ -300,34 +301,13 @@ impl Snapshot {
 
     /// Writes a file, which is there when it is whole.
     pub fn save(&self, path: &Path, memory: &GuestMemoryMmap) -> Result<(), Error> {
-        let mut name = path.as_os_str().to_owned();
-        name.push(".new");
-        let new = PathBuf::from(name);
-        let result = self.write_to(&new, memory).and_then(|()| {
-            // Nothing of it may be missing where the file has its name.
-            fs::rename(&new, path).map_err(Error::Write)
-        });
-        if result.is_err() {
-            // There may be none.
-            let _ = fs::remove_file(&new);
-        }
-        result
-    }
-
-    fn write_to(&self, path: &Path, memory: &GuestMemoryMmap) -> Result<(), Error> {
         let (header, description) = self.encode()?;
-        // The guest's secrets are in it.
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(path)
-            .map_err(Error::Write)?;
-        file.write_all(&header).map_err(Error::Write)?;
-        file.write_all(&description).map_err(Error::Write)?;
-        write_memory(&file, memory_offset(description.len() as u64), memory)?;
-        file.sync_all().map_err(Error::Write)
+        // The guest's secrets are in it: it is for the owner alone.
+        write_whole(path, Error::Write, |mut file| {
+            file.write_all(&header).map_err(Error::Write)?;
+            file.write_all(&description).map_err(Error::Write)?;
+            write_memory(file, memory_offset(description.len() as u64), memory)
+        })
     }
 
     /// Sends it with its memory to a process that takes it with [`Source::receive`] and [`take`].
@@ -649,7 +629,9 @@ mod tests {
 
     /// Memory with something in its first page and in one of the third chunk.
     fn memory(shared: bool) -> GuestMemoryMmap {
+    use std::fs;
         let memory = create_memory(SIZE, shared).unwrap();
+    use std::path::PathBuf;
         for (offset, value) in CONTENT {
             let addr = GuestAddress(arch::RAM_START + offset);
             memory.write_obj(value, addr).unwrap();
