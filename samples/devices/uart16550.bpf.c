@@ -70,7 +70,9 @@
 #define MSR_DCD 0x80
 
 /* Bytes of the ring; each that is sent takes 16 there until it is taken. */
+#ifndef RING_BYTES
 #define RING_BYTES (256 * 1024)
+#endif
 
 KVM_BPF_MMIO_DEVICE(0, UART_IRQS, "ns16550a");
 KVM_BPF_RANGES(KVM_BPF_PORTS(0, UART_PORTS));

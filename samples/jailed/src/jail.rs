@@ -62,6 +62,8 @@ enum Only {
     Request(u32),
     /// An argument, by its number, has this value.
     Value(u8, u64),
+    /// None: it fails with ENOSYS, as on an older kernel.
+    Missing,
     /// The memory is not executable: neither mmap(2)'s nor mprotect(2)'s argument 2 says so.
     NoExec,
 }
@@ -130,7 +132,8 @@ const RULES: &[Rule] = &[
     ),
     any(libc::SYS_rt_sigreturn, "rt_sigreturn", &[Run]),
     any(libc::SYS_ppoll, "ppoll", &[Command]),
-    any(libc::SYS_clone3, "clone3", &[Command]),
+    // A filter cannot see its flags, which are in memory. The C library takes clone(2) then.
+    rule(libc::SYS_clone3, "clone3", Only::Missing, &[Command]),
     rule(libc::SYS_clone, "clone", Only::Value(0, THREAD), &[Command]),
     any(libc::SYS_getpid, "getpid", &[Command]),
     any(libc::SYS_tgkill, "tgkill", &[Command]),
@@ -164,7 +167,7 @@ const RULES: &[Rule] = &[
 /// How std opens a file to read.
 const READ_ONLY: u64 = (libc::O_RDONLY | libc::O_CLOEXEC) as u64;
 const DUPLICATE: u64 = libc::F_DUPFD_CLOEXEC as u64;
-/// What pthread_create(3) asks for where the C library has no clone3(2), as 2.36 on arm64.
+/// What pthread_create(3) of the GNU C library asks for where there is no clone3(2).
 const THREAD: u64 = (libc::CLONE_VM
     | libc::CLONE_FS
     | libc::CLONE_FILES
@@ -207,6 +210,7 @@ impl Rule {
             Only::Value(argument, value) => {
                 format!("`{text}`, argument {argument} is `{value:#x}`")
             }
+            Only::Missing => format!("`{text}`, fails with `ENOSYS`"),
             Only::NoExec => format!("`{text}` without `PROT_EXEC`"),
         }
     }
@@ -250,7 +254,8 @@ fn filter(phases: &[Phase]) -> Result<BpfProgram> {
             continue;
         }
         let condition = match rule.only {
-            Only::All => {
+            // Of two filters the stricter one decides: that of `missing()`.
+            Only::All | Only::Missing => {
                 always.push(rule.call);
                 continue;
             }
@@ -265,6 +270,16 @@ fn filter(phases: &[Phase]) -> Result<BpfProgram> {
     allowed.extend(always.into_iter().map(|call| (call, Vec::new())));
     let arch = TargetArch::try_from(std::env::consts::ARCH)?;
     let filter = SeccompFilter::new(allowed, SeccompAction::Trap, SeccompAction::Allow, arch)?;
+    Ok(filter.try_into()?)
+}
+
+/// The filter that has calls fail which are to be missing: a filter has one answer to what it matches.
+fn missing() -> Result<BpfProgram> {
+    let calls = rules().filter(|rule| matches!(rule.only, Only::Missing));
+    let answer = SeccompAction::Errno(libc::ENOSYS as u32);
+    let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+    let calls = calls.map(|rule| (rule.call, Vec::new())).collect();
+    let filter = SeccompFilter::new(calls, SeccompAction::Allow, answer, arch)?;
     Ok(filter.try_into()?)
 }
 
@@ -305,6 +320,7 @@ impl Filters {
                 return Err(std::io::Error::last_os_error().into());
             }
         }
+        apply_filter(&missing()?)?;
         Ok(apply_filter(&filter(&Phase::ALL)?)?)
     }
 
@@ -426,23 +442,53 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_is_no_rule_is_forbidden() {
-        // SAFETY: the child makes one system call, and ends.
+    /// Does something in a process of its own, which ends with status 0 behind that; returns how it
+    /// ended.
+    fn status_of(work: impl FnOnce()) -> c_int {
+        // SAFETY: the child does this and ends.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            let filter = filter(&Phase::ALL).unwrap();
-            apply_filter(&filter).unwrap();
-            // SAFETY: no command of bpf(2) has this number; the process ends.
-            unsafe {
-                libc::syscall(libc::SYS_bpf, -1, 0, 0);
-                libc::_exit(0);
-            }
+            let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+            // SAFETY: the process ends.
+            unsafe { libc::_exit(done.is_err().into()) };
         }
         let mut status = 0;
         // SAFETY: the child is ours, and the status a local.
         assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        status
+    }
+
+    #[test]
+    fn what_is_no_rule_is_forbidden() {
+        let status = status_of(|| {
+            apply_filter(&filter(&Phase::ALL).unwrap()).unwrap();
+            // SAFETY: no command of bpf(2) has this number.
+            unsafe { libc::syscall(libc::SYS_bpf, -1, 0, 0) };
+        });
         assert!(libc::WIFSIGNALED(status), "{status:#x}");
         assert_eq!(libc::WTERMSIG(status), libc::SIGSYS);
+    }
+
+    /// clone3(2) could make more than a thread; threads start without.
+    #[test]
+    fn threads_are_all_that_is_started() {
+        let status = status_of(|| {
+            let filters = Filters::new().unwrap();
+            filters.enter().unwrap();
+            // SAFETY: without arguments it starts nothing.
+            let result = unsafe { libc::syscall(libc::SYS_clone3, 0, 0) };
+            let error = std::io::Error::last_os_error().raw_os_error();
+            assert_eq!((result, error), (-1, Some(libc::ENOSYS)));
+            assert_eq!(filters.run(Phase::Run, || Ok(1)).unwrap(), 1);
+        });
+        assert_eq!(status, 0, "{status:#x}");
+        let status = status_of(|| {
+            Filters::new().unwrap().enter().unwrap();
+            // SAFETY: as fork(2); parent and child end at once.
+            unsafe { libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0) };
+        });
+        // The handler says so and ends the process.
+        assert!(libc::WIFEXITED(status), "{status:#x}");
+        assert_eq!(libc::WEXITSTATUS(status), 128 + libc::SIGSYS);
     }
 }

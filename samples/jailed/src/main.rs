@@ -249,6 +249,33 @@ impl Vmm {
         })
     }
 
+    /// Has a new VM take the place of one that stands still. On an error that can go on.
+    fn renew(&self, name: &str, machine: &mut Machine) -> Result<()> {
+        let clock = &machine.clock;
+        // It resumes the clock itself where it fails.
+        let state = self.filters.run(Phase::Save, || save(clock))?;
+        let new = self.machine(name).and_then(|mut new| {
+            let clock = &mut new.clock;
+            self.filters
+                .run(Phase::Restore, || restore(clock, &state))?;
+            Ok(new)
+        });
+        match new {
+            Ok(new) => *machine = new,
+            Err(error) => {
+                let resumed = self.filters.run(Phase::Restore, || Ok(clock.resume()?));
+                return Err(match resumed {
+                    Ok(()) => error,
+                    Err(other) => {
+                        let (error, other) = (chain(error.as_ref()), chain(other.as_ref()));
+                        format!("{error}; and the clock cannot go on: {other}").into()
+                    }
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// Does what a line of the input says; nothing where there is no more to do.
     fn command(&self, command: &str, machine: &mut Machine) -> Result<Option<String>> {
         let shared = self.memory.shared();
@@ -270,14 +297,10 @@ impl Vmm {
             }
             ["save-restore", name] => {
                 machine.stop()?;
-                let clock = &machine.clock;
-                let state = self.filters.run(Phase::Save, || save(clock))?;
-                let mut new = self.machine(name)?;
-                let clock = &mut new.clock;
-                self.filters
-                    .run(Phase::Restore, || restore(clock, &state))?;
-                *machine = new;
+                let renewed = self.renew(name, machine);
+                // The old one, where there is no new one.
                 machine.start(&self.filters);
+                renewed?;
                 "in a new VM".to_string()
             }
             ["another"] => {

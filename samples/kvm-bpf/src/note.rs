@@ -15,7 +15,7 @@
 //!
 //! Notes of type [`TYPE_ITEMS`], any number of them, may say more, before or behind it. Each is a
 //! list of items, every one at a multiple of 4 bytes, with zeroes in between and behind; together
-//! they are one list:
+//! they are one list, with at most 256 items of a kind:
 //!
 //! | bytes | meaning |
 //! | --- | --- |
@@ -90,6 +90,8 @@ pub mod kind {
 /// In an item's kind: who does not know it cannot serve the device.
 pub const REQUIRED: u16 = 1 << 15;
 
+/// The most items of a kind, and `compatible` strings: more than any device has.
+const MAX_ITEMS: usize = 256;
 /// Bytes before the `compatible` strings.
 const FIXED_LEN: usize = 16;
 /// Bytes of an item before what its kind says, and of what a range says.
@@ -318,6 +320,8 @@ impl Note {
 
     /// Checks what the parts say of each other.
     fn check(&self) -> Result<(), Error> {
+        // First: below, each is compared with each.
+        self.check_lens()?;
         self.check_regions()?;
         self.check_read_pages()?;
         self.check_works()?;
@@ -372,6 +376,23 @@ impl Note {
             .into_iter()
             .chain(self.ranges.iter().copied())
             .collect()
+    }
+
+    fn check_lens(&self) -> Result<(), Error> {
+        for (what, len) in [
+            ("compatible strings", self.compatible.len()),
+            ("ranges", self.ranges.len()),
+            ("read pages", self.read_pages.len()),
+            ("WORK programs", self.works.len()),
+            ("doorbells", self.doorbells.len()),
+            ("parameters", self.params.len()),
+        ] {
+            if len > MAX_ITEMS {
+                let reason = format!("{len} {what}, more than {MAX_ITEMS}");
+                return Err(Error::BadNote(reason));
+            }
+        }
+        Ok(())
     }
 
     fn check_regions(&self) -> Result<(), Error> {
@@ -580,9 +601,6 @@ impl TryFrom<Unchecked> for Note {
 
     /// What holds for the note of a file holds for it.
     fn try_from(from: Unchecked) -> Result<Self, Error> {
-        /// More than any device has.
-        const MAX_ITEMS: usize = 256;
-
         let note = Note {
             mmio_size: from.mmio_size,
             nr_irqs: from.nr_irqs,
@@ -595,56 +613,38 @@ impl TryFrom<Unchecked> for Note {
             state_version: from.state_version,
             params: from.params,
         };
-        let bad = |reason: &str| Err(Error::BadNote(reason.to_string()));
-        let lens = [
-            note.compatible.len(),
-            note.ranges.len(),
-            note.read_pages.len(),
-            note.works.len(),
-            note.doorbells.len(),
-            note.params.len(),
-        ];
-        let is_name = |name: &String| !name.is_empty() && !name.contains('\0');
-        let is_map_name = |name: &String| is_name(name) && name.len() < NAME_LEN;
-        if lens.iter().any(|&len| len > MAX_ITEMS) {
-            return bad("more items than a device has");
-        }
-        check_fixed(note.nr_irqs, note.mmio_size).map_err(Error::BadNote)?;
-        if note.compatible.is_empty() || !note.compatible.iter().all(is_name) {
-            return bad("an empty compatible string, or none");
-        }
-        note.ranges
-            .iter()
-            .try_for_each(check_range)
-            .map_err(Error::BadNote)?;
-        for page in &note.read_pages {
-            if !page.offset.is_multiple_of(MIN_PAGE) || !is_map_name(&page.map) {
-                return bad("a read page in the middle of a page, or without a map's name");
-            }
-        }
-        if !note.params.iter().all(|param| is_map_name(&param.name)) {
-            return bad("a parameter without a map's name");
-        }
-        for work in &note.works {
-            let is_good = is_work_name(work.name.as_bytes()) && work.name.len() < NAME_LEN;
-            if u64::from(work.index) >= KVM_DEV_BPF_MAX_WORKS || !is_good {
-                return bad("a WORK program with a bad index or name");
-            }
-        }
-        if note
-            .window
-            .is_some_and(|rights| !rights.read && !rights.write)
-        {
-            return bad("a window without rights");
-        }
-        if note
-            .state_version
-            .is_some_and(|own| own.oldest > own.version)
-        {
-            return bad("a state that does not load its own version");
-        }
+        note.check_lens()?;
+        note.check_parts().map_err(Error::BadNote)?;
         note.check()?;
         Ok(note)
+    }
+}
+
+#[cfg(feature = "serde")]
+impl Note {
+    /// Checks each part for itself, as those of a file are while they are read.
+    fn check_parts(&self) -> Result<(), String> {
+        check_fixed(self.nr_irqs, self.mmio_size)?;
+        let is_string = |string: &String| !string.is_empty() && !string.contains('\0');
+        if self.compatible.is_empty() || !self.compatible.iter().all(is_string) {
+            return Err("an empty compatible string, or none".to_string());
+        }
+        self.ranges.iter().try_for_each(check_range)?;
+        for page in &self.read_pages {
+            check_page_offset(page.offset)?;
+            check_map_name("read page", &page.map)?;
+        }
+        for param in &self.params {
+            check_map_name("parameter", &param.name)?;
+        }
+        for work in &self.works {
+            check_work_index(work.index)?;
+            check_work_name(&work.name)?;
+        }
+        if let Some(Rights { read, write }) = self.window {
+            check_rights(u32::from(read) | u32::from(write) << 1)?;
+        }
+        self.state_version.iter().try_for_each(check_state_version)
     }
 }
 
@@ -714,19 +714,65 @@ fn check_range(range: &Range) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether these are bytes that names of WORK programs have.
-fn is_work_name(name: &[u8]) -> bool {
-    let is_good = |byte: &u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_');
-    !name.is_empty() && name.iter().all(is_good)
+fn check_page_offset(offset: u64) -> Result<(), String> {
+    match offset.is_multiple_of(MIN_PAGE) {
+        true => Ok(()),
+        false => Err(format!("read page at {offset:#x}, in the middle of a page")),
+    }
+}
+
+/// Checks the name of a map that an item is about.
+fn check_map_name(what: &str, name: &str) -> Result<(), String> {
+    match (1..NAME_LEN).contains(&name.len()) && !name.contains('\0') {
+        true => Ok(()),
+        false => Err(format!(
+            "a {what} without a map's name, 1 to 15 bytes and zeroes"
+        )),
+    }
+}
+
+fn check_work_index(index: u32) -> Result<(), String> {
+    match u64::from(index) < KVM_DEV_BPF_MAX_WORKS {
+        true => Ok(()),
+        false => Err(format!(
+            "WORK index {index}, not below {KVM_DEV_BPF_MAX_WORKS}"
+        )),
+    }
+}
+
+fn check_work_name(name: &str) -> Result<(), String> {
+    let is_good = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_');
+    match (1..NAME_LEN).contains(&name.len()) && name.bytes().all(is_good) {
+        true => Ok(()),
+        false => Err(format!(
+            "WORK name {name:?}, not 1 to {} of a to z, 0 to 9 and _",
+            NAME_LEN - 1
+        )),
+    }
+}
+
+fn check_rights(rights: u32) -> Result<(), String> {
+    match (1..=3).contains(&rights) {
+        true => Ok(()),
+        false => Err(format!("rights {rights:#x} of a window, not 1 to 3")),
+    }
+}
+
+fn check_state_version(state: &StateVersion) -> Result<(), String> {
+    let StateVersion { version, oldest } = state;
+    match oldest <= version {
+        true => Ok(()),
+        false => Err(format!(
+            "version {version} of the state loads none older than {oldest}"
+        )),
+    }
 }
 
 fn parse_read_page(payload: &[u8]) -> Result<ReadPage, String> {
     check_len("read page", payload, READ_PAGE_LEN)?;
     check_flags("read page", payload)?;
     let offset = u64_at(payload, 8);
-    if !offset.is_multiple_of(MIN_PAGE) {
-        return Err(format!("read page at {offset:#x}, in the middle of a page"));
-    }
+    check_page_offset(offset)?;
     Ok(ReadPage {
         region: u32_at(payload, 0),
         offset,
@@ -749,40 +795,27 @@ fn parse_param(payload: &[u8], required: bool) -> Result<Param, String> {
 /// The name of a map that an item is about.
 fn map_name(what: &str, bytes: &[u8]) -> Result<String, String> {
     let name = name_in(bytes).and_then(|name| str::from_utf8(name).ok());
-    name.map(str::to_string)
-        .ok_or_else(|| format!("a {what} without a map's name, 1 to 15 bytes and zeroes"))
+    let name = name.unwrap_or_default().to_string();
+    check_map_name(what, &name)?;
+    Ok(name)
 }
 
 fn parse_work(payload: &[u8]) -> Result<WorkName, String> {
     check_len("WORK program", payload, WORK_LEN)?;
     let index = u32_at(payload, 0);
-    if u64::from(index) >= KVM_DEV_BPF_MAX_WORKS {
-        return Err(format!(
-            "WORK index {index}, not below {KVM_DEV_BPF_MAX_WORKS}"
-        ));
-    }
+    check_work_index(index)?;
     check_flags("WORK program", payload)?;
-    let name = name_in(&payload[8..]).filter(|name| is_work_name(name));
-    let Some(name) = name else {
-        let name = String::from_utf8_lossy(&payload[8..]);
-        return Err(format!(
-            "WORK name {:?}, not 1 to {} of a to z, 0 to 9 and _",
-            name.trim_end_matches('\0'),
-            NAME_LEN - 1
-        ));
-    };
-    Ok(WorkName {
-        index,
-        name: name.iter().map(|&byte| char::from(byte)).collect(),
-    })
+    // What is no text, or has zeroes in between, is no name either.
+    let name = String::from_utf8_lossy(&payload[8..]);
+    let name = name.trim_end_matches('\0').to_string();
+    check_work_name(&name)?;
+    Ok(WorkName { index, name })
 }
 
 fn parse_window(payload: &[u8]) -> Result<Rights, String> {
     check_len("window", payload, WINDOW_LEN)?;
     let rights = u32_at(payload, 0);
-    if !(1..=3).contains(&rights) {
-        return Err(format!("rights {rights:#x} of a window, not 1 to 3"));
-    }
+    check_rights(rights)?;
     Ok(Rights {
         read: rights & 1 != 0,
         write: rights & 2 != 0,
@@ -797,13 +830,12 @@ fn parse_doorbell(payload: &[u8]) -> Result<Doorbell, String> {
 
 fn parse_state_version(payload: &[u8]) -> Result<StateVersion, String> {
     check_len("version of the state", payload, STATE_VERSION_LEN)?;
-    let (version, oldest) = (u32_at(payload, 0), u32_at(payload, 4));
-    if oldest > version {
-        return Err(format!(
-            "version {version} of the state loads none older than {oldest}"
-        ));
-    }
-    Ok(StateVersion { version, oldest })
+    let state = StateVersion {
+        version: u32_at(payload, 0),
+        oldest: u32_at(payload, 4),
+    };
+    check_state_version(&state)?;
+    Ok(state)
 }
 
 fn check_len(what: &str, payload: &[u8], wanted: usize) -> Result<(), String> {
@@ -1452,6 +1484,31 @@ mod tests {
         assert_bad_items(&padded, "not 0");
     }
 
+    /// Names are compared with each other, so there must not be any number of them.
+    #[test]
+    fn refuses_more_items_than_a_device_has() {
+        let ports = range(kind::PORT_RANGE, 0, 0, 8);
+        let params = |count: u32| {
+            let param = |number: u32| {
+                let mut payload = format!("{number}").into_bytes();
+                payload.resize(PARAM_LEN, 0);
+                item(kind::PARAM, &payload)
+            };
+            let params = (0..count).map(param);
+            [ports.clone()]
+                .into_iter()
+                .chain(params)
+                .collect::<Vec<_>>()
+        };
+        assert!(parse_items_of(&params(256).concat()).is_ok());
+        assert_bad_items(&params(257).concat(), "257 parameters, more than 256");
+        // Far more would take minutes to compare.
+        let many = params(200_000).concat();
+        assert_bad_items(&many, "200000 parameters, more than 256");
+        let strings = b"x\0".repeat(257);
+        assert_bad(&desc(1, 0, 8, &strings), "257 compatible strings");
+    }
+
     #[test]
     fn refuses_duplicates() {
         let ports = |region| range(kind::PORT_RANGE, region, 0, 8);
@@ -1606,5 +1663,8 @@ mod tests {
             let other = text.replacen(good, bad, 1);
             assert!(serde_json::from_str::<Note>(&other).is_err(), "{bad}");
         }
+        let many = text.replace("[\"a,b\"]", &format!("[{}\"a\"]", "\"a\",".repeat(256)));
+        let error = serde_json::from_str::<Note>(&many).unwrap_err();
+        assert!(error.to_string().contains("257 compatible"), "{error}");
     }
 }

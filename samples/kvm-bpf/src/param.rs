@@ -104,7 +104,7 @@ mod tests {
     fn map(value_size: u32, max_entries: u32) -> Map {
         let file = std::fs::File::open("/dev/null").unwrap();
         let info = info(map_type::ARRAY, value_size, max_entries);
-        Map::with_info("table", file.into(), info, true)
+        Map::with_info("table", file.into(), info)
     }
 
     #[test]

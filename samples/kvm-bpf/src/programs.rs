@@ -140,15 +140,13 @@ pub struct Map {
     pub(crate) info: MapInfo,
     fd: OwnedFd,
     memory: Option<Arc<Words>>,
-    /// Whether the kernel has said what it is.
-    is_known: bool,
 }
 
 impl Map {
     /// A map under that name. It asks the kernel what it is, with bpf(2).
     pub fn from_fd(name: &str, fd: OwnedFd) -> io::Result<Self> {
         let info = sys::map_info(fd.as_fd())?;
-        Ok(Self::with_info(name, fd, info, true))
+        Ok(Self::with_info(name, fd, info))
     }
 
     /// A map that is pinned in a bpf file system, with bpf(2). It needs the right to read and write
@@ -158,9 +156,9 @@ impl Map {
         Self::from_fd(&name, sys::get_pinned(path)?)
     }
 
-    /// A map that the kernel has told of (`is_known`), or somebody else. What can be mapped is: that
-    /// needs no bpf(2).
-    pub(crate) fn with_info(name: &str, fd: OwnedFd, info: MapInfo, is_known: bool) -> Self {
+    /// A map that the kernel has told of: whatever it is, its memory must not end before `info` says so.
+    /// What can be mapped is: that needs no bpf(2).
+    pub(crate) fn with_info(name: &str, fd: OwnedFd, info: MapInfo) -> Self {
         let is_open = info.map_type == map_type::ARRAY && info.flags & sys::BPF_F_MMAPABLE != 0;
         let len = info.stride().checked_mul(info.max_entries as usize);
         // It is not for constants, nor for what has something that the kernel looks after.
@@ -172,7 +170,6 @@ impl Map {
             info,
             memory: memory.and_then(Result::ok).map(Arc::new),
             fd,
-            is_known,
         }
     }
 
@@ -183,7 +180,6 @@ impl Map {
             info: self.info,
             fd: self.fd.try_clone()?,
             memory: self.memory.clone(),
-            is_known: self.is_known,
         })
     }
 
@@ -246,10 +242,8 @@ impl Map {
     /// The value of a key, none if there is none. It calls bpf(2), which needs no rights.
     ///
     /// `InvalidInput`: a key of another size, or a map whose values have several copies.
-    /// `InvalidData`: not the map that its sender has described, where nobody could tell before.
     pub fn lookup(&self, key: &[u8]) -> io::Result<Option<Vec<u8>>> {
         self.check("key", key, self.info.key_size)?;
-        self.confirm()?;
         let mut value = vec![0; self.info.value_size as usize];
         let found = sys::map_lookup(self.fd.as_fd(), key, &mut value)?;
         Ok(found.then_some(value))
@@ -258,12 +252,10 @@ impl Map {
     /// Sets the value of a key. It calls bpf(2), which needs no rights.
     ///
     /// In an array this cancels what the old value has started. `InvalidInput`: a key or value of
-    /// another size, or a map whose values have several copies. `InvalidData` as for
-    /// [`Self::lookup`].
+    /// another size, or a map whose values have several copies.
     pub fn update(&self, key: &[u8], value: &[u8]) -> io::Result<()> {
         self.check("key", key, self.info.key_size)?;
         self.check("value", value, self.info.value_size)?;
-        self.confirm()?;
         sys::map_update(self.fd.as_fd(), key, value)
     }
 
@@ -307,21 +299,6 @@ impl Map {
                 "{what} of {} bytes, not {wanted}",
                 bytes.len()
             ))),
-        }
-    }
-
-    /// Makes certain that the kernel reads and writes as many bytes as a key and a value have here.
-    fn confirm(&self) -> io::Result<()> {
-        if self.is_known {
-            return Ok(());
-        }
-        let (found, described) = (sys::map_info(self.fd.as_fd())?, self.info);
-        match found == described {
-            true => Ok(()),
-            false => Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("it is {found:?}, and described as {described:?}"),
-            )),
         }
     }
 }
@@ -731,7 +708,7 @@ mod tests {
                 max_entries: 2,
                 ..MapInfo::default()
             };
-            Map::with_info("m", file(), info, true)
+            Map::with_info("m", file(), info)
         };
         let array = map(map_type::ARRAY);
         assert!(array.words().is_none() && array.value(0).is_none());

@@ -13,7 +13,8 @@ pub(crate) const MAX_DEPTH: usize = 32;
 /// often have many.
 pub(crate) const MAX_PARTS: usize = 1 << 16;
 
-/// How many bytes of text the places of all parts of a type may have.
+/// How many bytes of text the places of all parts may have, those of all types of a description
+/// together.
 #[cfg(feature = "serde")]
 const MAX_TEXT: usize = 16 << 20;
 
@@ -103,14 +104,17 @@ impl Type {
     }
 
     /// Whether another's word for it can be worked with: not nested too deeply, with no more parts
-    /// than an object's has, and no numbers that no object has.
+    /// than an object's has, no numbers that no object has, and text that there is room for. That
+    /// room is then less.
     #[cfg(feature = "serde")]
-    pub fn is_sound(&self) -> bool {
+    pub fn is_sound(&self, text: &mut Text) -> bool {
         let mut room = Room {
             parts: MAX_PARTS,
-            text: MAX_TEXT,
+            text: text.0,
         };
-        self.takes(&mut room, 0, 0).is_some()
+        let is_sound = self.takes(&mut room, 0, 0).is_some();
+        text.0 = room.text;
+        is_sound
     }
 
     /// What it takes of what there is room for; `path` is the length of its place in words.
@@ -232,7 +236,18 @@ impl Type {
     }
 }
 
-/// What types may take yet.
+/// Bytes of text that the types of one description may have yet: all of it is kept.
+#[cfg(feature = "serde")]
+pub(crate) struct Text(usize);
+
+#[cfg(feature = "serde")]
+impl Default for Text {
+    fn default() -> Self {
+        Text(MAX_TEXT)
+    }
+}
+
+/// What a type may take yet.
 #[cfg(feature = "serde")]
 struct Room {
     parts: usize,

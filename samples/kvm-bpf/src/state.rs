@@ -1317,6 +1317,12 @@ mod tests {
         for len in 0..wanted.len() {
             assert!(State::from_json(&wanted.as_bytes()[..len]).is_err());
         }
+        // A newer one is named, though it has what is not known here.
+        let newer = wanted.replacen(r#""version":1"#, r#""version":2"#, 1);
+        let newer = newer.replacen(r#"{"clock":"#, r#"{"at":[],"clock":"#, 1);
+        let error = State::from_json(newer.as_bytes()).unwrap_err();
+        let text = std::error::Error::source(&error).unwrap().to_string();
+        assert!(text.contains("version 2, instead of"), "{text}");
     }
 
     #[test]
@@ -1519,13 +1525,20 @@ mod tests {
     }
 
     #[test]
-    fn files_are_regular_and_new() {
+    fn files_are_regular_and_the_owners() {
+        use std::os::unix::fs::PermissionsExt;
+
         let directory = vmm_sys_util::tempdir::TempDir::new().unwrap();
         let path = directory.as_path().join("state.json");
         let state = state();
         state.to_file(&path).unwrap();
         assert_eq!(State::from_file(&path).unwrap(), state);
-        assert!(matches!(state.to_file(&path), Err(Error::File(_))));
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        // Another takes its place.
+        state.to_file(&path).unwrap();
+        let nowhere = directory.as_path().join("nothing/state.json");
+        assert!(matches!(state.to_file(&nowhere), Err(Error::File(_))));
         for other in [Path::new("/dev/zero"), directory.as_path()] {
             assert!(matches!(State::from_file(other), Err(Error::File(_))));
         }

@@ -10,10 +10,10 @@
 //! is the one value of a frozen array.
 //!
 //! The receiver takes nothing on trust that could harm it: sizes have limits, notes and types are
-//! checked as those of a file are, and what the kernel says in `/proc/self/fdinfo` must agree with
-//! the description. Without `/proc`, numbers and sizes of maps are taken as described; memory is
-//! still mapped only as far as the kernel has it, and never that of a file, and [`Map::lookup`] and
-//! [`Map::update`] ask the kernel before it copies. It calls no bpf(2) for what comes over a socket.
+//! checked as those of a file are, and what the kernel says of each map must agree with the
+//! description: it could be something else, whose memory ends with a SIGBUS. [`Programs::recv`] finds
+//! that in `/proc/self/fdinfo` and calls no bpf(2). A process without `/proc` asks with bpf(2):
+//! [`Programs::recv_with_bpf`].
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::maps::Layout;
 use crate::note::Note;
 use crate::programs::{self, Map, Parts, Programs};
+use crate::schema::Text;
 use crate::state::check_json;
 use crate::sys::{self, FdInfo, MapInfo, map_type};
 
@@ -95,6 +96,15 @@ pub enum Error {
     /// A file descriptor is not that of a program.
     #[error("{0}: no eBPF program")]
     NotProgram(String),
+    /// The kernel does not say what a map is.
+    #[error("map {name}: the kernel does not say what it is")]
+    Unconfirmed {
+        /// The map.
+        name: String,
+        /// Its error: of `/proc`, where that is not there.
+        #[source]
+        source: io::Error,
+    },
     /// A file descriptor is not that of the map that is described.
     #[error("map {name}: {why}")]
     Map {
@@ -127,6 +137,14 @@ pub enum Error {
 }
 
 type Result<T> = std::result::Result<T, Error>;
+
+/// Asks the kernel which map a file descriptor is; none if it is that of something else.
+type Ask = fn(BorrowedFd<'_>) -> io::Result<Option<MapInfo>>;
+
+/// Without bpf(2).
+const IN_PROC: Ask = |fd| Ok(FdInfo::of(fd)?.map());
+/// Without `/proc`.
+const WITH_BPF: Ask = |fd| sys::map_info(fd).map(Some);
 
 /// What file descriptors do not say.
 #[derive(Debug, Serialize, Deserialize)]
@@ -215,13 +233,15 @@ impl Description {
                 why: "given, and no parameter".to_string(),
             });
         }
+        let mut text = Text::default();
         for layout in &self.layouts {
             let bad = |why: &str| Error::Map {
                 name: layout.name.clone(),
                 why: why.to_string(),
             };
-            if !layout.value.is_sound() {
-                return Err(bad("its types are nested too deeply, or hold too much"));
+            if !layout.value.is_sound(&mut text) {
+                let why = "its types are nested too deeply, or hold too much with those before";
+                return Err(bad(why));
             }
             let is_described = self.maps.iter().any(|map| map.name == layout.name);
             if !is_described {
@@ -242,7 +262,7 @@ impl Description {
     }
 
     /// Makes programs of it and of its file descriptors, in the order of [`Self::names`].
-    fn with_fds(self, fds: Vec<OwnedFd>) -> Result<Programs> {
+    fn with_fds(self, fds: Vec<OwnedFd>, ask: Ask) -> Result<Programs> {
         let names = self.names();
         if fds.len() != names.len() {
             return Err(Error::Fds {
@@ -265,8 +285,8 @@ impl Description {
         }
         let mut maps = Vec::new();
         for ((fd, _), DescribedMap { name, info }) in fds.zip(self.maps) {
-            let is_known = check_map(fd.as_fd(), &name, &info)?;
-            maps.push(Map::with_info(&name, fd, info, is_known));
+            check_map(ask(fd.as_fd()), &name, &info)?;
+            maps.push(Map::with_info(&name, fd, info));
         }
         let mut initial = BTreeMap::new();
         for (name, digits) in self.initial {
@@ -327,7 +347,8 @@ fn len_behind(header: &[u8; HEADER_LEN]) -> Result<usize> {
     check_len(len).map(|()| len)
 }
 
-/// What it is where `/proc` says it; the kernel finds out the rest when it is to run.
+/// What it is where `/proc` says it; the kernel finds out the rest when it is to run. Nothing else is
+/// done with it.
 fn check_program(fd: BorrowedFd<'_>, name: &str) -> Result<()> {
     let is_one = match FdInfo::of(fd) {
         Ok(info) => info.number("prog_id").is_some(),
@@ -339,36 +360,68 @@ fn check_program(fd: BorrowedFd<'_>, name: &str) -> Result<()> {
     }
 }
 
-/// Returns whether the kernel has confirmed it.
-fn check_map(fd: BorrowedFd<'_>, name: &str, described: &MapInfo) -> Result<bool> {
-    let why = match FdInfo::of(fd).map(|info| info.map()) {
-        Ok(Some(info)) if info == *described => return Ok(true),
-        Ok(Some(info)) => format!("it is {info:?}, and described as {described:?}"),
-        // Somebody may shorten a file, and then its memory is none.
-        Err(_) if sys::is_anonymous(fd) => return Ok(false),
-        Ok(None) | Err(_) => "no eBPF map".to_string(),
-    };
+/// Checks what the kernel says of a map. Its memory is mapped behind this, so nothing is taken for one
+/// that the kernel does not say is one.
+fn check_map(found: io::Result<Option<MapInfo>>, name: &str, described: &MapInfo) -> Result<()> {
     let name = name.to_string();
+    let why = match found {
+        Ok(Some(info)) if info == *described => return Ok(()),
+        Ok(Some(info)) => format!("it is {info:?}, and described as {described:?}"),
+        Ok(None) => "no eBPF map".to_string(),
+        Err(source) => return Err(Error::Unconfirmed { name, source }),
+    };
     Err(Error::Map { name, why })
+}
+
+/// Programs as they go over a socket, see [`Programs::message`].
+#[derive(Debug)]
+pub struct Message<'a> {
+    bytes: Vec<u8>,
+    fds: Vec<BorrowedFd<'a>>,
+}
+
+impl Message<'_> {
+    /// Sends it, as [`Programs::send`] does.
+    pub fn send(&self, stream: &UnixStream) -> Result<()> {
+        let (header, json) = self.bytes.split_at(HEADER_LEN);
+        let sent = send_with_fds(stream, header, &self.fds).map_err(Error::Send)?;
+        send_all(stream, &header[sent..]).map_err(Error::Send)?;
+        send_all(stream, json).map_err(Error::Send)
+    }
 }
 
 impl Programs {
     /// Sends them to whoever is at the other end, who has them then too. It waits until the other
-    /// has read most of it; [`UnixStream::set_write_timeout`] limits that.
+    /// has read most of it; [`UnixStream::set_write_timeout`] limits each wait, not their sum.
     pub fn send(&self, stream: &UnixStream) -> Result<()> {
+        self.message()?.send(stream)
+    }
+
+    /// Makes what [`Self::send`] sends: whoever has to say something before it knows then that there
+    /// is something to send. [`Error::TooMuch`] and others: no receiver would take it.
+    pub fn message(&self) -> Result<Message<'_>> {
         let bytes = Description::of(self).to_bytes()?;
         let fds = self.fds();
-        let (header, json) = bytes.split_at(HEADER_LEN);
-        let sent = send_with_fds(stream, header, &fds).map_err(Error::Send)?;
-        send_all(stream, &header[sent..]).map_err(Error::Send)?;
-        send_all(stream, json).map_err(Error::Send)
+        Ok(Message { bytes, fds })
     }
 
     /// Receives what [`Self::send`] sends. It waits for it; [`UnixStream::set_read_timeout`] limits
-    /// that. On an error all file descriptors that came are closed, and the stream is of no more use.
+    /// each wait, not their sum. On an error all file descriptors that came are closed, and the stream
+    /// is of no more use.
     ///
-    /// It calls no bpf(2).
+    /// It calls no bpf(2), and reads `/proc/self/fdinfo`. Where that is not there, and the device has
+    /// maps: [`Error::Unconfirmed`].
     pub fn recv(stream: &UnixStream) -> Result<Self> {
+        Self::recv_and_ask(stream, IN_PROC)
+    }
+
+    /// The same in a process without `/proc`: it asks with bpf(2) what the maps are
+    /// (`BPF_OBJ_GET_INFO_BY_FD`, which needs no rights).
+    pub fn recv_with_bpf(stream: &UnixStream) -> Result<Self> {
+        Self::recv_and_ask(stream, WITH_BPF)
+    }
+
+    fn recv_and_ask(stream: &UnixStream, ask: Ask) -> Result<Self> {
         let mut header = [0; HEADER_LEN];
         let (len, fds) = receive_with_fds(stream, &mut header)?;
         let mut reader = stream;
@@ -376,7 +429,7 @@ impl Programs {
         reader.read_exact(&mut header[len..]).map_err(receive)?;
         let mut json = vec![0; len_behind(&header)?];
         reader.read_exact(&mut json).map_err(receive)?;
-        Description::from_json(&json)?.with_fds(fds)
+        Description::from_json(&json)?.with_fds(fds, ask)
     }
 
     /// Pins them in a new directory of a bpf file system, for [`Self::from_pinned`]. This calls bpf(2)
@@ -428,7 +481,7 @@ impl Programs {
         let names = description.names();
         let fds = names.iter().map(|name| open(name));
         let fds = fds.collect::<Result<Vec<_>>>()?;
-        description.with_fds(fds)
+        description.with_fds(fds, WITH_BPF)
     }
 
     /// Those of [`Description::names`].
@@ -587,8 +640,11 @@ fn receive_with_fds(stream: &UnixStream, bytes: &mut [u8]) -> Result<(usize, Vec
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::os::fd::IntoRawFd;
     use std::thread;
     use std::time::Duration;
+
+    use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
     use crate::note::{Param, Range, Rights, Space, WorkName};
@@ -888,12 +944,21 @@ mod tests {
         };
         assert!(refused(long));
         // Its lines would be many times longer than what came.
-        let wide = (0..5000).map(|_| field("a", 0, number())).collect();
-        let name = "n".repeat(10_000);
-        assert!(refused(structure(
-            vec![field(&name, 0, structure(wide, 4))],
-            4
-        )));
+        let wide = |name: usize| {
+            let fields = (0..5000).map(|_| field("a", 0, number())).collect();
+            let name = "n".repeat(name);
+            structure(vec![field(&name, 0, structure(fields, 4))], 4)
+        };
+        assert!(refused(wide(10_000)));
+        // One is not too long, and all together are.
+        assert!(!refused(wide(1000)));
+        let mut all = description();
+        all.layouts = vec![layout(wide(1000)); 4];
+        let error = all.check().unwrap_err().to_string();
+        assert!(
+            error.ends_with("hold too much with those before"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -901,15 +966,24 @@ mod tests {
         let fds = vec![file(), file(), file()];
         let mut this = description();
         (this.read, this.works) = (false, Vec::new());
-        let error = this.with_fds(fds).unwrap_err();
+        let error = this.with_fds(fds, IN_PROC).unwrap_err();
         assert_eq!(
             error.to_string(),
             "3 file descriptors came, and the description has 1"
         );
         let mut this = description();
         (this.read, this.works) = (false, Vec::new());
-        let error = this.with_fds(vec![file()]).unwrap_err();
+        let error = this.with_fds(vec![file()], IN_PROC).unwrap_err();
         assert_eq!(error.to_string(), "map .bss: no eBPF map");
+        // An eventfd, which has no name either, where nobody says what it is.
+        let mut this = description();
+        (this.read, this.works) = (false, Vec::new());
+        let eventfd = EventFd::new(0).unwrap();
+        // SAFETY: its descriptor is open, and nobody else's from here on.
+        let eventfd = unsafe { OwnedFd::from_raw_fd(eventfd.into_raw_fd()) };
+        let nobody: Ask = |_| Err(io::ErrorKind::NotFound.into());
+        let error = this.with_fds(vec![eventfd], nobody).unwrap_err();
+        assert!(matches!(error, Error::Unconfirmed { .. }), "{error}");
     }
 
     #[test]

@@ -18,11 +18,14 @@
 use std::error::Error as StdError;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
 use kvm_bpf::image::{self, MAX_FILE_SIZE};
@@ -34,7 +37,7 @@ pub const MAX_REQUEST: usize = 100;
 pub const MAX_NAME: usize = 64;
 /// The most requests of one connection.
 pub const MAX_REQUESTS: u32 = 1000;
-/// How long a VMM may take for the rest of a request, and to take an answer.
+/// How long a VMM may take for the rest of a request, its programs included, and to take an answer.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The parameter that a device finds the time of day with, which the manager gives: the VMM may not.
@@ -64,12 +67,21 @@ pub enum Error {
     /// The kernel does not say what types programs have.
     #[error("cannot load any file")]
     Abi(#[source] abi::Error),
+    /// The programs are more than can be sent.
+    #[error("cannot describe the programs")]
+    Describe(#[source] transfer::Error),
+    /// The VMM does not take the programs. The connection ends.
+    #[error("the VMM does not take the programs")]
+    Send(#[source] transfer::Error),
     /// What the VMM has sent are no programs. The connection ends.
     #[error("cannot take the running programs")]
     Programs(#[source] transfer::Error),
     /// The parameter cannot be given.
     #[error("cannot set the clock")]
     Clock(#[source] programs::Error),
+    /// The VMM takes too long, see [`PATIENCE`]. The connection ends.
+    #[error("a request, or taking the answer, takes longer than {} s", PATIENCE.as_secs())]
+    TooSlow,
     /// The connection does not go on. It ends.
     #[error("the connection does not go on")]
     Connection(#[source] io::Error),
@@ -83,7 +95,9 @@ impl Error {
             Error::NoRequest(_)
                 | Error::TooMany
                 | Error::NotAllowed(_)
+                | Error::Send(_)
                 | Error::Programs(_)
+                | Error::TooSlow
                 | Error::Connection(_)
         )
     }
@@ -102,14 +116,17 @@ impl Error {
 const MAX_ANSWER: usize = 400;
 
 /// What a VMM asks for.
-#[derive(Debug, PartialEq, Eq)]
-enum Request {
-    Load(String),
-    Replace(String),
+#[derive(Debug)]
+struct Request {
+    /// The object file's.
+    name: String,
+    /// The running programs that it is to replace.
+    running: Option<Programs>,
 }
 
-/// Reads a request. The programs behind it stay where they are, so it is byte by byte.
-fn read_request(mut from: impl Read) -> Result<Option<Request>, Error> {
+/// Reads a request. The programs behind the line come with file descriptors, so it is byte by byte.
+fn read_request(stream: &UnixStream) -> Result<Option<Request>, Error> {
+    let mut from = stream;
     let mut line = Vec::new();
     let mut byte = [0];
     loop {
@@ -126,13 +143,51 @@ fn read_request(mut from: impl Read) -> Result<Option<Request>, Error> {
         }
     }
     let line = String::from_utf8(line).map_err(|_| Error::NoRequest("it is no text"))?;
-    match line.split_once(' ') {
-        Some(("load", name)) => Ok(Some(Request::Load(name.to_string()))),
-        Some(("replace", name)) => Ok(Some(Request::Replace(name.to_string()))),
-        _ => Err(Error::NoRequest(
-            "neither \"load NAME\" nor \"replace NAME\"",
-        )),
-    }
+    let (name, running) = match line.split_once(' ') {
+        Some(("load", name)) => (name, None),
+        Some(("replace", name)) => {
+            // Whatever becomes of the name, they are on their way.
+            let running = Programs::recv(stream).map_err(Error::Programs)?;
+            (name, Some(running))
+        }
+        _ => {
+            return Err(Error::NoRequest(
+                "neither \"load NAME\" nor \"replace NAME\"",
+            ));
+        }
+    };
+    let name = name.to_string();
+    Ok(Some(Request { name, running }))
+}
+
+/// Does something that waits for the VMM, and for no longer than that: then one direction of the
+/// connection is shut. The socket's own limits are those of each call, however little comes.
+fn within<T>(
+    patience: Duration,
+    stream: &UnixStream,
+    direction: Shutdown,
+    work: impl FnOnce() -> Result<T, Error>,
+) -> Result<T, Error> {
+    let (done, waits) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let watch = move || {
+            let is_late = waits.recv_timeout(patience) == Err(RecvTimeoutError::Timeout);
+            if is_late {
+                // It may be gone.
+                _ = stream.shutdown(direction);
+            }
+            is_late
+        };
+        let watch = thread::Builder::new().spawn_scoped(scope, watch);
+        let watch = watch.map_err(Error::Connection)?;
+        let result = work();
+        drop(done);
+        match watch.join() {
+            Ok(false) => result,
+            // What shutting it made of the call says less.
+            Ok(true) | Err(_) => result.map_err(|_| Error::TooSlow),
+        }
+    })
 }
 
 /// The object files that VMMs may ask for: those of one directory.
@@ -142,6 +197,8 @@ pub struct Files {
     /// One after the other is loaded: it may take seconds of a CPU each. The numbers of the
     /// programs' types are known from the first one on.
     loading: Mutex<Option<Abi>>,
+    /// [`PATIENCE`], or less in tests.
+    patience: Duration,
 }
 
 impl Files {
@@ -154,6 +211,7 @@ impl Files {
         Ok(Files {
             directory,
             loading: Mutex::new(None),
+            patience: PATIENCE,
         })
     }
 
@@ -211,7 +269,10 @@ impl Files {
     pub fn serve(&self, stream: &UnixStream, allowed: &[libc::uid_t]) -> (u32, Result<(), Error>) {
         let mut granted = 0;
         let served = self.try_serve(stream, allowed, &mut granted);
-        if let Err(error) = &served {
+        // Where the VMM has had a part of the programs, it would take a line for more of them.
+        if let Err(error) = &served
+            && !matches!(error, Error::Send(_))
+        {
             // It may be gone.
             _ = writeln!(&mut &*stream, "error {}", error.line());
         }
@@ -233,22 +294,18 @@ impl Files {
         }
         for count in 0.. {
             // It may take any time until it wants something.
-            let patience = |time| stream.set_read_timeout(time).map_err(Error::Connection);
-            patience(None)?;
             wait(stream).map_err(Error::Connection)?;
-            patience(Some(PATIENCE))?;
-            let Some(request) = read_request(stream)? else {
+            let request = within(self.patience, stream, Shutdown::Read, || {
+                read_request(stream)
+            });
+            let Some(request) = request? else {
                 return Ok(());
             };
             if count >= MAX_REQUESTS {
                 return Err(Error::TooMany);
             }
-            match self.answer(stream, &request) {
-                Ok(programs) => {
-                    writeln!(&mut &*stream, "ok").map_err(Error::Connection)?;
-                    programs.send(stream).map_err(Error::Programs)?;
-                    *granted += 1;
-                }
+            match self.answer(request, stream) {
+                Ok(()) => *granted += 1,
                 Err(error) if error.ends_connection() => return Err(error),
                 Err(error) => {
                     writeln!(&mut &*stream, "error {}", error.line()).map_err(Error::Connection)?;
@@ -258,18 +315,21 @@ impl Files {
         Ok(())
     }
 
-    fn answer(&self, stream: &UnixStream, request: &Request) -> Result<Programs, Error> {
-        match request {
-            Request::Load(name) => self.load(self.open(name)?),
-            Request::Replace(name) => {
-                // Whatever becomes of the name, they are on their way.
-                let running = Programs::recv(stream).map_err(Error::Programs)?;
-                let mut image = self.open(name)?;
-                let reused = image.reuse_maps(&running, OnLoss::Refuse);
-                reused.map_err(Error::Image)?;
-                self.load(image)
-            }
+    /// Loads what a request asks for, and sends it. On an error that does not end the connection
+    /// nothing is sent.
+    fn answer(&self, request: Request, stream: &UnixStream) -> Result<(), Error> {
+        let mut image = self.open(&request.name)?;
+        if let Some(running) = &request.running {
+            let reused = image.reuse_maps(running, OnLoss::Refuse);
+            reused.map_err(Error::Image)?;
         }
+        let programs = self.load(image)?;
+        // Behind the "ok" there is no way to say that there are none.
+        let message = programs.message().map_err(Error::Describe)?;
+        within(self.patience, stream, Shutdown::Write, || {
+            writeln!(&mut &*stream, "ok").map_err(Error::Connection)?;
+            message.send(stream).map_err(Error::Send)
+        })
     }
 }
 
@@ -320,9 +380,8 @@ fn peer(stream: &UnixStream) -> io::Result<libc::uid_t> {
 mod tests {
     use std::fs;
     use std::io::BufRead;
-    use std::net::Shutdown;
     use std::os::unix::fs::symlink;
-    use std::thread;
+    use std::time::Instant;
 
     use vmm_sys_util::tempdir::TempDir;
 
@@ -417,6 +476,49 @@ mod tests {
             let ended = assert_answers(bytes, &["cannot take the running programs: "]);
             assert!(matches!(ended, Err(Error::Programs(_))), "{ended:?}");
         }
+    }
+
+    /// However often a byte comes.
+    #[test]
+    fn a_request_has_its_time() {
+        for start in [&b"load "[..], b"replace text.o\nkvm-bpf\0"] {
+            let (_dir, mut files) = files();
+            files.patience = Duration::from_millis(300);
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let begin = Instant::now();
+            let ended = thread::scope(|scope| {
+                let files = &files;
+                let served = scope.spawn(move || files.serve(&theirs, &[own_uid()]));
+                (&ours).write_all(start).unwrap();
+                while !served.is_finished() && begin.elapsed() < Duration::from_secs(10) {
+                    _ = (&ours).write_all(b"x");
+                    thread::sleep(Duration::from_millis(100));
+                }
+                // One that still reads is at the end now.
+                ours.shutdown(Shutdown::Write).unwrap();
+                served.join().unwrap().1
+            });
+            assert!(matches!(ended, Err(Error::TooSlow)), "{ended:?}");
+            let mut said = String::new();
+            (&ours).read_to_string(&mut said).unwrap();
+            assert!(said.starts_with("error a request, or"), "{said}");
+        }
+    }
+
+    #[test]
+    fn an_answer_is_taken_in_time() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let write = || {
+            let written = (&ours).write_all(&vec![0; 4 << 20]);
+            written.map_err(Error::Connection)
+        };
+        let patience = Duration::from_millis(100);
+        let error = within(patience, &ours, Shutdown::Write, write).unwrap_err();
+        assert!(matches!(error, Error::TooSlow), "{error}");
+        let error = within(patience, &ours, Shutdown::Write, || {
+            Err::<(), _>(Error::BadName)
+        });
+        assert!(matches!(error, Err(Error::BadName)), "{error:?}");
     }
 
     #[test]

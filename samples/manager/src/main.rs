@@ -5,13 +5,12 @@
 use std::error::Error;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{self, ExitCode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
-use std::{env, fs, thread};
+use std::{env, thread};
 
 use caps::{CapSet, Capability, CapsHashSet};
 use clap::Parser;
@@ -54,10 +53,15 @@ fn listen(path: Option<&Path>) -> Result<UnixListener> {
     let Some(path) = path else {
         return handed_over();
     };
-    let listener = UnixListener::bind(path)?;
-    // Who may is not a matter of the file.
-    fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
-    Ok(listener)
+    // Who may is not a matter of the file. Its mode is that from the beginning: later, another file
+    // may have the name.
+    //
+    // SAFETY: a number. There are no other threads so far.
+    let mask = unsafe { libc::umask(0o111) };
+    let listener = UnixListener::bind(path);
+    // SAFETY: likewise.
+    unsafe { libc::umask(mask) };
+    Ok(listener?)
 }
 
 /// The first socket of those that are meant for this process, as sd_listen_fds(3) has it.

@@ -2,10 +2,11 @@
 
 //! The manager's process: sockets that it makes, and one that it is handed.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -73,6 +74,8 @@ fn listens_at_a_path() {
     let dir = TempDir::new().expect("a directory");
     let socket = dir.as_path().join("socket");
     let _manager = start(listening_at(&socket, dir.as_path()));
+    let mode = fs::metadata(&socket).expect("the socket").mode();
+    assert_eq!(mode & 0o777, 0o666, "its mode");
     assert!(ask(&socket).starts_with("error cannot read the file: No such file"));
 }
 

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bpf::note::Space;
 
+use crate::lock;
 use crate::report::{self, Direction, Exits, Server};
 use crate::userspace::MmioDevice;
 
@@ -197,13 +198,6 @@ impl Bus {
             |slot: &Slot| report::Device::new(&slot.range, slot.server, &lock(&slot.exits));
         self.slots.iter().map(device).collect()
     }
-}
-
-/// Locks, also after another vCPU's thread panicked: counts and registers stay usable.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 #[cfg(test)]

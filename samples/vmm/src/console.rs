@@ -115,7 +115,7 @@ impl Console {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Serial<EventTrigger, NoEvents, Output>> {
-        self.serial.lock().unwrap_or_else(|e| e.into_inner())
+        crate::lock(&self.serial)
     }
 }
 

@@ -41,7 +41,7 @@ pub struct Disk {
 impl Disk {
     /// A disk of the file's whole sectors.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = open_regular_to(File::options().read(true).write(true), path)?;
+        let file = open_regular_to(File::options().read(true).write(true), 0, path)?;
         let sectors = file.metadata()?.len() / SECTOR;
         if sectors == 0 {
             let message = format!("it has no whole sector, which is {SECTOR} bytes");

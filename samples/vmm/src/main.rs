@@ -165,8 +165,9 @@ impl Drop for Listener<'_> {
     }
 }
 
-/// Locks, also after a thread panicked: what is behind these locks is usable at any time.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Locks, also after a thread panicked: what is behind the locks of this program is usable at any
+/// time.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 

@@ -3,9 +3,11 @@
 //! Output that holds nobody up: what is not taken is dropped.
 
 use std::io::{self, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
+
+use crate::lock;
 
 /// How many bytes wait for whoever takes them; as many more may be on their way.
 const CAPACITY: usize = 64 << 10;
@@ -35,12 +37,6 @@ struct Shared {
     changed: Condvar,
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
-    }
-}
-
 /// Where to write to without ever waiting; a thread writes it on. A clone writes to the same.
 #[derive(Clone)]
 pub struct Output(Arc<Shared>);
@@ -58,7 +54,7 @@ impl Output {
 
     /// Waits until all is written, or nothing is taken any more; returns how many bytes are lost.
     pub fn finish(&self) -> u64 {
-        let mut state = self.0.lock();
+        let mut state = lock(&self.0.state);
         while !state.closed && state.written < state.kept {
             let written = state.written;
             let waited = self.0.changed.wait_timeout(state, PATIENCE);
@@ -74,7 +70,7 @@ impl Output {
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut state = self.0.lock();
+        let mut state = lock(&self.0.state);
         let room = match state.closed {
             true => 0,
             false => bytes.len().min(CAPACITY - state.waiting.len()),
@@ -96,20 +92,20 @@ impl Write for Output {
 /// Writes what is waiting, for ever.
 fn write_on(shared: &Shared, mut to: impl Write) {
     loop {
-        let mut state = shared.lock();
+        let mut state = lock(&shared.state);
         while state.waiting.is_empty() {
             let waited = shared.changed.wait(state);
             state = waited.unwrap_or_else(|e| e.into_inner());
         }
         drop(state);
         thread::sleep(DELAY);
-        let mut state = shared.lock();
+        let mut state = lock(&shared.state);
         let bytes = std::mem::take(&mut state.waiting);
         drop(state);
         // In parts, so that a slow reader is told from one that takes nothing.
         for part in bytes.chunks(1024) {
             let result = to.write_all(part).and_then(|()| to.flush());
-            let mut state = shared.lock();
+            let mut state = lock(&shared.state);
             match result {
                 Ok(()) => state.written += part.len() as u64,
                 Err(_) => state.closed = true,

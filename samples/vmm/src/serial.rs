@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::mem;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,6 +35,7 @@ pub struct Serial {
     is_file: bool,
     /// The kernel's number of the ring buffer.
     map: u32,
+    /// Ends the thread that takes from it.
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -75,7 +77,8 @@ impl Serial {
         Ok(Some(serial))
     }
 
-    /// Takes from the ring buffer of programs that replace the running ones, too, if it is another.
+    /// Takes from the ring buffer of programs that have replaced the others, if it is another: nothing
+    /// comes into the old one any more.
     pub fn follow(&mut self, name: &str, programs: &Programs) -> Result<(), Error> {
         match ring(programs) {
             Some(map) => self.take_from(name, map),
@@ -88,23 +91,32 @@ impl Serial {
         if map.id() == self.map {
             return Ok(());
         }
-        let (stop, mut to) = (self.stop.clone(), self.to.clone());
+        let stop: Arc<AtomicBool> = Arc::default();
+        let (stopped, mut to, device) = (stop.clone(), self.to.clone(), name.to_string());
         let mut ring = RingBuffer::new(map).map_err(failed)?;
         let take = move || {
             // It never fails.
             let mut write_on = |bytes: &[u8]| drop(to.write_all(bytes));
-            while !stop.load(Ordering::SeqCst) {
-                ring.take(&mut write_on);
+            loop {
+                // No program writes behind this: then what is there is all.
+                let is_last = stopped.load(Ordering::SeqCst);
+                if let Err(error) = ring.take(&mut write_on) {
+                    let error = Error::TakeOutput(device, error);
+                    return crate::print_error("the output ends", &error);
+                }
+                if is_last {
+                    return;
+                }
                 // Without memory for it, it is tried again at once.
                 let _ = ring.wait(PAUSE);
             }
-            // The vCPUs have stopped: what is there is all.
-            ring.take(&mut write_on);
         };
         let thread = thread::Builder::new()
             .name("serial".to_string())
             .spawn(take)
             .map_err(failed)?;
+        mem::replace(&mut self.stop, stop).store(true, Ordering::SeqCst);
+        self.threads.retain(|old| !old.is_finished());
         self.threads.push(thread);
         self.map = map.id();
         Ok(())

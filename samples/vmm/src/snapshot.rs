@@ -15,15 +15,16 @@
 //! descriptor comes with the first byte.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use kvm_bpf::State;
+use kvm_bpf::file::write_whole;
 use kvm_bpf::note::Space;
 use kvm_bpf::state::{MAX_FILE_SIZE, MAX_VALUES, check_size};
 use serde::{Deserialize, Serialize};
@@ -55,7 +56,7 @@ const CHUNK: usize = 1 << 20;
 /// What one process tells the other, a byte each: that all is there, and to go on with it.
 const READY: u8 = b'R';
 const GO: u8 = b'G';
-/// How long one waits for the other. The guest stands still meanwhile.
+/// How long one waits for the other in all. The guest stands still meanwhile.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why a VM cannot be saved, restored or handed over.
@@ -300,58 +301,93 @@ impl Snapshot {
 
     /// Writes a file, which is there when it is whole.
     pub fn save(&self, path: &Path, memory: &GuestMemoryMmap) -> Result<(), Error> {
-        let mut name = path.as_os_str().to_owned();
-        name.push(".new");
-        let new = PathBuf::from(name);
-        let result = self.write_to(&new, memory).and_then(|()| {
-            // Nothing of it may be missing where the file has its name.
-            fs::rename(&new, path).map_err(Error::Write)
-        });
-        if result.is_err() {
-            // There may be none.
-            let _ = fs::remove_file(&new);
-        }
-        result
-    }
-
-    fn write_to(&self, path: &Path, memory: &GuestMemoryMmap) -> Result<(), Error> {
         let (header, description) = self.encode()?;
-        // The guest's secrets are in it.
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(path)
-            .map_err(Error::Write)?;
-        file.write_all(&header).map_err(Error::Write)?;
-        file.write_all(&description).map_err(Error::Write)?;
-        write_memory(&file, memory_offset(description.len() as u64), memory)?;
-        file.sync_all().map_err(Error::Write)
+        // The guest's secrets are in it: it is for the owner alone.
+        write_whole(path, Error::Write, |mut file| {
+            file.write_all(&header).map_err(Error::Write)?;
+            file.write_all(&description).map_err(Error::Write)?;
+            write_memory(file, memory_offset(description.len() as u64), memory)
+        })
     }
 
     /// Sends it with its memory to a process that takes it with [`Source::receive`] and [`take`].
     /// When this returns, the guest is the other's.
     pub fn send(&self, stream: &UnixStream, memory: &File) -> Result<(), Error> {
+        self.send_within(PATIENCE, stream, memory)
+    }
+
+    fn send_within(
+        &self,
+        patience: Duration,
+        stream: &UnixStream,
+        memory: &File,
+    ) -> Result<(), Error> {
         let (header, description) = self.encode()?;
-        let wait = Some(PATIENCE);
-        stream.set_read_timeout(wait).map_err(Error::Write)?;
-        stream.set_write_timeout(wait).map_err(Error::Write)?;
+        let mut other = Other::new(stream, patience);
+        other.limit_write().map_err(Error::Write)?;
         let sent = stream
             .send_with_fd(&header[..], memory.as_raw_fd())
             .map_err(|error| Error::Write(error.into()))?;
-        let mut stream = stream;
-        stream
+        other
             .write_all(&header[sent..])
-            .and_then(|()| stream.write_all(&description))
+            .and_then(|()| other.write_all(&description))
             .map_err(Error::Write)?;
-        expect(stream, READY).map_err(Error::NotTaken)?;
-        stream.write_all(&[GO]).map_err(Error::NotTaken)
+        expect(&mut other, READY).map_err(Error::NotTaken)?;
+        other.write_all(&[GO]).map_err(Error::NotTaken)
+    }
+}
+
+/// The other process, for a limited time. A socket's own limit is one of each wait, and whoever takes
+/// some now and then stays below that.
+struct Other<'a> {
+    stream: &'a UnixStream,
+    until: Instant,
+}
+
+impl<'a> Other<'a> {
+    fn new(stream: &'a UnixStream, patience: Duration) -> Self {
+        let until = Instant::now() + patience;
+        Other { stream, until }
+    }
+
+    fn left(&self) -> io::Result<Option<Duration>> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        match left.is_zero() {
+            true => Err(io::ErrorKind::TimedOut.into()),
+            false => Ok(Some(left)),
+        }
+    }
+
+    fn limit_read(&self) -> io::Result<()> {
+        self.stream.set_read_timeout(self.left()?)
+    }
+
+    fn limit_write(&self) -> io::Result<()> {
+        self.stream.set_write_timeout(self.left()?)
+    }
+}
+
+impl Read for Other<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.limit_read()?;
+        self.stream.read(bytes)
+    }
+}
+
+impl Write for Other<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.limit_write()?;
+        // The limit is one of each buffer of the kernel's, so no call has more than one.
+        self.stream.write(&bytes[..bytes.len().min(PAGE)])
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
 /// Waits for a byte that has to be this one.
-fn expect(mut stream: &UnixStream, wanted: u8) -> io::Result<()> {
+fn expect(stream: &mut Other<'_>, wanted: u8) -> io::Result<()> {
     let mut byte = [0];
     stream.read_exact(&mut byte)?;
     match byte[0] == wanted {
@@ -398,18 +434,16 @@ impl Source {
 
     /// Takes what [`Snapshot::send`] sends.
     pub fn receive(stream: &UnixStream) -> Result<Self, Error> {
-        let wait = Some(PATIENCE);
-        stream.set_read_timeout(wait).map_err(Error::Read)?;
-        stream.set_write_timeout(wait).map_err(Error::Read)?;
+        let mut other = Other::new(stream, PATIENCE);
+        other.limit_read().map_err(Error::Read)?;
         let mut header = [0; HEADER_SIZE];
         let (length, memory) = stream
             .recv_with_fd(&mut header)
             .map_err(|error| Error::Read(error.into()))?;
-        let mut stream = stream;
-        stream
+        other
             .read_exact(&mut header[length..])
             .map_err(Error::Read)?;
-        let (snapshot, _) = Snapshot::decode(&header, stream)?;
+        let (snapshot, _) = Snapshot::decode(&header, other)?;
         let memory = memory.ok_or(Error::Memory("no file descriptor has come with it"))?;
         let memory = Memory::Shared(memory);
         Ok(Source { snapshot, memory })
@@ -438,9 +472,10 @@ impl Source {
 
 /// Tells the process that sent a VM that it is here whole; on success the VM is this process's.
 pub fn take(stream: &UnixStream) -> Result<(), Error> {
-    let mut to = stream;
-    to.write_all(&[READY])
-        .and_then(|()| expect(stream, GO))
+    let mut other = Other::new(stream, PATIENCE);
+    other
+        .write_all(&[READY])
+        .and_then(|()| expect(&mut other, GO))
         .map_err(Error::NotGiven)
 }
 
@@ -594,7 +629,9 @@ fn for_each_run(
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::MetadataExt;
+    use std::path::PathBuf;
     use std::thread;
 
     use kvm_bpf::state::{MapState, Value};
@@ -855,6 +892,37 @@ mod tests {
         drop(here);
         let error = take(&there).unwrap_err();
         assert!(matches!(error, Error::NotGiven(_)), "{error:?}");
+    }
+
+    /// It takes some all the time, so no single wait is long.
+    #[test]
+    fn it_stays_where_somebody_takes_it_slowly() {
+        let mut large = snapshot();
+        let mut state = state();
+        let map = MapState {
+            schema: String::new(),
+            types: vec![],
+            values: vec![Value::Number(0); MAX_VALUES],
+        };
+        state.maps.insert("many".to_string(), map);
+        large.devices.push(state);
+        let (here, there) = UnixStream::pair().unwrap();
+        let reading = thread::spawn(move || {
+            let mut some = [0; 4096];
+            while let Ok(1..) = (&there).read(&mut some) {
+                thread::sleep(Duration::from_millis(20));
+            }
+        });
+        let memory = memory(true);
+        let start = Instant::now();
+        let patience = Duration::from_millis(300);
+        let error = large.send_within(patience, &here, memory_file(&memory).unwrap());
+        let error = error.unwrap_err();
+        assert!(matches!(error, Error::Write(_)), "{error:?}");
+        assert!(start.elapsed() < 10 * patience, "{:?}", start.elapsed());
+        // The rest of what is on its way is dropped.
+        here.shutdown(std::net::Shutdown::Both).unwrap();
+        reading.join().unwrap();
     }
 
     #[test]

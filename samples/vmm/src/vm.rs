@@ -1191,9 +1191,6 @@ impl BpfDevice {
         let changes = self.device.changes(&programs, on_loss);
         let changes = changes.map_err(|source| self.error(source))?;
         self.give(provided, &programs)?;
-        if let Some(serial) = &mut self.serial {
-            serial.follow(&self.name, &programs)?;
-        }
         Ok((programs, changes.needs_pause()))
     }
 
@@ -1203,6 +1200,11 @@ impl BpfDevice {
         match self.device.swap(programs, on_loss, |swap| swap()) {
             Ok(changes) => {
                 crate::say(&format!("kvm-bpf-vmm: reload: {}: {changes}", self.name));
+                if let Some(serial) = &mut self.serial
+                    && let Err(error) = serial.follow(&self.name, self.device.programs())
+                {
+                    crate::print_error("reload", &error);
+                }
                 1
             }
             Err(source) => {

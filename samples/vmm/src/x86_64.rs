@@ -259,9 +259,10 @@ pub fn load(
     if params.hdr.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(Error::No64BitEntry);
     }
-    // The kernel unpacks itself to where it prefers to be.
+    // The kernel unpacks itself to where it prefers to be; the file may say anything.
     let memory_end = memory.last_addr().raw_value() + 1;
-    let kernel_end = params.hdr.pref_address + u64::from(params.hdr.init_size);
+    let init_size = params.hdr.init_size.into();
+    let kernel_end = { params.hdr.pref_address }.saturating_add(init_size);
     if kernel_end > memory_end {
         return Err(Error::SmallMemory {
             needed: kernel_end.div_ceil(1 << 20),
@@ -472,7 +473,30 @@ fn cpuid(supported: &[kvm_cpuid_entry2], id: u8, cpus: u8) -> Vec<kvm_cpuid_entr
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use vmm_sys_util::tempfile::TempFile;
+
     use super::*;
+
+    /// The file's header says where the kernel goes, and the sum need not be a number of 64 bits.
+    #[test]
+    fn a_kernel_beyond_all_memory_is_refused() {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        let mut bytes = vec![0; 0x1000];
+        bytes[0x1f1] = 1; // setup_sects
+        bytes[0x202..0x206].copy_from_slice(b"HdrS");
+        bytes[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes()); // version
+        bytes[0x211] = 1; // loadflags: above 1 MiB
+        bytes[0x214..0x218].copy_from_slice(&(HIGH_RAM as u32).to_le_bytes()); // code32_start
+        bytes[0x236] = XLF_KERNEL_64 as u8;
+        bytes[0x258..0x260].copy_from_slice(&(u64::MAX - 1).to_le_bytes()); // pref_address
+        bytes[0x260..0x264].copy_from_slice(&u32::MAX.to_le_bytes()); // init_size
+        let mut kernel = TempFile::new().unwrap().into_file();
+        kernel.write_all(&bytes).unwrap();
+        let error = load(&memory, &mut kernel, None, "", 1, &[]).unwrap_err();
+        assert!(matches!(error, Error::SmallMemory { .. }), "{error:?}");
+    }
 
     #[test]
     fn the_first_gib_is_mapped_to_itself() {

@@ -7,7 +7,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::chown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -799,8 +799,12 @@ fn unmount_proc() {
     assert!(!Path::new("/proc/self").exists(), "/proc is there still");
 }
 
-/// Sends programs, described as `change` makes it.
-fn send_changed(stream: &UnixStream, programs: &Programs, change: impl FnOnce(&str) -> String) {
+/// Sends programs with the description and the file descriptors that `change` makes of theirs.
+fn send_changed(
+    stream: &UnixStream,
+    programs: &Programs,
+    change: impl FnOnce(&str, &mut [RawFd]) -> String,
+) {
     let (one, other) = UnixStream::pair().expect("socketpair");
     programs.send(&one).expect("the programs sent");
     drop(one);
@@ -816,8 +820,12 @@ fn send_changed(stream: &UnixStream, programs: &Programs, change: impl FnOnce(&s
     assert_got!(len, 16, "bytes of a header");
     let mut json = String::new();
     (&other).read_to_string(&mut json).expect("a description");
-    let changed = change(&json);
-    assert!(changed != json, "nothing has changed: {json}");
+    let before = fds;
+    let changed = change(&json, &mut fds[..count]);
+    assert!(
+        changed != json || fds != before,
+        "nothing has changed: {json}"
+    );
     bytes.truncate(12);
     bytes.extend((changed.len() as u32).to_le_bytes());
     let fds = &fds[..count];
@@ -827,10 +835,10 @@ fn send_changed(stream: &UnixStream, programs: &Programs, change: impl FnOnce(&s
         .expect("a description");
 }
 
-/// Without `/proc` nobody can tell what has come; with bpf(2) the kernel is asked then.
+/// Without `/proc` no map is taken, but by who may ask with bpf(2).
 fn without_proc() {
     // A value that is larger than described would be copied behind the memory that is for it.
-    let smaller = |json: &str| {
+    let smaller = |json: &str, _: &mut [RawFd]| {
         let at = json.find(r#""name":"longs""#).expect("the map");
         let (before, map) = json.split_at(at);
         format!(
@@ -841,15 +849,39 @@ fn without_proc() {
     let manager = |stream: UnixStream| {
         let good = loaded(test_image("params"));
         good.param("longs", [5]).expect("a value");
-        good.send(&stream).expect("the programs sent");
+        for _ in 0..2 {
+            good.send(&stream).expect("the programs sent");
+        }
+        // Any length of a vCPU's memory can be mapped, and behind its pages is a SIGBUS.
+        let guest = Guest::new();
+        let vcpu = guest.vm().create_vcpu(0).expect("KVM_CREATE_VCPU");
+        let not_maps = |json: &str, fds: &mut [RawFd]| {
+            let maps = fds.len() - good.maps().count();
+            fds[maps..].fill(vcpu.as_raw_fd());
+            json.to_string()
+        };
+        send_changed(&stream, &good, not_maps);
         for _ in 0..2 {
             send_changed(&stream, &loaded(test_image("params")), smaller);
         }
     };
+    let assert_unconfirmed = |result: Result<Programs, _>, wanted| match result {
+        Err(transfer::Error::Unconfirmed { source, .. }) => assert_got!(source.kind(), wanted),
+        other => panic!("wanted Unconfirmed, got {other:?}"),
+    };
+    let assert_other_sizes = |result| match result {
+        Err(transfer::Error::Map { name, why }) => {
+            assert_got!(name, "longs");
+            assert!(why.contains("described as"), "{why}");
+        }
+        other => panic!("wanted an error of the map, got {other:?}"),
+    };
     let vmm = |stream: UnixStream, kvm: Kvm| {
         let guest = Guest::on(kvm);
         let mut vcpu = guest.vcpu(0);
-        let programs = received(&stream);
+        let none = Programs::recv(&stream);
+        assert_unconfirmed(none, std::io::ErrorKind::NotFound);
+        let programs = Programs::recv_with_bpf(&stream).expect("the programs");
         programs.param("mapped", [7]).expect("a value");
         let error = programs.stats().expect_err("counts");
         assert_got!(error.kind(), std::io::ErrorKind::NotFound);
@@ -862,15 +894,9 @@ fn without_proc() {
         assert_got!(param(&mut vcpu, 4), [7, 0, 0]);
         device.save().expect("its state");
 
-        let wrong = received(&stream);
-        let longs = wrong.map("longs").expect("the map");
-        for result in [
-            longs.lookup(&[0; 4]).map(drop),
-            longs.update(&[0; 4], &[0; 4]),
-        ] {
-            let error = result.expect_err("a map of other sizes");
-            assert_got!(error.kind(), std::io::ErrorKind::InvalidData);
-        }
+        let not_maps = Programs::recv_with_bpf(&stream);
+        assert_unconfirmed(not_maps, std::io::ErrorKind::InvalidInput);
+        assert_other_sizes(Programs::recv_with_bpf(&stream));
     };
     // Without rights it cannot unmount: so before it gives them up.
     let (ours, theirs) = UnixStream::pair().expect("socketpair");
@@ -894,12 +920,6 @@ fn without_proc() {
         )
     });
     assert_got!(statuses, (0, 0), "the manager's and the VMM's status");
-    // With it, the second of the wrong ones is refused at once.
-    match Programs::recv(&checked) {
-        Err(transfer::Error::Map { name, why }) => {
-            assert_got!(name, "longs");
-            assert!(why.contains("described as"), "{why}");
-        }
-        other => panic!("wanted an error of the map, got {other:?}"),
-    }
+    // With `/proc`, the second of them is refused likewise.
+    assert_other_sizes(Programs::recv(&checked));
 }

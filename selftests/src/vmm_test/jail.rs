@@ -30,6 +30,7 @@ pub fn all() -> Vec<Trial> {
         manager_refuses_other_devices,
         permissions_are_gone,
         saved_and_restored,
+        goes_on_where_it_is_not_saved_and_restored,
         alarm_rings_without_the_manager,
         bpf_is_forbidden,
         no_vm_without_the_seal,
@@ -351,6 +352,20 @@ fn saved_and_restored() {
     jailed.arms(15);
     jailed.told(&format!("save-restore {CLOCK}"), "in a new VM");
     jailed.rings();
+    jailed.reads_more();
+}
+
+/// The clock is saved, and nothing takes its state: the guest goes on, and the alarm rings.
+fn goes_on_where_it_is_not_saved_and_restored() {
+    let mut jailed = Jailed::new();
+    jailed.arms(15);
+    jailed.told("save-restore nowhere.bpf.o", "error: the manager refuses *");
+    jailed.rings();
+    jailed.reads_more();
+    // A device that cannot load the state.
+    jailed.told("save-restore regbank.bpf.o", "error: *another device*");
+    jailed.reads_more();
+    jailed.told(&format!("save-restore {CLOCK}"), "in a new VM");
     jailed.reads_more();
 }
 

@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::PathBuf;
 
+use kvm_bpf_selftests::harness::wait_for;
 use kvm_bpf_selftests::vmm::{
     Finished, GUEST, Running, Vmm, assert_between, number, program, sample,
 };
@@ -24,7 +25,10 @@ pub fn all() -> Vec<Trial> {
         another_page_is_read_after_reload,
     );
     if !ARM64 {
-        tests.extend(tests!(serial_port_is_replaced_under_a_running_guest));
+        tests.extend(tests!(
+            serial_port_is_replaced_under_a_running_guest,
+            serial_port_goes_on_with_another_ring_buffer,
+        ));
     }
     tests
 }
@@ -167,18 +171,42 @@ fn another_page_is_read_after_reload() {
 
 /// The serial port goes on at its ports, with its bytes; it is used after the replacement.
 fn serial_port_is_replaced_under_a_running_guest() {
+    let said = "carried over: locks, lost, output, uart";
+    serial_port_goes_on(&sample("uart16550"), said, &[]);
+}
+
+/// Nothing comes into the old one any more.
+fn serial_port_goes_on_with_another_ring_buffer() {
+    let said = "carried over: locks, lost, uart; starts anew: output";
+    serial_port_goes_on(&program("uart16550_ring"), said, &["--reload-fresh"]);
+}
+
+/// Replaces a serial port before the guest uses it; one thread takes from it then.
+#[track_caller]
+fn serial_port_goes_on(object: &str, said: &str, options: &[&str]) {
     let directory = TempDir::new().expect("a directory");
     let [uart, serial] = ["uart.o", "serial"].map(|name| directory.as_path().join(name));
     fs::copy(sample("uart16550"), &uart).expect("the file");
     let port = format!("{}@pio:0x2f8,output={}", uart.display(), serial.display());
     let append = format!("watch={:#x} serial=ttyS1", AT + VERSION);
-    let device = Reloading::new(&sample("regbank"), &append, &["--bpf", &port]);
+    let options = [&["--bpf", &port], options].concat();
+    let device = Reloading::new(&sample("regbank"), &append, &options);
     device.vmm.sees("WATCH 0x00000001");
+    fs::copy(object, &uart).expect("the file");
     let carried = "carried over: accesses, regbank";
     device.reload(&program("regbank_v2"), carried);
-    device
-        .vmm
-        .sees("*reload*uart.o: carried over: locks, lost, output, uart");
+    device.vmm.sees(&format!("*reload*uart.o: {said}"));
+    wait_for("threads that take from a serial port", 1, || {
+        threads(device.vmm.id(), "serial")
+    });
     device.changed(2).assert_no_exits(2);
     assert_sent(&serial);
+}
+
+/// How many threads of a process have that name.
+fn threads(pid: u32, name: &str) -> usize {
+    let all = fs::read_dir(format!("/proc/{pid}/task")).expect("its threads");
+    // One may have ended.
+    let names = all.filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("comm")).ok());
+    names.filter(|own| own.trim_end() == name).count()
 }

@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt;
-use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
@@ -17,11 +16,30 @@ use super::{
     Clock, Error, Identity, MAX_DEPTH, MAX_FILE_SIZE, MAX_VALUES, MapState, Result, State, Value,
     Zeroes,
 };
-use crate::file::read_start;
+use crate::file::{read_start, write_whole};
 
 /// What is in [`State`]'s JSON, and the newest version of it.
 const FORMAT: &str = "kvm-bpf-state";
 const VERSION: u32 = 1;
+
+/// Which format something has: all that is known of one that is newer.
+#[derive(Deserialize)]
+struct Kind {
+    format: String,
+    version: u64,
+}
+
+impl Kind {
+    fn check(&self) -> std::result::Result<(), String> {
+        let Kind { format, version } = self;
+        match format == FORMAT && *version == u64::from(VERSION) {
+            true => Ok(()),
+            false => Err(format!(
+                "format {format:?}, version {version}, instead of {FORMAT:?}, {VERSION}"
+            )),
+        }
+    }
+}
 
 /// [`State`] as it is written, in the order of the alphabet.
 #[derive(Serialize, Deserialize)]
@@ -69,14 +87,11 @@ impl TryFrom<Envelope> for State {
     type Error = String;
 
     fn try_from(envelope: Envelope) -> std::result::Result<Self, String> {
-        let Envelope {
-            format, version, ..
-        } = envelope;
-        if format != FORMAT || version != VERSION {
-            return Err(format!(
-                "format {format:?}, version {version}, instead of {FORMAT:?}, {VERSION}"
-            ));
-        }
+        let kind = Kind {
+            format: envelope.format,
+            version: envelope.version.into(),
+        };
+        kind.check()?;
         let mut maps = BTreeMap::new();
         for map in envelope.maps {
             let state = MapState {
@@ -172,8 +187,12 @@ impl<'de> Deserialize<'de> for Value {
 impl State {
     /// Reads JSON.
     pub fn from_json(json: &[u8]) -> Result<Self> {
+        let failed = |error: serde_json::Error| Error::Json(error.into());
         check_size(json, MAX_VALUES)?;
-        serde_json::from_slice(json).map_err(|error| Error::Json(error.into()))
+        // First: another format may have other fields.
+        let kind: Kind = serde_json::from_slice(json).map_err(failed)?;
+        kind.check().map_err(|why| failed(de::Error::custom(why)))?;
+        serde_json::from_slice(json).map_err(failed)
     }
 
     /// Writes JSON, the same text for the same state.
@@ -192,13 +211,13 @@ impl State {
         Self::from_json(&json)
     }
 
-    /// Writes JSON into a new file.
+    /// Writes JSON into a file that only its owner may read, as [`write_whole`] does: it takes the
+    /// place of an older one, which stays on an error.
     pub fn to_file(&self, path: &Path) -> Result<()> {
         let json = self.to_json()?;
-        let mut file = File::create_new(path).map_err(Error::File)?;
-        file.write_all(&json)
-            .and_then(|()| file.sync_all())
-            .map_err(Error::File)
+        write_whole(path, Error::File, |mut file| {
+            file.write_all(&json).map_err(Error::File)
+        })
     }
 }
 
