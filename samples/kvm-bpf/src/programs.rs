@@ -344,6 +344,7 @@ fn invalid(why: String) -> io::Error {
 
 /// A program that runs without a guest's access.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Work<'a> {
     /// Its index in the device.
     pub index: u32,

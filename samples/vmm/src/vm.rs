@@ -1493,11 +1493,7 @@ mod tests {
     fn note(space: Space, size: u64) -> Note {
         let mut note = Note::default();
         note.compatible.push(virtio::PROGRAMS.to_string());
-        note.ranges.push(Range {
-            space,
-            region: 0,
-            size,
-        });
+        note.ranges.push(Range::new(space, 0, size));
         note
     }
 
