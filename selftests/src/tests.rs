@@ -54,6 +54,7 @@ macro_rules! assert_got {
 pub use doorbell::be_the_peer;
 
 mod access;
+mod bell;
 mod bpftool;
 mod builder;
 mod bus;
@@ -109,6 +110,7 @@ pub fn all() -> Vec<Trial> {
         device::all(),
         programs::all(),
         builder::all(),
+        bell::all(),
         bpftool::all(),
         region::all(),
         bus::all(),

@@ -90,10 +90,8 @@ fn restore(clock: &mut ImageDevice, state: &State) -> Result<()> {
 /// device.
 fn lock_down(vm: &VmFd, clock: &Device) -> Result<()> {
     let programs = Allow::IRQ | Allow::ASYNC | Allow::SLEEP;
-    clock.restrict(Permissions {
-        allow: programs | Allow::REPLACE | Allow::SET_WORK | Allow::RUN,
-        extensible: false,
-    })?;
+    let vmm = Allow::REPLACE | Allow::SET_WORK | Allow::RUN;
+    clock.restrict(Permissions::new(programs | vmm))?;
     Ok(perms::seal(vm)?)
 }
 

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::uapi::{
     BPF_PROG_TYPE_KVM_IO_READ, BPF_PROG_TYPE_KVM_IO_WORK, BPF_PROG_TYPE_KVM_IO_WRITE,
@@ -26,10 +26,10 @@ const MAX_FILE_SIZE: u64 = 64 << 20;
 #[non_exhaustive]
 pub enum Error {
     /// The kernel's BTF cannot be read: it has none, or `/sys` is not there.
-    #[error("cannot read {DIRECTORY}/{file}")]
+    #[error("cannot read {}", .path.display())]
     Read {
         /// The file.
-        file: String,
+        path: PathBuf,
         /// The error.
         #[source]
         source: io::Error,
@@ -74,6 +74,12 @@ impl Abi {
     /// The numbers of the running kernel, from its BTF and that of its modules `kvm` and `kvm_bpf`.
     ///
     /// It takes milliseconds, memory of the size of `/sys/kernel/btf/vmlinux`, and no rights.
+    ///
+    /// # Errors
+    ///
+    /// [`Read`](Error::Read): there is no `/sys`, or the kernel has no BTF.
+    /// [`Missing`](Error::Missing): the kernel is without the series.
+    /// [`Damaged`](Error::Damaged).
     pub fn from_running_kernel() -> Result<Self, Error> {
         Self::from_directory(Path::new(DIRECTORY))
     }
@@ -82,13 +88,13 @@ impl Abi {
     pub fn from_directory(directory: &Path) -> Result<Self, Error> {
         let read = |file: &str| {
             let mut bytes = Vec::new();
-            File::open(directory.join(file))
+            let path = directory.join(file);
+            match File::open(&path)
                 .and_then(|file| file.take(MAX_FILE_SIZE).read_to_end(&mut bytes))
-                .map_err(|source| Error::Read {
-                    file: file.to_string(),
-                    source,
-                })?;
-            Ok(bytes)
+            {
+                Ok(_) => Ok(bytes),
+                Err(source) => Err(Error::Read { path, source }),
+            }
         };
         let base = read("vmlinux")?;
         let mut modules = Vec::new();
@@ -370,7 +376,8 @@ mod tests {
         std::fs::remove_file(dir.join("vmlinux")).unwrap();
         let error = Abi::from_directory(&dir).unwrap_err();
         std::fs::remove_dir_all(&dir).unwrap();
-        assert_eq!(error.to_string(), "cannot read /sys/kernel/btf/vmlinux");
+        let wanted = format!("cannot read {}/vmlinux", dir.display());
+        assert_eq!(error.to_string(), wanted);
     }
 
     #[test]

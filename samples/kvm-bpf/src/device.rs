@@ -51,6 +51,14 @@ pub enum Error {
     /// A device of memory was to be at ports, or the other way round.
     #[error("the device is for {}, not for {}", space_name(*.0), space_name(opposite(*.0)))]
     WrongSpace(Space),
+    /// The device would end behind the last address.
+    #[error("a device of {size:#x} bytes has no room at {place}")]
+    NoRoom {
+        /// Where it was to begin.
+        place: Place,
+        /// Bytes of its region.
+        size: u64,
+    },
     /// The device has several ranges.
     #[error("the device has {0} ranges; this library serves those of one")]
     SeveralRanges(usize),
@@ -93,6 +101,10 @@ pub enum Error {
     /// The host's KVM gives programs no guest memory.
     #[error("this host's KVM gives programs no guest memory (an older kernel)")]
     NoMem,
+    /// The note says that the device accesses guest memory, and the VMM has given it no window for
+    /// that.
+    #[error("the device {0} guest memory, and the VMM has given it no window for that")]
+    MissingWindow(&'static str),
     /// The window is refused.
     #[error("cannot set window {index}: {window:?}")]
     SetWindow {
@@ -160,6 +172,9 @@ pub enum Error {
     /// What is to be no interrupt is one.
     #[error("index {0} is an interrupt of the device")]
     IsIrq(u32),
+    /// What the VMM gives an eventfd, or has given one, is a doorbell of the note.
+    #[error("index {0} is a doorbell of the device, which runs a WORK program")]
+    IsDoorbell(u32),
     /// An eventfd cannot be kept open.
     #[error("cannot duplicate an eventfd")]
     Duplicate(#[source] io::Error),
@@ -172,6 +187,16 @@ pub enum Error {
     /// The new programs can take the state over only while no vCPU runs.
     #[error("the state has other types than before, and the vCPUs were not paused")]
     NotPaused,
+    /// The new programs have taken over and stay, but the WORK program with which they begin has
+    /// failed.
+    #[error("the new programs run, but their WORK program {name} has failed")]
+    Swapped {
+        /// `replaced`, or `restore` where the state was converted.
+        name: &'static str,
+        /// Its error.
+        #[source]
+        source: Box<Error>,
+    },
     /// The new programs are of another device than the one it should replace.
     #[error("the new programs are not the same device: {new:?} instead of {running:?}")]
     OtherDevice {
@@ -278,35 +303,53 @@ pub struct Window {
 #[derive(Debug)]
 pub struct Device {
     fd: OwnedFd,
+    abi: Abi,
 }
 
 impl Device {
     /// Creates a device without regions and interrupts, with the number of its type that the headers
     /// have: [`Abi::default`]. The process is the one that created the VM.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::with_abi`].
     pub fn new(vm: &impl AsRawFd) -> Result<Self> {
         Self::with_abi(vm, &Abi::default())
     }
 
     /// The same with the running kernel's number, from [`Abi::from_running_kernel`].
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](Error::Unsupported), and [`Create`](Error::Create) for another reason:
+    /// `EPERM` of a VM that is sealed, `EIO` in another process than the VM's.
     pub fn with_abi(vm: &impl AsRawFd, abi: &Abi) -> Result<Self> {
         match sys::create_device(vm.as_raw_fd(), abi.device_type) {
-            Ok(fd) => Ok(Device { fd }),
+            Ok(fd) => Ok(Device { fd, abi: *abi }),
             Err(error) => Err(no_device(error)),
         }
     }
 
     /// Takes over a device that the VMM has created itself: `KVM_CREATE_DEVICE` with
-    /// [`Abi::device_type`].
+    /// [`Abi::device_type`]. Files that replace its programs then need `OpenImage::set_abi()`.
     ///
     /// Nothing is asked of the kernel: of another kind of file, or of another device, all else
     /// fails.
     pub fn from_fd(fd: OwnedFd) -> Self {
-        Device { fd }
+        let abi = Abi::default();
+        Device { fd, abi }
     }
 
-    /// Whether a VM can have such devices: [`Error::Unsupported`] or another error if not.
+    /// The numbers of types that it was created with; of [`Self::from_fd`] the default.
+    pub fn abi(&self) -> &Abi {
+        &self.abi
+    }
+
+    /// Checks whether a VM can have such devices. It creates none.
     ///
-    /// It creates none.
+    /// # Errors
+    ///
+    /// [`Unsupported`](Error::Unsupported), and [`Create`](Error::Create) for another reason.
     pub fn is_supported(vm: &impl AsRawFd, abi: &Abi) -> Result<()> {
         sys::has_device(vm.as_raw_fd(), abi.device_type).map_err(no_device)
     }
@@ -321,6 +364,14 @@ impl Device {
     /// thread that one of them waits for nor with a lock that such a thread wants.
     ///
     /// Indices of regions at ports and at addresses are the same.
+    ///
+    /// # Errors
+    ///
+    /// [`NoPorts`](Error::NoPorts), and [`SetRegion`](Error::SetRegion) with the kernel's: `EEXIST`
+    /// if something else has an address of the range, or the index another range; `ERANGE` if the
+    /// range is too long or wraps around; `EINVAL` if a program is of another type, or there is
+    /// none; `EACCES` if the device has [given that up](crate::perms); `ENXIO` if there is no such
+    /// index. The region is as before.
     pub fn set_region(
         &self,
         index: u32,
@@ -351,13 +402,13 @@ impl Device {
     /// Removes a region; accesses to its range exit to the VMM from then on.
     ///
     /// It waits as [`Self::set_region`] does.
+    ///
+    /// # Errors
+    ///
+    /// [`UnsetRegion`](Error::UnsetRegion): `ENOENT` if there is no such region, `EACCES` if the
+    /// device has [given that up](crate::perms).
     pub fn unset_region(&self, space: Space, index: u32) -> Result<()> {
-        let none = kvm_bpf_user_region {
-            addr: 0,
-            size: 0,
-            bpf_readfd: -1,
-            bpf_writefd: -1,
-        };
+        let none = kvm_bpf_user_region::default();
         self.set_attr(region_group(space), index, &none)
             .map_err(|source| Error::UnsetRegion { index, source })
     }
@@ -369,6 +420,11 @@ impl Device {
     ///
     /// The device keeps the counter, not the file: where it is also an irqfd, keep `eventfd`
     /// open, as KVM ends an irqfd when its last file descriptor is closed.
+    ///
+    /// # Errors
+    ///
+    /// [`SetIrq`](Error::SetIrq): `EINVAL` if it is no eventfd, `ENXIO` if there is no such index,
+    /// `EACCES` if the device has [given that up](crate::perms). The interrupt is as before.
     pub fn set_irq(&self, index: u32, eventfd: &impl AsRawFd) -> Result<()> {
         let irq = kvm_bpf_user_irq {
             eventfd: eventfd.as_raw_fd(),
@@ -379,12 +435,14 @@ impl Device {
     }
 
     /// Detaches an interrupt from its eventfd. It waits as [`Self::set_irq`] does.
+    ///
+    /// # Errors
+    ///
+    /// [`UnsetIrq`](Error::UnsetIrq): `ENOENT` if it has none, `EACCES` if the device has
+    /// [given that up](crate::perms).
     pub fn unset_irq(&self, index: u32) -> Result<()> {
-        let irq = kvm_bpf_user_irq {
-            eventfd: -1,
-            flags: 0,
-        };
-        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_IRQ, index, &irq)
+        let none = kvm_bpf_user_irq::default();
+        self.set_attr(KVM_DEV_BPF_ATTR_GROUP_IRQ, index, &none)
             .map_err(|source| Error::UnsetIrq { index, source })
     }
 
@@ -392,6 +450,12 @@ impl Device {
     ///
     /// A program's access has to lie inside one window. Programs that run see the one or the other;
     /// it waits until those have ended that may see the old one, and they may sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`NoMem`](Error::NoMem), and [`SetWindow`](Error::SetWindow) with the kernel's: `EINVAL` if
+    /// the window has no bytes, or neither right; `ERANGE` if it wraps around; `ENXIO` if there is no
+    /// such index; `EACCES` if the device has [given that up](crate::perms). The window is as before.
     pub fn set_window(&self, index: u32, window: Window) -> Result<()> {
         let right = |has, flag| if has { flag } else { 0 };
         let mem = kvm_bpf_user_mem {
@@ -414,6 +478,11 @@ impl Device {
 
     /// Removes a window; when this returns, no program accesses it any more. It waits as
     /// [`Self::set_window`] does.
+    ///
+    /// # Errors
+    ///
+    /// [`UnsetWindow`](Error::UnsetWindow): `ENOENT` if there is no such window, `EACCES` if the
+    /// device has [given that up](crate::perms).
     pub fn unset_window(&self, index: u32) -> Result<()> {
         let none = kvm_bpf_user_mem::default();
         self.set_attr(KVM_DEV_BPF_ATTR_GROUP_MEM, index, &none)
@@ -427,6 +496,14 @@ impl Device {
     /// signals of the eventfd: nobody else may wait for it.
     ///
     /// It waits until the old program has ended where it runs.
+    ///
+    /// # Errors
+    ///
+    /// [`NoWork`](Error::NoWork), and [`SetWork`](Error::SetWork) with the kernel's: `EBUSY` if the
+    /// eventfd has a consumer, another index or an irqfd; `EINVAL` if it is no eventfd, or the
+    /// program of another type; `EAGAIN` if the process may have no more threads; `ENXIO` if there
+    /// is no such index; `EACCES` if the device has [given that up](crate::perms). The index is as
+    /// before.
     pub fn set_work(
         &self,
         index: u32,
@@ -446,18 +523,25 @@ impl Device {
             })
     }
 
-    /// Removes a program, and waits for its end where it runs.
+    /// Removes a program, and waits for its end where it runs. Signals that it has not seen yet are
+    /// lost.
+    ///
+    /// # Errors
+    ///
+    /// [`UnsetWork`](Error::UnsetWork): `ENOENT` if there is none, `EACCES` if the device has
+    /// [given that up](crate::perms).
     pub fn unset_work(&self, index: u32) -> Result<()> {
-        let none = kvm_bpf_user_work {
-            bpf_fd: -1,
-            eventfd: -1,
-            ..Default::default()
-        };
+        let none = kvm_bpf_user_work::default();
         self.set_attr(KVM_DEV_BPF_ATTR_GROUP_WORK, index, &none)
             .map_err(|source| Error::UnsetWork { index, source })
     }
 
     /// Runs a program once, on the calling thread; it finds `arg` in its context's `buf`.
+    ///
+    /// # Errors
+    ///
+    /// [`Run`](Error::Run): `ENOENT` if there is no such program, `EACCES` if the device has
+    /// [given that up](crate::perms).
     pub fn run(&self, index: u32, arg: u64) -> Result<Ran> {
         let run = kvm_bpf_user_run { arg };
         match self.set_attr(KVM_DEV_BPF_ATTR_GROUP_RUN, index, &run) {
@@ -509,6 +593,7 @@ fn raw_or_none(fd: Option<BorrowedFd<'_>>) -> i32 {
 
 /// What a run of a WORK program came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "there may be more to do"]
 pub enum Ran {
     /// It did all there was to do.
     Done,
@@ -517,6 +602,10 @@ pub enum Ran {
 }
 
 /// The only region of the device that a note describes, which must be of that kind.
+///
+/// # Errors
+///
+/// [`WrongSpace`](Error::WrongSpace), [`SeveralRanges`](Error::SeveralRanges).
 pub fn only_region(note: &Note, space: Space) -> Result<Range> {
     match note.regions()[..] {
         [range] if range.space == space => Ok(range),

@@ -181,13 +181,19 @@ pub struct OpenImage {
     map_names: Vec<String>,
     /// What the maps were like before some were carried over.
     layouts: Option<Vec<Layout>>,
+    /// The maps that others use too, by name, with the kernel's numbers of them.
+    shared: BTreeMap<String, u32>,
     /// The maps that have what somebody has put into them.
     given: Vec<String>,
-    abi: Abi,
+    abi: Option<Abi>,
 }
 
 impl OpenImage {
     /// Opens an object file: a regular one of at most [`MAX_FILE_SIZE`] bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Read`](Error::Read), and those of [`Self::open`].
     pub fn open_file(path: &Path) -> Result<Self, Error> {
         let bytes = read_start(path, MAX_FILE_SIZE + 1).map_err(Error::Read)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -197,6 +203,10 @@ impl OpenImage {
     /// Opens the bytes of an object file, at most [`MAX_FILE_SIZE`].
     ///
     /// `name` shows up in the names that tools see of the maps of global data.
+    ///
+    /// # Errors
+    ///
+    /// [`FileSize`](Error::FileSize), [`Note`](Error::Note), [`Open`](Error::Open).
     pub fn open(name: &str, file: &[u8]) -> Result<Self, Error> {
         if file.len() as u64 > MAX_FILE_SIZE {
             return Err(Error::FileSize);
@@ -213,8 +223,9 @@ impl OpenImage {
             object,
             map_names,
             layouts: None,
+            shared: BTreeMap::new(),
             given: Vec::new(),
-            abi: Abi::default(),
+            abi: None,
         })
     }
 
@@ -226,12 +237,18 @@ impl OpenImage {
     /// Has the programs be of the types that the running kernel has numbers for, from
     /// [`Abi::from_running_kernel`].
     pub fn set_abi(&mut self, abi: &Abi) {
-        self.abi = *abi;
+        self.abi = Some(*abi);
+    }
+
+    /// The same where [`Self::set_abi`] was not called.
+    pub(crate) fn set_default_abi(&mut self, abi: &Abi) {
+        self.abi.get_or_insert(*abi);
     }
 
     /// Changes what a section of global data has at first: to set a tunable in `.rodata`, say.
     ///
     /// Returns whether there is such a section; if not, `change` is not called.
+    #[must_use = "without such a section nothing has changed"]
     pub fn edit_initial(&mut self, section: &str, change: impl FnOnce(&mut [u8])) -> bool {
         let Some(mut map) = self.map_mut(section) else {
             return false;
@@ -255,20 +272,32 @@ impl OpenImage {
             .zip(self.object.maps())
     }
 
+    /// What the maps are like. Before any of them is carried over or shared, it is asked of libbpf.
+    fn take_layouts(&mut self) -> Result<Vec<Layout>, Error> {
+        match self.layouts.take() {
+            Some(layouts) => Ok(layouts),
+            None => Layout::of_object(&mut self.object),
+        }
+    }
+
     /// Has the device use `map`, which others use too, instead of a map of its own of that name.
     ///
     /// It has the same type, and keys and values of the same sizes, but may have any number of
     /// entries. It is no state of the device: it is neither saved nor restored. The device goes on
-    /// with it when its programs are replaced. If it is a parameter's, who shares it has given that.
+    /// with it when its programs are replaced, unless the new file shares another one. If it is a
+    /// parameter's, who shares it has given that.
+    ///
+    /// # Errors
+    ///
+    /// [`ShareMap`](Error::ShareMap): there is no such map, or it is another kind of map.
+    /// [`MapTypes`](Error::MapTypes), [`SameName`](Error::SameName) or [`Open`](Error::Open): the
+    /// object's maps cannot be those of a device.
     pub fn share_map(&mut self, name: &str, map: &Map) -> Result<(), Error> {
         let failed = |why: String| Error::ShareMap {
             map: name.to_string(),
             why,
         };
-        let mut layouts = match self.layouts.take() {
-            Some(layouts) => layouts,
-            None => Layout::of_object(&mut self.object)?,
-        };
+        let mut layouts = self.take_layouts()?;
         let layout = layouts.iter_mut().find(|layout| layout.name == name);
         let own = self.map_mut(name);
         let shared = match (layout, own) {
@@ -290,10 +319,10 @@ impl OpenImage {
             _ => Err(failed("the device has none of that name".to_string())),
         };
         self.layouts = Some(layouts);
-        if shared.is_ok() {
-            self.given.push(name.to_string());
-        }
-        shared
+        shared?;
+        self.shared.insert(name.to_string(), map.id());
+        self.given.push(name.to_string());
+        Ok(())
     }
 
     /// Prepares to replace a loaded image: goes on with its maps, so that state survives a change
@@ -301,11 +330,18 @@ impl OpenImage {
     ///
     /// A map is carried over where type, sizes, flags and the types of key and value are the same,
     /// with the names, places and kinds of all fields. What belongs to the programs, such as
-    /// read-only data, is not. Maps with state that have changed are for [`state`](crate::state) to
-    /// convert, where the device says that it loads the version of the running one.
+    /// read-only data, is not; nor is one for which [`Self::share_map`] has another map. Maps with
+    /// state that have changed are for [`state`](crate::state) to convert, where the device says
+    /// that it loads the version of the running one.
+    ///
+    /// # Errors
+    ///
+    /// [`Programs`](Error::Programs): with [`OnLoss::Refuse`], what would be lost.
+    /// [`ReuseMap`](Error::ReuseMap): libbpf does not take a map. Those about the programs'
+    /// sections and the object's maps, as [`Self::load`] has them.
     pub fn reuse_maps(&mut self, from: &Programs, on_loss: OnLoss) -> Result<MapChanges, Error> {
         let programs = self.program_names()?;
-        let mut layouts = Layout::of_object(&mut self.object)?;
+        let mut layouts = self.take_layouts()?;
         for layout in &mut layouts {
             let mut old = from.layouts().iter().filter(|old| old.is_shared);
             if old.any(|old| old.name == layout.name) {
@@ -314,11 +350,20 @@ impl OpenImage {
         }
         let new = Side {
             note: &self.note,
-            layouts: &layouts,
+            layouts: self.layouts.insert(layouts),
             reads: programs.read.is_some(),
             writes: programs.write.is_some(),
         };
-        let changes = maps::plan(&from.side(), &new, on_loss, |old, new| new.difference(old))?;
+        let is_another = |name: &String| {
+            let shared = self.shared.get(name);
+            shared.is_some_and(|&id| from.map(name).is_none_or(|old| old.id() != id))
+        };
+        let changes = maps::plan(&from.side(), &new, on_loss, |old, new| {
+            match is_another(&new.name) {
+                true => Some("the new file shares another map of that name".to_string()),
+                false => new.difference(old),
+            }
+        })?;
         for (full, mut map) in self.map_names.iter().zip(self.object.maps_mut()) {
             let name = short_name(full).to_string();
             if let Some(old) = from.map(&name)
@@ -330,7 +375,6 @@ impl OpenImage {
                 })?;
             }
         }
-        self.layouts = Some(layouts);
         // A map that was no parameter so far has what the running device works with.
         let is_given = |name: &&String| {
             from.note().param(name).is_none() || from.given().any(|given| given == *name)
@@ -385,6 +429,18 @@ impl OpenImage {
     ///
     /// libbpf also prints warnings on stderr when this fails, for the whole process; with feature
     /// `log`, `log_libbpf()` sends them elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// - [`Verifier`](Error::Verifier), with the verifier's log.
+    /// - [`NoProgram`](Error::NoProgram), [`TwoPrograms`](Error::TwoPrograms),
+    ///   [`UnnamedWork`](Error::UnnamedWork), [`MissingWork`](Error::MissingWork),
+    ///   [`UnknownSection`](Error::UnknownSection): the programs are none of a device.
+    /// - [`Programs`](Error::Programs), [`MapTypes`](Error::MapTypes),
+    ///   [`SameName`](Error::SameName), [`Open`](Error::Open): the maps are not what the note says,
+    ///   or cannot be those of a device.
+    /// - [`SetUp`](Error::SetUp), and [`Load`](Error::Load) for another reason: `EPERM` without the
+    ///   right to load, say.
     pub fn load(mut self) -> Result<Programs, Error> {
         let names = self.program_names()?;
         if names.read.is_none() && names.write.is_none() {
@@ -399,10 +455,8 @@ impl OpenImage {
         page::check(&self.note, find)?;
         param::check(&self.note, find)?;
         programs::check_pages_have_program(&self.note, names.read.is_some())?;
-        let layouts = match self.layouts.take() {
-            Some(layouts) => layouts,
-            None => Layout::of_object(&mut self.object)?,
-        };
+        let layouts = self.take_layouts()?;
+        let abi = self.abi.unwrap_or_default();
         let initial = self.initial_values();
         let created = self.named_maps().filter(|(_, map)| map.autocreate());
         let created: Vec<_> = created.map(|(name, _)| name.to_string()).collect();
@@ -414,7 +468,7 @@ impl OpenImage {
             };
             let name = program.name().to_string_lossy().into_owned();
             let mut log = vec![0; VERIFIER_LOG_LEN];
-            set_up(&mut program, role, sleepable, &self.abi, &mut log).map_err(|source| {
+            set_up(&mut program, role, sleepable, &abi, &mut log).map_err(|source| {
                 Error::SetUp {
                     program: name.clone(),
                     source,

@@ -36,6 +36,8 @@ pub struct Builder {
     irqs: BTreeMap<u32, OwnedFd>,
     /// By the name of the WORK program, what also runs it.
     eventfds: BTreeMap<String, OwnedFd>,
+    /// The guest memory that the VMM has let it access, by index.
+    windows: BTreeMap<u32, Window>,
     is_restored: bool,
 }
 
@@ -44,19 +46,33 @@ impl Builder {
     ///
     /// The device keeps a duplicate open as long as it lives: KVM ends an irqfd when its last file
     /// descriptor is closed. So the caller may close its own.
+    ///
+    /// # Errors
+    ///
+    /// [`NoSuchIrq`](Error::NoSuchIrq), [`Duplicate`](Error::Duplicate), and those of
+    /// [`Device::set_irq`].
     pub fn irq(mut self, index: u32, eventfd: &impl AsRawFd) -> Result<Self> {
         let eventfd = set_irq(&self.device, self.programs.note(), index, eventfd)?;
         self.irqs.insert(index, eventfd);
         Ok(self)
     }
 
-    /// Has the programs signal `eventfd` at an index that is no interrupt: a doorbell that a thread
-    /// of the VMM waits for, say. The device keeps a duplicate open.
+    /// Has the programs signal `eventfd` at an index that is neither an interrupt nor a doorbell of
+    /// the note: a thread of the VMM waits for it, say. The device keeps a duplicate open.
     ///
     /// The index is not below [`Note::nr_irqs`].
-    pub fn doorbell(mut self, index: u32, eventfd: &impl AsRawFd) -> Result<Self> {
-        if index < self.programs.note().nr_irqs {
+    ///
+    /// # Errors
+    ///
+    /// [`IsIrq`](Error::IsIrq), [`IsDoorbell`](Error::IsDoorbell),
+    /// [`Duplicate`](Error::Duplicate), and those of [`Device::set_irq`].
+    pub fn signal(mut self, index: u32, eventfd: &impl AsRawFd) -> Result<Self> {
+        let note = self.programs.note();
+        if index < note.nr_irqs {
             return Err(Error::IsIrq(index));
+        }
+        if note.doorbells.iter().any(|bell| bell.irq == index) {
+            return Err(Error::IsDoorbell(index));
         }
         let eventfd = sys::duplicate(eventfd).map_err(Error::Duplicate)?;
         self.device.set_irq(index, &eventfd)?;
@@ -65,8 +81,16 @@ impl Builder {
     }
 
     /// Lets the device's programs access guest memory, as [`Device::set_window`] does.
-    pub fn window(self, index: u32, window: Window) -> Result<Self> {
+    ///
+    /// [`Self::plug`] wants one for each access that [`Note::window`] has. There need not be memory
+    /// yet.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Device::set_window`].
+    pub fn window(mut self, index: u32, window: Window) -> Result<Self> {
         self.device.set_window(index, window)?;
+        self.windows.insert(index, window);
         Ok(self)
     }
 
@@ -75,6 +99,10 @@ impl Builder {
     ///
     /// It may be given again, and what comes last counts. A parameter whose map is state, as user
     /// space can map it, is given by [`Self::state`] as well.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Programs::param`].
     pub fn param(self, name: &str, values: impl IntoIterator<Item = u64>) -> Result<Self> {
         self.programs.param(name, values)?;
         Ok(self)
@@ -82,6 +110,10 @@ impl Builder {
 
     /// Sets the first values of an array, as [`Programs::fill`] does; if it is a parameter's, this
     /// gives it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Programs::fill`], which may have set some of the values.
     pub fn fill<V: AsRef<[u8]>>(
         self,
         map: &str,
@@ -93,6 +125,11 @@ impl Builder {
 
     /// Has a WORK program also run when `eventfd` is signalled, as
     /// [`ImageDevice::set_work_eventfd`] does. The device keeps a duplicate.
+    ///
+    /// # Errors
+    ///
+    /// [`NoSuchWork`](Error::NoSuchWork) and [`Duplicate`](Error::Duplicate); what the kernel says
+    /// of the eventfd is an error of [`Self::plug`].
     pub fn work_eventfd(mut self, name: &str, eventfd: &impl AsRawFd) -> Result<Self> {
         if self.programs.work(name).is_none() {
             return Err(Error::NoSuchWork(name.to_string()));
@@ -106,7 +143,12 @@ impl Builder {
     /// WORK program `restore`, where there is one, before the guest sees the device.
     ///
     /// A parameter whose map the state has is given by it: it has the values of where the state was
-    /// saved, unless [`Self::param`] comes after. On an error the maps are as before.
+    /// saved, unless [`Self::param`] comes after.
+    ///
+    /// # Errors
+    ///
+    /// [`State`](Error::State): it is the state of another device, or does not fit. The maps are as
+    /// before.
     pub fn state(mut self, state: &State) -> Result<Self> {
         state::restore(self.programs.note(), self.programs.states(), state)?;
         for map in state.maps.keys() {
@@ -128,15 +170,30 @@ impl Builder {
 
     /// Has the programs handle the guest's accesses at that place, from now on.
     ///
-    /// Where a parameter that the note says is required has no values,
-    /// [`MissingParam`](crate::programs::Error::MissingParam) names it.
+    /// What is known before is checked before any program runs; whether the place is free is not. An
+    /// interrupt that the VMM has not given is no error: signalling it is one for the program.
+    ///
+    /// # Errors
+    ///
+    /// - [`SeveralRanges`](Error::SeveralRanges), [`WrongSpace`](Error::WrongSpace) or
+    ///   [`NoRoom`](Error::NoRoom): the device cannot be at that place.
+    /// - [`MissingParam`](crate::programs::Error::MissingParam): the note requires a parameter that
+    ///   has no values.
+    /// - [`MissingWindow`](Error::MissingWindow): the device accesses guest memory, and no
+    ///   [`Self::window`] lets it.
+    /// - [`Doorbell`](Error::Doorbell), and those of [`Device::set_irq`] and [`Device::set_work`].
+    /// - Those of [`ImageDevice::run`], if `restore` fails.
+    /// - Those of [`Device::set_region`]: the place is taken, say. `restore` has run then.
+    ///
+    /// After an error the guest has not seen the device, and nothing is left of it.
     pub fn plug(self, place: Place) -> Result<ImageDevice> {
-        self.programs.check_given(|_| false)?;
+        self.check(place)?;
         let Builder {
             device,
             programs,
             irqs,
             mut eventfds,
+            windows: _,
             is_restored,
         } = self;
         let read_pages = programs.note().read_pages.iter().zip(&programs.read_pages);
@@ -160,6 +217,36 @@ impl Builder {
         device.set_region()?;
         Ok(device)
     }
+
+    /// Checks what does not need the kernel.
+    fn check(&self, place: Place) -> Result<()> {
+        let note = self.programs.note();
+        let range = only_region(note, place.space())?;
+        let last = match place {
+            Place::Memory(_) => u64::MAX,
+            Place::Port(_) => u16::MAX.into(),
+        };
+        let size = range.size;
+        if size.saturating_sub(1) > last - place.addr() {
+            return Err(Error::NoRoom { place, size });
+        }
+        self.programs.check_given(|_| false)?;
+        check_windows(note, self.windows.values())
+    }
+}
+
+/// Whether a device that accesses guest memory has windows for that.
+fn check_windows<'a>(note: &Note, windows: impl Iterator<Item = &'a Window> + Clone) -> Result<()> {
+    let Some(rights) = note.window else {
+        return Ok(());
+    };
+    if rights.read && !windows.clone().any(|window| window.read) {
+        return Err(Error::MissingWindow("reads"));
+    }
+    if rights.write && !windows.clone().any(|window| window.write) {
+        return Err(Error::MissingWindow("writes to"));
+    }
+    Ok(())
 }
 
 fn set_irq(device: &Device, note: &Note, index: u32, eventfd: &impl AsRawFd) -> Result<OwnedFd> {
@@ -173,7 +260,10 @@ fn set_irq(device: &Device, note: &Note, index: u32, eventfd: &impl AsRawFd) -> 
 }
 
 /// A device that one object file describes, in a VM: a single region, its programs and its maps.
+///
+/// Dropping it takes it out of the VM, also while vCPUs run.
 #[derive(Debug)]
+#[must_use = "dropping it takes the device out of the VM"]
 pub struct ImageDevice {
     /// The first to go: a guest that runs on then finds the programs.
     read_pages: Vec<ReadPage>,
@@ -196,12 +286,17 @@ impl ImageDevice {
             programs,
             irqs: BTreeMap::new(),
             eventfds: BTreeMap::new(),
+            windows: BTreeMap::new(),
             is_restored: false,
         }
     }
 
     /// Goes over to the programs of a new file while the guest runs: [`Self::load`], and then
     /// [`Self::swap`].
+    ///
+    /// # Errors
+    ///
+    /// Those of both.
     #[cfg(feature = "loader")]
     pub fn replace(
         &mut self,
@@ -215,9 +310,18 @@ impl ImageDevice {
 
     /// Loads a new file for [`Self::swap`], with the maps that it has in common with the running
     /// one. The caller fills the others in between, with [`Programs::param`].
+    ///
+    /// Where [`OpenImage::set_abi`] has not been called, the programs are of the types that
+    /// [`Device::with_abi`] was told of.
+    ///
+    /// # Errors
+    ///
+    /// [`OtherDevice`](Error::OtherDevice), [`IsDoorbell`](Error::IsDoorbell), and those of
+    /// [`OpenImage::reuse_maps`] and [`OpenImage::load`]. The running device goes on.
     #[cfg(feature = "loader")]
     pub fn load(&self, mut image: OpenImage, on_loss: OnLoss) -> Result<Programs> {
         self.check(image.note())?;
+        image.set_default_abi(self.device.abi());
         image.reuse_maps(&self.programs, on_loss)?;
         Ok(image.load()?)
     }
@@ -226,19 +330,29 @@ impl ImageDevice {
     ///
     /// [`MapChanges::needs_pause`] says whether the vCPUs will have to be paused. The new programs'
     /// parameters may still be given.
+    ///
+    /// # Errors
+    ///
+    /// [`OtherDevice`](Error::OtherDevice), [`IsDoorbell`](Error::IsDoorbell), and of
+    /// [`programs::Error`](crate::programs::Error) those about what would be lost.
     pub fn changes(&self, new: &Programs, on_loss: OnLoss) -> Result<MapChanges> {
         self.check(new.note())?;
         Ok(maps::changes(&self.programs, new, on_loss)?)
     }
 
     fn check(&self, new: &Note) -> Result<()> {
-        if new.is_same_device(self.programs.note()) {
-            return Ok(());
+        if !new.is_same_device(self.programs.note()) {
+            return Err(Error::OtherDevice {
+                running: Box::new(self.programs.note().clone()),
+                new: Box::new(new.clone()),
+            });
         }
-        Err(Error::OtherDevice {
-            running: Box::new(self.programs.note().clone()),
-            new: Box::new(new.clone()),
-        })
+        // It would take the place of what the VMM waits for.
+        let mut bells = new.doorbells.iter();
+        match bells.find(|bell| self.irqs.contains_key(&bell.irq)) {
+            Some(bell) => Err(Error::IsDoorbell(bell.irq)),
+            None => Ok(()),
+        }
     }
 
     /// Goes over to new programs while the guest runs, and runs their WORK program `replaced`; or
@@ -254,12 +368,23 @@ impl ImageDevice {
     /// taken away before and set with the new map after; in between, loads run the read program.
     ///
     /// It waits until no vCPU runs the old programs, as [`Device::set_region`] says. It calls neither
-    /// bpf(2) nor libbpf.
+    /// bpf(2) nor libbpf; eventfd2(2) where the new programs have a doorbell that the old ones have
+    /// not, and write(2) where a WORK program with an eventfd gets another index.
     ///
     /// A required parameter of the new programs must have its values: from the running device where
     /// its map goes on, or else from the caller.
     ///
-    /// On an error the device goes on as it was, but for one of `replaced` or `restore` itself.
+    /// Of an eventfd whose WORK program there still is, no signal is lost. One that gets another
+    /// index may run once without a signal.
+    ///
+    /// # Errors
+    ///
+    /// [`Swapped`](Error::Swapped): the new programs run, and `replaced` or `restore` has failed. On
+    /// all others the old programs run: those of [`Self::changes`],
+    /// [`MissingParam`](crate::programs::Error::MissingParam), [`NotPaused`](Error::NotPaused),
+    /// [`UnsetReadPage`](Error::UnsetReadPage), [`Doorbell`](Error::Doorbell), those of
+    /// [`Device::set_irq`], [`Device::set_work`] and [`Device::set_region`]; where the state is
+    /// converted also those of [`Self::save`], and [`State`](Error::State).
     pub fn swap(
         &mut self,
         new: Programs,
@@ -270,7 +395,7 @@ impl ImageDevice {
         new.check_given(|name| changes.converted.iter().any(|map| map == name))?;
         if !changes.needs_pause() {
             self.set_programs(new)?;
-            self.run("replaced", 0)?;
+            self.start("replaced")?;
             return Ok(changes);
         }
         let mut new = Some(new);
@@ -281,6 +406,17 @@ impl ImageDevice {
             }
         });
         result.map(|()| changes)
+    }
+
+    /// Runs the WORK program with which new programs begin.
+    fn start(&self, name: &'static str) -> Result<()> {
+        match self.run(name, 0) {
+            Ok(_) => Ok(()),
+            Err(source) => Err(Error::Swapped {
+                name,
+                source: Box::new(source),
+            }),
+        }
     }
 
     /// Has the programs of `new` handle accesses and the rest.
@@ -296,9 +432,12 @@ impl ImageDevice {
         let state = self.save()?;
         // Maps that go on have what they had.
         let taken = state::restore(new.note(), new.states(), &state).map_err(Error::from);
-        let set = taken.and_then(|_| self.set_programs(new));
-        let resumed = self.resume();
-        set.and(resumed)
+        if let Err(error) = taken.and_then(|_| self.set_programs(new)) {
+            // Why it goes on with the old programs is the news.
+            let _ = self.resume();
+            return Err(error);
+        }
+        self.start("restore")
     }
 
     fn swap_programs(&mut self, new: Programs) -> Result<()> {
@@ -332,6 +471,7 @@ impl ImageDevice {
         set_doorbells(&self.device, &self.programs, &mut self.eventfds)?;
         self.free_eventfds(from);
         self.set_works()?;
+        self.signal_moved(from);
         self.set_region()?;
         self.unset_works(from);
         self.unset_doorbells(from);
@@ -357,12 +497,24 @@ impl ImageDevice {
         })
     }
 
+    /// Whether a WORK program of `from` has an eventfd, and another index now.
+    fn is_moved(&self, old: &Work<'_>) -> bool {
+        let new = self.programs.work(old.name);
+        self.eventfds.contains_key(old.name) && new.is_some_and(|new| new.index != old.index)
+    }
+
     /// An eventfd is one program's: has `from` give up those that go to another index.
     fn free_eventfds(&self, from: &Programs) {
-        self.remove_works(from, |old| {
-            let new = self.programs.work(old.name);
-            self.eventfds.contains_key(old.name) && new.is_some_and(|new| new.index != old.index)
-        });
+        self.remove_works(from, |old| self.is_moved(old));
+    }
+
+    /// Signals the eventfds that went to another index: what the kernel had already taken of them,
+    /// for the old one, is gone.
+    fn signal_moved(&self, from: &Programs) {
+        for work in from.works().filter(|old| self.is_moved(old)) {
+            // It fails only where the eventfd has too many signals as it is.
+            let _ = sys::signal(&self.eventfds[work.name]);
+        }
     }
 
     /// Removes those of `from` that have no successor.
@@ -392,18 +544,52 @@ impl ImageDevice {
 
     /// Has a WORK program also run when `eventfd` is signalled, or no more.
     ///
-    /// It may be the eventfd of one of the device's interrupts, so that the device's other programs
-    /// have it run. It stays with the name when the programs are replaced.
+    /// It stays with the name when the programs are replaced. It may be one that the device's other
+    /// programs signal, at an index of [`Builder::irq`] or [`Builder::signal`]; but not an irqfd,
+    /// which is `EBUSY`: an eventfd has one consumer.
+    ///
+    /// The note's doorbell of the program, where it has one, goes over to `eventfd`, or without one
+    /// to a new eventfd of the device's; the program may then run once without a signal. Otherwise
+    /// signals of an earlier eventfd that the program has not seen yet are lost.
+    ///
+    /// # Errors
+    ///
+    /// [`NoSuchWork`](Error::NoSuchWork), [`Duplicate`](Error::Duplicate),
+    /// [`Doorbell`](Error::Doorbell), and those of [`Device::set_irq`] and [`Device::set_work`]. The
+    /// program goes on with the eventfd that it had.
     pub fn set_work_eventfd(&mut self, name: &str, eventfd: Option<&dyn AsRawFd>) -> Result<()> {
         let no_such = || Error::NoSuchWork(name.to_string());
         let work = self.programs.work(name).ok_or_else(no_such)?;
-        let eventfd = eventfd.map(|eventfd| sys::duplicate(&eventfd.as_raw_fd()));
-        let eventfd = eventfd.transpose().map_err(Error::Duplicate)?;
-        self.device.set_work(
+        let mut bells = self.programs.note().doorbells.iter();
+        let bell = bells.find(|bell| bell.work == work.index);
+        let eventfd = match (eventfd, bell) {
+            (Some(eventfd), _) => {
+                Some(sys::duplicate(&eventfd.as_raw_fd()).map_err(Error::Duplicate)?)
+            }
+            (None, Some(bell)) => Some(new_eventfd(bell.irq)?),
+            (None, None) => None,
+        };
+        // First: signals wait in the eventfd until the program has it.
+        if let (Some(bell), Some(eventfd)) = (bell, &eventfd) {
+            self.device.set_irq(bell.irq, eventfd)?;
+        }
+        let set = self.device.set_work(
             work.index,
             work.program,
             eventfd.as_ref().map(|eventfd| eventfd as &dyn AsRawFd),
-        )?;
+        );
+        if let Err(error) = set {
+            if let (Some(bell), Some(before)) = (bell, self.eventfds.get(name)) {
+                // It was set before: that the kernel refuses it now is less news than the first.
+                let _ = self.device.set_irq(bell.irq, before);
+            }
+            return Err(error);
+        }
+        if let (Some(_), Some(eventfd)) = (bell, &eventfd) {
+            // For those that the kernel had taken of the eventfd before. It fails only where there
+            // are too many as it is.
+            let _ = sys::signal(eventfd);
+        }
         match eventfd {
             Some(eventfd) => self.eventfds.insert(name.to_string(), eventfd),
             None => self.eventfds.remove(name),
@@ -413,6 +599,10 @@ impl ImageDevice {
 
     /// Has an interrupt of the device signal `eventfd` instead of an earlier one, as
     /// [`Builder::irq`] does. It waits as [`Device::set_irq`] does.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Builder::irq`]. The interrupt goes on to signal the earlier one.
     pub fn set_irq(&mut self, index: u32, eventfd: &impl AsRawFd) -> Result<()> {
         let eventfd = set_irq(&self.device, self.programs.note(), index, eventfd)?;
         self.irqs.insert(index, eventfd);
@@ -420,6 +610,10 @@ impl ImageDevice {
     }
 
     /// Runs the WORK program of that name, until it has no more to do; returns whether there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`Run`](Error::Run), and [`Endless`](Error::Endless) after a million runs.
     pub fn run(&self, name: &str, arg: u64) -> Result<bool> {
         let Some(work) = self.programs.work(name) else {
             return Ok(false);
@@ -434,12 +628,20 @@ impl ImageDevice {
 
     /// Puts the device into the state of a new one, where it has a WORK program `reset`; returns
     /// whether it has.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::run`].
     pub fn reset(&self) -> Result<bool> {
         self.run("reset", 0)
     }
 
     /// Has an input of the device be at a level, where it has a WORK program `input`; returns
     /// whether it has.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::run`].
     pub fn input(&self, line: u32, level: bool) -> Result<bool> {
         self.run("input", u64::from(line) | u64::from(level) << 32)
     }
@@ -447,7 +649,12 @@ impl ImageDevice {
     /// The state of the device, after a run of its WORK program `save` where it has one.
     ///
     /// No vCPU may be in `KVM_RUN`, from before until [`Self::resume`], where the device goes on
-    /// here. On an error it goes on without. Calls neither bpf(2) nor libbpf.
+    /// here. Calls neither bpf(2) nor libbpf.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::run`], and [`State`](Error::State): something that runs later cannot be
+    /// saved without `save`, say. The device goes on.
     pub fn save(&self) -> Result<State> {
         if self.programs.work("save").is_none()
             && let Some((map, what)) = self.programs.runs_later()
@@ -468,6 +675,10 @@ impl ImageDevice {
 
     /// Has the device go on after [`Self::save`] or [`Self::prepare`], with its WORK program
     /// `restore` where it has one.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::run`].
     pub fn resume(&self) -> Result<()> {
         self.run("restore", 0).map(drop)
     }
@@ -475,8 +686,12 @@ impl ImageDevice {
     /// Has the device go on from a saved state, with a run of its WORK program `restore` where it
     /// has one.
     ///
-    /// No vCPU may be in `KVM_RUN`. On an error the state maps are as before; if it is one of
-    /// `restore` itself, what else that did is done. Calls neither bpf(2) nor libbpf.
+    /// No vCPU may be in `KVM_RUN`. Calls neither bpf(2) nor libbpf.
+    ///
+    /// # Errors
+    ///
+    /// [`State`](Error::State): it is the state of another device, or does not fit. Those of
+    /// [`Self::run`]: what else `restore` did is done. The state maps are as before.
     pub fn restore(&mut self, state: &State) -> Result<()> {
         let maps = self.programs.states();
         let before = state::restore(self.programs.note(), maps, state)?;
@@ -491,6 +706,11 @@ impl ImageDevice {
     ///
     /// So the device does nothing yet, while it is not certain that the guest goes on here: from
     /// `restore` on it may access guest memory, which may still be another's too.
+    ///
+    /// # Errors
+    ///
+    /// [`State`](Error::State): it is the state of another device, or does not fit. The maps are as
+    /// before.
     pub fn prepare(&mut self, state: &State) -> Result<()> {
         state::restore(self.programs.note(), self.programs.states(), state)?;
         Ok(())
@@ -505,7 +725,11 @@ impl ImageDevice {
     /// slot of that number, which is free: loads then leave the guest no more.
     ///
     /// The slot goes with the device, or with [`Self::unset_read_page`]; it must not be set
-    /// otherwise. Without one all is the same, but for the cost: go on after an error.
+    /// otherwise.
+    ///
+    /// # Errors
+    ///
+    /// The page has no slot. All is the same, but for the cost: go on.
     ///
     /// # Panics
     ///
@@ -520,6 +744,10 @@ impl ImageDevice {
     }
 
     /// Takes the memory slot of a page away, if it has one: loads run the read program from then on.
+    ///
+    /// # Errors
+    ///
+    /// [`UnsetReadPage`](Error::UnsetReadPage): the page has its slot as before.
     ///
     /// # Panics
     ///
@@ -560,18 +788,120 @@ fn set_doorbells(
         };
         let eventfd = match eventfds.entry(work.name.to_string()) {
             Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => {
-                let eventfd = sys::eventfd();
-                entry.insert(eventfd.map_err(|error| Error::Doorbell(bell.irq, error))?)
-            }
+            Entry::Vacant(entry) => entry.insert(new_eventfd(bell.irq)?),
         };
         device.set_irq(bell.irq, eventfd)?;
     }
     Ok(())
 }
 
+fn new_eventfd(bell: u32) -> Result<OwnedFd> {
+    sys::eventfd().map_err(|error| Error::Doorbell(bell, error))
+}
+
 fn suspend(page: &mut ReadPage) -> Result<()> {
     let addr = page.addr();
     let suspended = page.suspend();
     suspended.map_err(|source| Error::UnsetReadPage { addr, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::note::{Doorbell, Rights, Space, WorkName};
+
+    fn file() -> OwnedFd {
+        std::fs::File::open("/dev/null").unwrap().into()
+    }
+
+    /// Of no device: what asks the kernel fails.
+    fn builder(note: Note) -> Builder {
+        let works = [(0, file())];
+        let programs = Programs::from_fds(note, Some(file()), None, works, Vec::new());
+        ImageDevice::builder(Device::from_fd(file()), programs.unwrap())
+    }
+
+    fn note() -> Note {
+        let mut note = Note::default();
+        (note.mmio_size, note.nr_irqs) = (0x1000, 1);
+        note.works.push(WorkName::new(0, "serve"));
+        note.doorbells.push(Doorbell { irq: 7, work: 0 });
+        note
+    }
+
+    #[test]
+    fn what_is_known_before_is_checked_before() {
+        let plug = |note, place| builder(note).plug(place).unwrap_err();
+        let error = plug(note(), Place::Port(0));
+        assert!(matches!(error, Error::WrongSpace(Space::Memory)), "{error}");
+        let error = plug(note(), Place::Memory(u64::MAX - 0xffe));
+        let wanted = "a device of 0x1000 bytes has no room at 0xfffffffffffff001";
+        assert_eq!(error.to_string(), wanted);
+        let mut with_window = note();
+        with_window.window = Some(Rights {
+            read: false,
+            write: true,
+        });
+        let error = plug(with_window, Place::Memory(0));
+        assert!(
+            matches!(error, Error::MissingWindow("writes to")),
+            "{error}"
+        );
+        // Only now the kernel is asked.
+        let error = plug(note(), Place::Memory(u64::MAX - 0xfff));
+        assert!(matches!(error, Error::SetIrq { index: 7, .. }), "{error}");
+    }
+
+    #[test]
+    fn ports_end_before_addresses_do() {
+        let mut note = Note::default();
+        note.ranges
+            .push(crate::note::Range::new(Space::Ports, 0, 8));
+        let programs = Programs::from_fds(note, Some(file()), None, [], Vec::new()).unwrap();
+        let builder = ImageDevice::builder(Device::from_fd(file()), programs);
+        assert!(builder.check(Place::Port(0xfff8)).is_ok());
+        let error = builder.check(Place::Port(0xfff9)).unwrap_err();
+        assert!(matches!(error, Error::NoRoom { size: 8, .. }), "{error}");
+    }
+
+    #[test]
+    fn windows_do_what_the_note_says() {
+        let mut note = note();
+        let window = |read, write| Window {
+            addr: 0,
+            size: 1,
+            read,
+            write,
+        };
+        let is_good = |note: &Note, windows: &[Window]| check_windows(note, windows.iter()).is_ok();
+        assert!(is_good(&note, &[]));
+        note.window = Some(Rights {
+            read: true,
+            write: true,
+        });
+        for (windows, wanted) in [
+            (&[window(true, true)][..], true),
+            (&[window(true, false), window(false, true)], true),
+            (&[window(true, false)], false),
+            (&[window(false, true)], false),
+            (&[], false),
+        ] {
+            assert_eq!(is_good(&note, windows), wanted, "{windows:?}");
+        }
+    }
+
+    #[test]
+    fn indices_are_one_things() {
+        for (index, wanted) in [
+            (0, "index 0 is an interrupt of the device"),
+            (
+                7,
+                "index 7 is a doorbell of the device, which runs a WORK program",
+            ),
+            (8, "cannot set interrupt 8"),
+        ] {
+            let error = builder(note()).signal(index, &file()).unwrap_err();
+            assert_eq!(error.to_string(), wanted);
+        }
+    }
 }

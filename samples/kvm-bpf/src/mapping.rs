@@ -4,7 +4,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::{io, slice};
 
 /// Memory of a map that user space can map, until this is dropped.
@@ -83,6 +83,10 @@ impl Drop for Mapping {
 ///
 /// The array has the flag `BPF_F_MMAPABLE`. Changes of a word are atomic on both sides, or one of
 /// them undoes the other's. No access is a system call.
+///
+/// A word has 8 bytes here, also where programs have two numbers of 4 in it: Rust has no accesses of
+/// two sizes to the same atomic memory. Change one of the two with `fetch_or()` and the like, and
+/// not by a store of both.
 #[derive(Debug)]
 pub struct Words {
     memory: Mapping,
@@ -96,14 +100,11 @@ impl Words {
         Ok(Words { memory })
     }
 
-    /// The word that begins at that byte, a multiple of 4. Elements begin at multiples of 8.
-    pub fn get(&self, offset: usize) -> Option<&AtomicU32> {
-        if !offset.is_multiple_of(4) || offset >= self.memory.len() {
-            return None;
-        }
-        // SAFETY: the word lies inside the mapping, which begins with a page and has a multiple of 8
-        // bytes, and lives as long as the reference. Who else accesses it may: it is atomic.
-        Some(unsafe { AtomicU32::from_ptr(self.memory.start().as_ptr().byte_add(offset).cast()) })
+    /// The word that begins at that byte, a multiple of 8, as elements do; none if it is not, or lies
+    /// behind the last one.
+    pub fn get(&self, offset: usize) -> Option<&AtomicU64> {
+        let is_word = offset.is_multiple_of(8) && offset < self.memory.len();
+        is_word.then(|| self.memory.word(offset))
     }
 
     fn words(&self) -> &[AtomicU64] {
@@ -164,9 +165,10 @@ mod tests {
         assert_eq!(again.read(8, 5), [1, 2, 3, 4, 5]);
         assert_eq!(
             again.get(8).unwrap().load(SeqCst).to_ne_bytes(),
-            [1, 2, 3, 4]
+            [1, 2, 3, 4, 5, 0, 0, 0]
         );
-        again.get(12).unwrap().store(u32::MAX, SeqCst);
+        let two = u64::from_ne_bytes([0, 0, 0, 0, 255, 255, 255, 255]);
+        again.get(8).unwrap().fetch_or(two, SeqCst);
         assert_eq!(
             words.copy()[8..],
             [[1, 2, 3, 4], [255; 4], [0; 4], [0; 4]].concat()
@@ -174,7 +176,7 @@ mod tests {
         // Nothing outside of it is written.
         words.write(16, &[7; 100]);
         assert_eq!(words.copy()[16..], [7; 8]);
-        for none in [1, 2, 24, 4096] {
+        for none in [1, 4, 12, 24, 4096] {
             assert!(words.get(none).is_none(), "{none}");
         }
     }

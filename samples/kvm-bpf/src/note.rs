@@ -129,6 +129,7 @@ pub enum Space {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+#[non_exhaustive]
 pub struct Range {
     /// Memory or ports.
     pub space: Space,
@@ -138,10 +139,22 @@ pub struct Range {
     pub size: u64,
 }
 
+impl Range {
+    /// A region of that index, with so many bytes or ports.
+    pub fn new(space: Space, region: u32, size: u64) -> Self {
+        Range {
+            space,
+            region,
+            size,
+        }
+    }
+}
+
 /// Bytes of a region that the guest may read from a map: no load of them has a side effect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+#[non_exhaustive]
 pub struct ReadPage {
     /// Index of the region, which is one of memory.
     pub region: u32,
@@ -151,15 +164,37 @@ pub struct ReadPage {
     pub map: String,
 }
 
+impl ReadPage {
+    /// What the map of that name has, at so many bytes from the beginning of a region.
+    pub fn new(region: u32, offset: u64, map: &str) -> Self {
+        ReadPage {
+            region,
+            offset,
+            map: map.to_string(),
+        }
+    }
+}
+
 /// A program that runs without a guest's access.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+#[non_exhaustive]
 pub struct WorkName {
     /// Its index in the device, 0 to 15.
     pub index: u32,
     /// Its name, which says what it is for.
     pub name: String,
+}
+
+impl WorkName {
+    /// The program of that index and name.
+    pub fn new(index: u32, name: &str) -> Self {
+        WorkName {
+            index,
+            name: name.to_string(),
+        }
+    }
 }
 
 /// How a device accesses guest memory; in one way at least.
@@ -199,11 +234,22 @@ pub struct StateVersion {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(deny_unknown_fields))]
+#[non_exhaustive]
 pub struct Param {
     /// Name of the map, 1 to 15 bytes, which says what the values are.
     pub name: String,
     /// The device cannot work without.
     pub required: bool,
+}
+
+impl Param {
+    /// The parameter whose map has that name.
+    pub fn new(name: &str, required: bool) -> Self {
+        Param {
+            name: name.to_string(),
+            required,
+        }
+    }
 }
 
 /// What the note says about a device.

@@ -11,10 +11,7 @@
 //! use kvm_bpf::perms::{Allow, Permissions, seal};
 //!
 //! // Programs may be replaced by others that signal interrupts, and that is all.
-//! device.restrict(Permissions {
-//!     allow: Allow::REPLACE | Allow::IRQ,
-//!     extensible: false,
-//! })?;
+//! device.restrict(Permissions::new(Allow::REPLACE | Allow::IRQ))?;
 //! // No further devices: what holds for this one does not hold for another.
 //! seal(vm)?;
 //! # Ok(())
@@ -51,6 +48,9 @@ pub enum Error {
     /// The device would gain some: `EPERM`.
     #[error("the device has given up {0}")]
     Gone(Allow),
+    /// The device's programs would become extensible again: `EPERM`.
+    #[error("the device has given up that its programs can be extended")]
+    NotExtensible,
     /// A program of the device contains what is to be given up, or is extended: `EBUSY`.
     #[error("the device has a program that needs more than {0}, or that is extended")]
     InUse(Allow),
@@ -141,7 +141,8 @@ impl Allow {
         Allow(bits)
     }
 
-    /// These and no others of it.
+    /// These but those of the other.
+    #[must_use = "it returns what is left, and changes nothing"]
     pub const fn without(self, other: Allow) -> Self {
         Allow(self.0 & !other.0)
     }
@@ -188,6 +189,7 @@ impl fmt::Debug for Allow {
 
 /// The permissions of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Permissions {
     /// What is allowed.
     pub allow: Allow,
@@ -196,8 +198,30 @@ pub struct Permissions {
     pub extensible: bool,
 }
 
+impl Permissions {
+    /// These, and programs that others cannot extend.
+    pub const fn new(allow: Allow) -> Self {
+        Permissions {
+            allow,
+            extensible: false,
+        }
+    }
+
+    /// Why a device that has these does not get others.
+    fn refusal(self, to: Permissions) -> Error {
+        match to.allow.without(self.allow) {
+            Allow::NONE if to.extensible && !self.extensible => Error::NotExtensible,
+            gone => Error::Gone(gone),
+        }
+    }
+}
+
 impl Device {
     /// Returns the permissions that are left; of a new device all that the kernel knows.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](Error::Unsupported), and [`Device`](Error::Device) for another reason.
     pub fn permissions(&self) -> Result<Permissions, Error> {
         // SAFETY: it is the structure of that group.
         let perms: io::Result<kvm_bpf_user_perms> =
@@ -214,8 +238,12 @@ impl Device {
     /// When this returns, the device has no program that contains what is not allowed. It waits for
     /// other calls that set regions and WORK programs, and for no program.
     ///
-    /// Asking for more than is left, or than the kernel knows, is an error. On an error nothing has
-    /// changed.
+    /// # Errors
+    ///
+    /// [`Gone`](Error::Gone) or [`NotExtensible`](Error::NotExtensible): it is more than is left, or
+    /// than the kernel knows. [`InUse`](Error::InUse): a program of the device needs more.
+    /// [`Unsupported`](Error::Unsupported), and [`Device`](Error::Device) for another reason.
+    /// Nothing has changed.
     pub fn restrict(&self, to: Permissions) -> Result<(), Error> {
         let perms = kvm_bpf_user_perms {
             allow: to.allow.bits(),
@@ -228,7 +256,7 @@ impl Device {
         let set = sys::set_attr(self.as_fd(), KVM_DEV_BPF_ATTR_GROUP_PERMS, 0, &perms);
         set.map_err(|error| match error.raw_os_error() {
             Some(libc::EPERM) => match self.permissions() {
-                Ok(left) => Error::Gone(to.allow.without(left.allow)),
+                Ok(left) => left.refusal(to),
                 Err(error) => error,
             },
             Some(libc::EBUSY) => Error::InUse(to.allow),
@@ -245,6 +273,10 @@ fn no_permissions(error: io::Error) -> Error {
 }
 
 /// Refuses the VM all further devices made of eBPF programs, for good: creating one is then `EPERM`.
+///
+/// # Errors
+///
+/// [`Seal`](Error::Seal): the kernel knows no seal (`EINVAL`), say.
 pub fn seal(vm: &impl AsRawFd) -> Result<(), Error> {
     sys::enable_cap(vm.as_raw_fd(), KVM_CAP_BPF_SEAL, 1).map_err(Error::Seal)
 }
@@ -265,6 +297,16 @@ mod tests {
         assert_eq!(Allow(1 << 40).to_string(), "0x10000000000");
         assert!(some.contains(Allow::IRQ) && !Allow::IRQ.contains(some));
         assert_eq!(some.without(Allow::RUN), Allow::IRQ);
+    }
+
+    #[test]
+    fn refusals_say_what_is_gone() {
+        let left = Permissions::new(Allow::IRQ);
+        let mut to = left;
+        to.extensible = true;
+        assert!(matches!(left.refusal(to), Error::NotExtensible));
+        to.allow = Allow::IRQ | Allow::RUN;
+        assert!(matches!(left.refusal(to), Error::Gone(Allow::RUN)));
     }
 
     #[test]

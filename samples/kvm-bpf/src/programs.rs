@@ -260,6 +260,11 @@ impl Map {
     }
 
     /// Sets the first values of an array, in its memory or as [`Self::update`].
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput`: it is no array, or has fewer values, or ones of another size. Those of
+    /// [`Self::update`]. The values before the one that is refused are set.
     pub fn fill<V: AsRef<[u8]>>(&self, values: impl IntoIterator<Item = V>) -> io::Result<()> {
         if !self.is_array() {
             return Err(invalid(format!(
@@ -321,6 +326,7 @@ fn invalid(why: String) -> io::Error {
 
 /// A program that runs without a guest's access.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Work<'a> {
     /// Its index in the device.
     pub index: u32,
@@ -519,7 +525,13 @@ impl Programs {
         self.maps.iter().find(|map| map.name == name)
     }
 
-    /// Sets the first values of an array, as [`Map::fill`] does.
+    /// Sets the first values of an array, as [`Map::fill`] does; if it is a parameter's, this gives
+    /// it.
+    ///
+    /// # Errors
+    ///
+    /// [`NoSuchMap`](Error::NoSuchMap). [`Access`](Error::Access): the values before the one that is
+    /// refused are set, and a parameter is not given.
     pub fn fill<V: AsRef<[u8]>>(
         &self,
         map: &str,
@@ -538,10 +550,14 @@ impl Programs {
     /// Gives a parameter of the device its values, one for each element of the map; those behind
     /// are 0. It calls bpf(2), unless the map is one with memory ([`Map::words`]).
     ///
-    /// What a value means, its unit too, is between the device and the VMM. Values that nobody
-    /// could take are refused, and then nothing changes: more than the map has elements
-    /// ([`Error::TooManyValues`]), or one that needs more bytes than an element has
-    /// ([`Error::ValueTooLarge`]).
+    /// What a value means, its unit too, is between the device and the VMM.
+    ///
+    /// # Errors
+    ///
+    /// - [`NoSuchParam`](Error::NoSuchParam).
+    /// - [`TooManyValues`](Error::TooManyValues): more than the map has elements.
+    /// - [`ValueTooLarge`](Error::ValueTooLarge): one needs more bytes than an element has.
+    /// - [`Access`](Error::Access): bpf(2) refuses one. Only then some of the others may be set.
     pub fn param(&self, name: &str, values: impl IntoIterator<Item = u64>) -> Result<(), Error> {
         let map = self
             .note

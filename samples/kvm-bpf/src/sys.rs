@@ -196,6 +196,17 @@ pub(crate) fn eventfd() -> io::Result<OwnedFd> {
     }
 }
 
+/// Signals an eventfd once. It waits while that has as many signals as it can, if it is one that
+/// blocks.
+pub(crate) fn signal(eventfd: &impl AsRawFd) -> io::Result<()> {
+    let once = 1_u64.to_ne_bytes();
+    // SAFETY: the kernel reads as many bytes as there are.
+    match unsafe { libc::write(eventfd.as_raw_fd(), once.as_ptr().cast(), once.len()) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 // --- bpf(2): numbers and layouts are those of include/uapi/linux/bpf.h ---
 
 #[cfg(feature = "serde")]

@@ -103,7 +103,7 @@ pub const BPF_PROG_TYPE_KVM_IO_WORK: u32 = 35;
 
 /// `struct kvm_bpf_user_region`: a range of guest-physical addresses, or ports, and its programs.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct kvm_bpf_user_region {
     /// First guest-physical address, or port.
     pub addr: u64,
@@ -115,14 +115,36 @@ pub struct kvm_bpf_user_region {
     pub bpf_writefd: i32,
 }
 
+/// None: what unregisters.
+impl Default for kvm_bpf_user_region {
+    fn default() -> Self {
+        kvm_bpf_user_region {
+            addr: 0,
+            size: 0,
+            bpf_readfd: -1,
+            bpf_writefd: -1,
+        }
+    }
+}
+
 /// `struct kvm_bpf_user_irq`: the eventfd that an interrupt of the device signals.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct kvm_bpf_user_irq {
     /// An eventfd, or -1 to detach.
     pub eventfd: i32,
     /// Must be 0.
     pub flags: u32,
+}
+
+/// None: what detaches.
+impl Default for kvm_bpf_user_irq {
+    fn default() -> Self {
+        kvm_bpf_user_irq {
+            eventfd: -1,
+            flags: 0,
+        }
+    }
 }
 
 /// `struct kvm_bpf_user_mem`: guest memory that the device's programs may access.
@@ -141,7 +163,7 @@ pub struct kvm_bpf_user_mem {
 
 /// `struct kvm_bpf_user_work`: a program that runs without a guest's access.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct kvm_bpf_user_work {
     /// Program of type [`BPF_PROG_TYPE_KVM_IO_WORK`], or -1 to remove the index's.
     pub bpf_fd: i32,
@@ -151,6 +173,18 @@ pub struct kvm_bpf_user_work {
     pub flags: u32,
     /// Must be 0.
     pub pad: u32,
+}
+
+/// None: what removes.
+impl Default for kvm_bpf_user_work {
+    fn default() -> Self {
+        kvm_bpf_user_work {
+            bpf_fd: -1,
+            eventfd: -1,
+            flags: 0,
+            pad: 0,
+        }
+    }
 }
 
 /// `struct kvm_bpf_user_run`: one run of a WORK program.

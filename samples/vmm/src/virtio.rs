@@ -80,18 +80,18 @@ pub struct Kind {
 #[derive(Debug)]
 pub enum InterruptStatus {
     /// Accesses of the register come here.
-    Own(AtomicU32),
-    /// Programs serve them: the first word of a map.
+    Own(AtomicU64),
+    /// Programs serve them: the lower half of the first word of a map.
     Map(Arc<Words>),
 }
 
 impl InterruptStatus {
     /// One that is this process's.
     pub fn own() -> Self {
-        InterruptStatus::Own(AtomicU32::new(0))
+        InterruptStatus::Own(AtomicU64::new(0))
     }
 
-    fn word(&self) -> &AtomicU32 {
+    fn word(&self) -> &AtomicU64 {
         match self {
             InterruptStatus::Own(word) => word,
             InterruptStatus::Map(words) => words.get(0).expect("a map has an element"),
@@ -252,7 +252,8 @@ impl Device {
     /// after a reset.
     fn interrupt(&self, why: u32) {
         // Not before the ring, nor behind the signal, which is a system call.
-        self.interrupt_status.word().fetch_or(why, Ordering::SeqCst);
+        let word = self.interrupt_status.word();
+        word.fetch_or(why.into(), Ordering::SeqCst);
         signal(&self.interrupt);
     }
 
@@ -299,7 +300,7 @@ impl Device {
         // The driver's interrupt handler does not wait for the end of a request, unless another
         // vCPU is at a register that does: the bus has one access of a device at a time.
         if register == VIRTIO_MMIO_INTERRUPT_STATUS {
-            return self.interrupt_status.word().load(Ordering::SeqCst);
+            return self.interrupt_status.word().load(Ordering::SeqCst) as u32;
         }
         let state = self.lock();
         match register {
@@ -323,9 +324,8 @@ impl Device {
     fn store(&self, register: u32, value: u32) {
         match register {
             VIRTIO_MMIO_INTERRUPT_ACK => {
-                self.interrupt_status
-                    .word()
-                    .fetch_and(!value, Ordering::SeqCst);
+                let word = self.interrupt_status.word();
+                word.fetch_and(!u64::from(value), Ordering::SeqCst);
             }
             VIRTIO_MMIO_QUEUE_NOTIFY if value == 0 => signal(&self.notified),
             VIRTIO_MMIO_STATUS => self.set_status(value),

@@ -1092,7 +1092,7 @@ impl DiskDevice {
             let map = map.ok_or_else(|| Error::NoRegisters(file.clone()))?;
             let words = map.words().ok_or_else(|| Error::Words(file.clone()))?;
             status = InterruptStatus::Map(Arc::clone(words));
-            let builder = ImageDevice::builder(device, loaded).doorbell(0, &notified);
+            let builder = ImageDevice::builder(device, loaded).signal(0, &notified);
             let device = builder.and_then(|builder| builder.plug(args.at.place));
             programs = Some(device.map_err(failed)?);
         }
@@ -1195,7 +1195,7 @@ impl BpfDevice {
     }
 
     /// Goes over to these programs; no vCPU is in `KVM_RUN` if they need that. Returns how many
-    /// reloads that makes: one, or none where it fails.
+    /// reloads that makes: one, or none where the old programs go on.
     fn swap(&mut self, programs: Programs, on_loss: OnLoss) -> u64 {
         match self.device.swap(programs, on_loss, |swap| swap()) {
             Ok(changes) => {
@@ -1208,8 +1208,9 @@ impl BpfDevice {
                 1
             }
             Err(source) => {
+                let swapped = matches!(source, kvm_bpf::device::Error::Swapped { .. });
                 crate::print_error("reload", &self.error(source));
-                0
+                u64::from(swapped)
             }
         }
     }
@@ -1495,11 +1496,7 @@ mod tests {
     fn note(space: Space, size: u64) -> Note {
         let mut note = Note::default();
         note.compatible.push(virtio::PROGRAMS.to_string());
-        note.ranges.push(Range {
-            space,
-            region: 0,
-            size,
-        });
+        note.ranges.push(Range::new(space, 0, size));
         note
     }
 

@@ -493,10 +493,10 @@ fn program(guest: &Guest, name: &str, irq: &EventFd) -> ImageDevice {
         read: true,
         write: true,
     };
-    device.set_window(0, window).expect("a window");
     device.set_irq(0, irq).expect("an interrupt");
     ImageDevice::builder(device, loaded(sample(name)))
-        .plug(Place::Memory(ADDR))
+        .window(0, window)
+        .and_then(|builder| builder.plug(Place::Memory(ADDR)))
         .expect("a device")
 }
 

@@ -6,7 +6,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_bpf::{Device, ImageDevice, Place, Words};
 use kvm_bpf_selftests::guest::{Access, Args, Guest, Routine};
@@ -22,7 +22,7 @@ const QUEUE_NOTIFY: u64 = ADDR + 0x50;
 const INTERRUPT_STATUS: u64 = ADDR + 0x60;
 const INTERRUPT_ACK: u64 = ADDR + 0x64;
 /// The interrupt is one of the queue.
-const QUEUE: u32 = 1;
+const QUEUE: u64 = 1;
 
 /// Who serves the registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,12 +67,12 @@ pub fn rows() -> impl Iterator<Item = (&'static str, &'static str, Handler)> {
 
 /// The word of `InterruptStatus`.
 enum Status {
-    Own(AtomicU32),
+    Own(AtomicU64),
     Map(Arc<Words>),
 }
 
 impl Status {
-    fn word(&self) -> &AtomicU32 {
+    fn word(&self) -> &AtomicU64 {
         match self {
             Status::Own(word) => word,
             Status::Map(words) => words.get(0).expect("a word"),
@@ -90,7 +90,7 @@ pub fn set_up(way: Way, at_once: bool) -> Case {
     let notified = EventFd::new(0).expect("eventfd");
 
     let (mut status, mut handler): (_, Box<dyn Any>) =
-        (Status::Own(AtomicU32::new(0)), Box::new(()));
+        (Status::Own(AtomicU64::new(0)), Box::new(()));
     match way {
         Way::User => (),
         Way::Ioeventfd => register(&guest, &notified, &IoEventAddress::Mmio(QUEUE_NOTIFY)),
@@ -126,10 +126,11 @@ pub fn set_up(way: Way, at_once: bool) -> Case {
     let serve: Serve = Box::new(move |access| match access {
         Access::Write(QUEUE_NOTIFY, _) => signal(&notified),
         Access::Write(INTERRUPT_ACK, data) => {
-            status.word().fetch_and(!word(data), Ordering::SeqCst);
+            let acknowledged = u64::from(word(data));
+            status.word().fetch_and(!acknowledged, Ordering::SeqCst);
         }
         Access::Read(INTERRUPT_STATUS, data) => {
-            let status = status.word().load(Ordering::SeqCst);
+            let status = status.word().load(Ordering::SeqCst) as u32;
             data.copy_from_slice(&status.to_ne_bytes());
         }
         access => panic!("wanted an access of a register, got {access:x?}"),

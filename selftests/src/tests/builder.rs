@@ -5,8 +5,11 @@
 
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 
 use kvm_bpf::device::Error;
+use kvm_bpf::note::Space;
 use kvm_bpf::{Builder, Device, ImageDevice, Place, Window, programs, state};
 use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
@@ -20,17 +23,19 @@ tests!(
     goes_on_from_a_state,
     state_of_another_device,
     opens_a_window,
+    window_that_is_missing,
     window_that_is_none,
     wires_interrupts,
     interrupts_that_are_none,
-    rings_a_doorbell,
-    doorbells_that_are_none,
+    signals_an_eventfd,
+    signals_that_are_none,
     fills_maps,
     maps_that_cannot_be_filled,
     runs_work_for_an_eventfd,
     work_that_is_none,
     eventfd_that_is_none,
     place_that_is_taken,
+    places_that_are_none,
     dropped_before_the_end,
 );
 
@@ -109,13 +114,12 @@ fn open_files() -> usize {
 
 #[track_caller]
 fn plugged(builder: Builder) -> ImageDevice {
-    let plugged = builder.plug(Place::Memory(ADDR));
-    plugged.unwrap_or_else(|error| panic!("wanted it plugged, got {error:#?}"))
+    plug(builder).unwrap_or_else(|error| panic!("wanted it plugged, got {error:#?}"))
 }
 
-/// For a failure of the last step.
+/// With a window, as it must have one. For a failure of the last step.
 fn plug(builder: Builder) -> Result<ImageDevice, Error> {
-    builder.plug(Place::Memory(ADDR))
+    builder.window(0, WINDOW)?.plug(Place::Memory(ADDR))
 }
 
 fn counts(device: &ImageDevice) -> Counts {
@@ -195,14 +199,37 @@ const WINDOW: Window = Window {
 
 fn opens_a_window() {
     let mut setup = Setup::new();
-    let without = plugged(setup.builder());
-    setup.write(MEMORY, 0);
-    assert_got!(counts(&without).memory, -i64::from(libc::EACCES));
-    drop(without);
-    let device = plugged(setup.builder().window(0, WINDOW).expect("a window"));
+    let device = plugged(setup.builder());
     for (addr, wanted) in [(0, 0), (0xff8, 0), (0x1000, -i64::from(libc::EACCES))] {
         setup.write(MEMORY, addr);
         assert_got!(counts(&device).memory, wanted, "guest memory at {addr:#x}");
+    }
+    device.device().unset_window(0).expect("removing it");
+    setup.write(MEMORY, 0);
+    assert_got!(counts(&device).memory, -i64::from(libc::EACCES));
+}
+
+/// The device reads guest memory: there must be a window for that.
+fn window_that_is_missing() {
+    let mut setup = Setup::new();
+    let only_written = Window {
+        read: false,
+        write: true,
+        ..WINDOW
+    };
+    for window in [None, Some(only_written)] {
+        let failure = setup.failure(|builder| {
+            let builder = match window {
+                Some(window) => builder.window(0, window)?,
+                None => builder,
+            };
+            builder.plug(Place::Memory(ADDR))
+        });
+        assert!(matches!(failure, Error::MissingWindow(_)), "{failure:?}");
+        assert_got!(
+            failure.to_string(),
+            "the device reads guest memory, and the VMM has given it no window for that"
+        );
     }
 }
 
@@ -257,11 +284,11 @@ fn interrupts_that_are_none() {
     assert_got!(taken(&irq), 0, "signals of what never was");
 }
 
-fn rings_a_doorbell() {
+fn signals_an_eventfd() {
     let mut setup = Setup::new();
     let bell = eventfd();
     let seen = bell.try_clone().expect("dup");
-    let builder = setup.builder().doorbell(7, &bell).expect("a doorbell");
+    let builder = setup.builder().signal(7, &bell).expect("an index");
     // The device keeps it.
     drop(bell);
     let device = plugged(builder);
@@ -270,17 +297,17 @@ fn rings_a_doorbell() {
     assert_got!((counts(&device).signal, taken(&seen)), (0, 2));
     setup.write(SIGNAL, 8);
     let signal = counts(&device).signal;
-    assert_got!(signal, -i64::from(libc::ENOENT), "no doorbell");
+    assert_got!(signal, -i64::from(libc::ENOENT), "no eventfd");
 }
 
-fn doorbells_that_are_none() {
+fn signals_that_are_none() {
     let mut setup = Setup::new();
     let bell = eventfd();
-    match setup.failure(|builder| builder.doorbell(0, &bell).and_then(plug)) {
+    match setup.failure(|builder| builder.signal(0, &bell).and_then(plug)) {
         Error::IsIrq(0) => {}
         error => panic!("wanted IsIrq, got {error:?}"),
     }
-    match setup.failure(|builder| builder.doorbell(0x1_0000, &bell).and_then(plug)) {
+    match setup.failure(|builder| builder.signal(0x1_0000, &bell).and_then(plug)) {
         Error::SetIrq { index, source } => {
             assert_got!(index, 0x1_0000);
             assert!(source.raw_os_error().is_some(), "{source:?}");
@@ -288,7 +315,7 @@ fn doorbells_that_are_none() {
         error => panic!("wanted SetIrq, got {error:?}"),
     }
     let file = fs::File::open("/dev/null").expect("/dev/null");
-    match setup.failure(|builder| builder.doorbell(7, &file).and_then(plug)) {
+    match setup.failure(|builder| builder.signal(7, &file).and_then(plug)) {
         Error::SetIrq { index: 7, source } => {
             assert_got!(source.raw_os_error(), Some(libc::EINVAL));
         }
@@ -385,8 +412,7 @@ fn place_that_is_taken() {
     let second = setup
         .builder()
         .irq(0, &irq)
-        .and_then(|builder| builder.doorbell(7, &irq))
-        .and_then(|builder| builder.window(0, WINDOW))
+        .and_then(|builder| builder.signal(7, &irq))
         .and_then(|builder| builder.work_eventfd("kick", &kick))
         .and_then(|builder| builder.state(&first.save()?))
         .and_then(plug);
@@ -409,6 +435,27 @@ fn place_that_is_taken() {
     };
     assert_got!(counts(&first), wanted);
     assert_got!((taken(&irq), taken(&kick)), (0, 5), "signals");
+}
+
+/// No program has run when they are refused.
+fn places_that_are_none() {
+    let setup = Setup::new();
+    let device = plugged(setup.builder());
+    let state = device.save().expect("its state");
+    drop(device);
+    for place in [Place::Port(0x100), Place::Memory(u64::MAX - 0xffe)] {
+        let builder = setup.builder().state(&state).expect("the state");
+        let map = builder.programs().map("builder").expect("the map");
+        let words = Arc::clone(map.words().expect("its memory"));
+        let builder = builder.window(0, WINDOW).expect("a window");
+        match (place, builder.plug(place)) {
+            (Place::Port(_), Err(Error::WrongSpace(Space::Memory))) => {}
+            (Place::Memory(_), Err(Error::NoRoom { size: 0x1000, .. })) => {}
+            (_, result) => panic!("{place}: wanted it refused, got {result:?}"),
+        }
+        let restores = words.get(8).expect("a word").load(SeqCst);
+        assert_got!(restores, 0, "runs of restore, {place}");
+    }
 }
 
 fn dropped_before_the_end() {

@@ -26,6 +26,7 @@ tests!(
     a_map_less,
     a_map_more,
     another_global_variable,
+    a_map_that_is_shared,
     a_direction_less,
     again_and_again,
     converted_under_load,
@@ -239,6 +240,46 @@ fn another_global_variable() {
     setup.assert_refused("carry_variables", ".bss", "variable zeroed at byte 0");
     setup.assert_accepted("carry_variables", &[".bss"], &[]);
     setup.assert_state(1, &[ZEROED]);
+}
+
+/// A map that the new file shares is not one that the running device has, unless it is the same.
+fn a_map_that_is_shared() {
+    let sharing = |map: &Map| {
+        let mut image = test_image("carry_v2");
+        image.share_map("other", map).expect("another one's map");
+        image
+    };
+    let other_guest = Guest::new();
+    let other = plug(other_guest.vm(), ADDR, test_image("carry"));
+    let theirs = other.programs().map("other").expect("the map");
+    let value = 66_u64.to_ne_bytes();
+    theirs.update(&[0; 4], &value).expect("a value");
+
+    let mut setup = Setup::new();
+    match setup
+        .device
+        .replace(sharing(theirs), OnLoss::Refuse, unpaused)
+    {
+        Err(Error::Programs(programs::Error::LostMap { map, .. })) if map == "other" => {}
+        result => panic!("wanted other to be lost, got {result:#?}"),
+    }
+    setup.assert_state(1, &[]);
+
+    let changes = setup.replace(sharing(theirs), OnLoss::Accept);
+    assert_got!(changes.carried, [".bss", ".data", "state"], "carried");
+    assert_got!(changes.fresh, ["other"], "fresh");
+    setup.assert_has(OTHER, 66);
+    let own = setup.device.programs().map("other").expect("the map");
+    assert_got!(own.id(), theirs.id(), "number of the map");
+
+    // Both are the same now; and so it goes on if nobody says more.
+    for image in [sharing(theirs), test_image("carry")] {
+        let changes = setup.replace(image, OnLoss::Refuse);
+        assert_got!(changes.carried, MAPS, "carried");
+        setup.assert_has(OTHER, 66);
+    }
+    let own = setup.device.programs().map("other").expect("the map");
+    assert_got!(own.id(), theirs.id(), "number of the map");
 }
 
 /// Without a program for writes they would exit to the VMM.

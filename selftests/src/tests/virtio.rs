@@ -349,11 +349,11 @@ impl Setup {
             read: rights.read,
             write: rights.write,
         };
-        device.set_window(0, window).expect("a window");
         let irq = EventFd::new(libc::EFD_NONBLOCK).expect("an eventfd");
         device.set_irq(0, &irq).expect("an interrupt");
         let device = ImageDevice::builder(device, image)
-            .plug(Place::Memory(ADDR))
+            .window(0, window)
+            .and_then(|builder| builder.plug(Place::Memory(ADDR)))
             .expect("wanted a device");
         Setup {
             registers: Registers(guest.vcpu(0)),

@@ -53,11 +53,14 @@ impl Setup {
     }
 
     fn set(&self, status: u32) {
-        self.words.get(0).expect("a word").store(status, SeqCst);
+        self.words
+            .get(0)
+            .expect("a word")
+            .store(status.into(), SeqCst);
     }
 
     fn status(&self) -> u32 {
-        self.words.get(0).expect("a word").load(SeqCst)
+        self.words.get(0).expect("a word").load(SeqCst) as u32
     }
 
     fn queue(&self, index: u32) -> EventFd {
@@ -70,7 +73,7 @@ impl Setup {
 
 fn words_of_a_map() {
     let setup = Setup::new();
-    for (offset, there) in [(0, true), (4, true), (8, false), (1, false), (2, false)] {
+    for (offset, there) in [(0, true), (4, false), (8, false), (1, false), (2, false)] {
         let got = setup.words.get(offset).is_some();
         assert_got!(got, there, "a word at byte {offset}");
     }
@@ -160,8 +163,8 @@ fn all_else_is_declined() {
 /// One side sets and clears a bit while the other acknowledges another one.
 /// `KVM_BPF_ACCESSES` sets how often.
 fn no_bit_is_lost() {
-    const VMMS: u32 = 2;
-    const GUESTS: u32 = 1;
+    const VMMS: u64 = 2;
+    const GUESTS: u64 = 1;
 
     let mut setup = Setup::new();
     let count = number_from_env("KVM_BPF_ACCESSES", 5000);
@@ -181,7 +184,7 @@ fn no_bit_is_lost() {
             lost
         });
         let args = Args {
-            value: GUESTS.into(),
+            value: GUESTS,
             addr: INTERRUPT_ACK,
             count,
             ..Default::default()
