@@ -3,17 +3,18 @@
 //! The kernel's own bpftool, which the series teaches the program types, as it does the libbpf
 //! in it. Ours knows neither: the library sets the types itself.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
+use std::process::Output;
+use std::ptr::null_mut;
 
 use kvm_bpf::Note;
 use kvm_bpf_selftests::bpf::{Census, program_id};
 use kvm_bpf_selftests::device::Device;
 use kvm_bpf_selftests::guest::Guest;
-use kvm_bpf_selftests::harness::{meanwhile, skip};
+use kvm_bpf_selftests::harness::{Errno, meanwhile, skip};
 use kvm_bpf_selftests::programs::{loaded, sample_path, test_image, test_path};
 use serde_json::Value;
 
@@ -59,14 +60,27 @@ fn lists_the_types() {
     }
 }
 
+/// A terminal's two ends: what is written to the second can be read from the first.
+fn terminal() -> [File; 2] {
+    let mut fds = [-1; 2];
+    let [ours, its] = &mut fds;
+    // SAFETY: the kernel writes two file descriptors; the rest is optional.
+    let opened = unsafe { libc::openpty(ours, its, null_mut(), null_mut(), null_mut()) };
+    assert_eq!(opened, 0, "openpty: {:?}", Errno::last());
+    // SAFETY: both are ours.
+    fds.map(|fd| unsafe { File::from_raw_fd(fd) })
+}
+
 /// It tries to load a program of each type.
 fn probes_for_the_types() {
+    // It writes line by line to a terminal only.
+    let [ours, its] = terminal();
     let mut probe = beside_this_program("bpftool")
         .args(["feature", "probe", "kernel"])
-        .stdout(Stdio::piped())
+        .stdout(its)
         .spawn()
         .expect("bpftool");
-    let lines = BufReader::new(probe.stdout.take().expect("a pipe")).lines();
+    let lines = BufReader::new(ours).lines();
     // Every helper in every program type comes next, which takes an emulated host a minute.
     let types: Vec<_> = lines
         .map(|line| line.expect("text from bpftool"))
