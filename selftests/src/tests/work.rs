@@ -119,7 +119,7 @@ impl Recorder {
 
 /// Counts itself in a map when it starts and when it ends, and works for a while between. What
 /// runs beside it is counted too.
-fn slow(counts: &Map, rounds: i32) -> Prog {
+fn slow(load_prog: Load, counts: &Map, rounds: i32) -> Prog {
     let mut insns = lookup(counts, Index::Imm(0));
     insns.extend([
         mov(R7, R0),
@@ -144,7 +144,7 @@ fn slow(counts: &Map, rounds: i32) -> Prog {
         atomic_add(8, R7, 8, R1),
     ]);
     insns.extend(ret(0));
-    Prog::load(ProgType::WORK, &insns)
+    load_prog(ProgType::WORK, &insns)
 }
 
 /// Long enough to be found at work, short enough for the verifier, which goes through it.
@@ -662,7 +662,10 @@ fn runs_of_one_index_follow_each_other() {
     let device = Device::new(guest.vm());
     let counts = Map::new(1, 4);
     let eventfd = eventfd();
-    device.set_work(0, &work(Some(&slow(&counts, ROUNDS)), Some(&eventfd)));
+    device.set_work(
+        0,
+        &work(Some(&slow(Prog::load, &counts, ROUNDS)), Some(&eventfd)),
+    );
     meanwhile([|| signal(&eventfd, 1)], || {
         thread::scope(|scope| {
             for _ in 0..2 {
@@ -683,7 +686,7 @@ fn runs_of_one_index_follow_each_other() {
     // The indices of a device do not wait for each other.
     let both = Map::new(1, 4);
     for index in [0, 1] {
-        device.set_work(index, &work(Some(&slow(&both, ROUNDS)), None));
+        device.set_work(index, &work(Some(&slow(Prog::load, &both, ROUNDS)), None));
     }
     wait_for("runs side by side", true, || {
         thread::scope(|scope| {
@@ -700,13 +703,17 @@ fn runs_of_one_index_follow_each_other() {
 /// Signals and calls run a slow program while `end` takes it away.
 #[track_caller]
 fn end_under_load(end: impl Fn(Device) -> Option<Device>) {
-    for _ in 0..5 {
+    // RCU waits for a program that does not sleep, too.
+    for load_prog in LOADERS.into_iter().cycle().take(6) {
         let census = Census::now();
         let guest = Guest::new();
         let device = Device::new(guest.vm());
         let counts = Map::new(1, 4);
         let eventfd = eventfd();
-        device.set_work(0, &work(Some(&slow(&counts, ROUNDS)), Some(&eventfd)));
+        device.set_work(
+            0,
+            &work(Some(&slow(load_prog, &counts, ROUNDS)), Some(&eventfd)),
+        );
         meanwhile([|| signal(&eventfd, 1)], || {
             wait_for("runs", true, || counts.get(0)[0] > 2);
             let device = end(device);
@@ -733,7 +740,10 @@ fn count_has_an_end() {
         let counts = Map::new(1, 4);
         let (busy, many) = (eventfd(), eventfd());
         let recorder = Recorder::new();
-        device.set_work(0, &work(Some(&slow(&counts, ROUNDS)), Some(&busy)));
+        device.set_work(
+            0,
+            &work(Some(&slow(Prog::load, &counts, ROUNDS)), Some(&busy)),
+        );
         device.set_work(1, &work(Some(&recorder.prog(Prog::load)), Some(&many)));
         signal(&busy, 1);
         signal(&many, 1 << 63);
@@ -1082,7 +1092,10 @@ fn killed_process() {
             let duplicate = unsafe { libc::dup2(*fd, number) };
             assert_eq!(duplicate, number, "dup2: {}", io::Error::last_os_error());
         }
-        device.set_work(1, &work(Some(&slow(&slow_counts, ROUNDS)), Some(&wake)));
+        device.set_work(
+            1,
+            &work(Some(&slow(Prog::load, &slow_counts, ROUNDS)), Some(&wake)),
+        );
         thread::scope(|scope| {
             for index in [0, 0, 1, 1] {
                 let device = &device;
