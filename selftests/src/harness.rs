@@ -31,7 +31,7 @@ impl fmt::Debug for Errno {
 }
 
 /// How long a test may take before the whole run is given up, where it is not told to do more.
-const TEST_LIMIT: Duration = Duration::from_secs(300);
+const TEST_LIMIT: Duration = Duration::from_secs(900);
 
 /// How long a test waits for what the kernel does later, such as freeing after RCU.
 const WAIT_LIMIT: Duration = Duration::from_secs(60);

@@ -716,7 +716,7 @@ mod tests {
             (0xffd, false),
             (u64::MAX - 1, false),
         ] {
-            let mut val = [0; 8];
+            let mut val = [0_u8; 8];
             // SAFETY: `this` is `dev` of `io`, `val` has 8 bytes, and `Latch` does not look at the
             // vCPU, whose bytes may be any.
             let got = unsafe {

@@ -43,6 +43,7 @@ tests!(
     words_are_whole,
     memory_that_is_not_there,
     pages_that_come_late,
+    removal_waits_for_a_page_that_is_late,
     permissions_for_a_page_that_is_late,
     run_is_given_up_while_it_waits,
     killed_while_a_page_is_late,
@@ -828,6 +829,41 @@ fn pages_that_come_late() {
         });
         assert_got!(pages.bytes(PAGE, 5), [0x11, 0x11, 0x11, 0x11, 0x3c]);
         drop((guest, late));
+    }
+}
+
+/// When work is removed, its program does not run, whoever runs it.
+fn removal_waits_for_a_page_that_is_late() {
+    for by in [By::Run, By::Signal] {
+        let setup = Setup::new("mem", 1);
+        setup.window(0, START, PAGE as u64, true, true);
+        let late = Late::new(&setup.pages);
+        let Setup {
+            mut device,
+            guest: _guest,
+            pages,
+            ..
+        } = setup;
+        let wake = EventFd::new(0).expect("eventfd");
+        let set = device.set_work_eventfd("work", Some(&wake));
+        set.expect("the program's eventfd");
+        request(device.programs(), READ, START, &[0; 4]);
+        thread::scope(|scope| {
+            let run = scope.spawn(|| match by {
+                By::Signal => wake.write(1).is_ok(),
+                _ => device.run("work", 0).is_ok(),
+            });
+            late.wait();
+            let remove = scope.spawn(|| device.device().unset_work(0));
+            thread::sleep(Duration::from_millis(50));
+            assert!(!remove.is_finished(), "{by:?}: wanted it to wait");
+            late.come(&pages, 0, 0x3c);
+            let removed = remove.join().expect("no panic");
+            removed.expect("removing the work");
+            let (errno, served, data) = result(device.programs(), 4);
+            assert_got!((errno, served, data), (0, 1, vec![0x3c; 4]), "{by:?}");
+            assert!(run.join().expect("no panic"), "{by:?}: wanted a run");
+        });
     }
 }
 
