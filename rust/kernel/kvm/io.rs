@@ -51,10 +51,12 @@ impl Bus {
     pub const HAS_PORTS: bool = cfg!(CONFIG_X86);
 
     /// Returns the address up to which ranges may reach, itself not included.
+    ///
+    /// An access that begins below does not wrap around.
     #[inline]
     const fn end(self) -> u64 {
         match self {
-            Self::Mmio => u64::MAX,
+            Self::Mmio => u64::MAX - 7,
             Self::Pio if Self::HAS_PORTS => 0x1_0000,
             Self::Pio => 0,
         }
@@ -571,11 +573,9 @@ impl<T: Handler> IoVTable<T> {
         let io = unsafe { &*this.cast::<Io<T>>() };
         let offset = addr.wrapping_sub(io.range.start);
 
-        // The bus takes an access for one inside if its end wraps around, as that of a guest which
-        // names addresses itself may (SEV-ES).
-        //
-        // CAST: Just checked.
-        if offset.checked_add(len as u64)? > io.range.size() {
+        // The bus takes an access behind the range for one inside if it wraps around, as that of a
+        // guest which names addresses itself may (SEV-ES).
+        if offset >= io.range.size() {
             return None;
         }
         Some((
@@ -713,7 +713,7 @@ mod tests {
         for (addr, handled) in [
             (0, true),
             (0xffc, true),
-            (0xffd, false),
+            (0x1000, false),
             (u64::MAX - 1, false),
         ] {
             let mut val = [0_u8; 8];
@@ -742,7 +742,11 @@ mod tests {
             assert_eq!(Range::new(bus, u64::MAX, 1), Err(ERANGE));
             assert_eq!(Range::new(bus, u64::MAX - 4095, 4096), Err(ERANGE));
         }
-        assert!(Range::new(Bus::Mmio, u64::MAX - 4096, 4096).is_ok());
+        assert_eq!(
+            Range::new(Bus::Mmio, u64::MAX - 6 - 4096, 4096),
+            Err(ERANGE)
+        );
+        assert!(Range::new(Bus::Mmio, u64::MAX - 7 - 4096, 4096).is_ok());
         assert!(Range::new(Bus::Mmio, 0, (1 << 31) - 1).is_ok());
     }
 

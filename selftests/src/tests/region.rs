@@ -287,6 +287,7 @@ fn bad_ranges() {
     let cases = [
         ("wraps around", u64::MAX - 0x7ff, 0x1000),
         ("wraps around by far", u64::MAX, 0x7fff_ffff),
+        ("has one of the last 8 addresses", u64::MAX - 0x1006, 0x1000),
         ("larger than INT_MAX", ADDR, 0x8000_0000),
         (
             "valid but for the upper half of the size",
@@ -300,7 +301,7 @@ fn bad_ranges() {
         assert_refused(what, &device, 0, &bad, libc::ERANGE);
     }
     device.set_region(0, &region(ADDR, 0x1000, Some(&prog), None));
-    device.set_region(1, &region(u64::MAX - 0x1fff, 0x1000, Some(&prog), None));
+    device.set_region(1, &region(u64::MAX - 0x1007, 0x1000, Some(&prog), None));
 }
 
 fn largest_range() {

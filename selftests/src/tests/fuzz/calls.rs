@@ -670,7 +670,7 @@ impl Bench<'_> {
         let end = region.addr.checked_add(region.size);
         let fits = match is_pio {
             true => end.is_some_and(|end| end <= 0x1_0000),
-            false => region.size <= i32::MAX as u64 && end.is_some(),
+            false => region.size <= i32::MAX as u64 && end.is_some_and(|end| end <= u64::MAX - 7),
         };
         refuse(!fits, libc::ERANGE);
         let needs = self.files.needs(read) | self.files.needs(write);
