@@ -856,8 +856,9 @@ fn removal_waits_for_a_page_that_is_late() {
             late.wait();
             let remove = scope.spawn(|| device.device().unset_work(0));
             thread::sleep(Duration::from_millis(50));
-            assert!(!remove.is_finished(), "{by:?}: wanted it to wait");
+            let waits = !remove.is_finished();
             late.come(&pages, 0, 0x3c);
+            assert!(waits, "{by:?}: wanted it to wait");
             let removed = remove.join().expect("no panic");
             removed.expect("removing the work");
             let (errno, served, data) = result(device.programs(), 4);
@@ -905,12 +906,14 @@ fn run_is_given_up_while_it_waits() {
         late.wait();
         let second = scope.spawn(|| image.run("work", 0).is_ok());
         thread::sleep(Duration::from_millis(50));
-        assert!(!second.is_finished(), "wanted the second run to wait");
+        let waits = !second.is_finished();
         let device = image.device();
         let mut left = device.permissions().expect("the permissions");
         left.allow = left.allow.without(Allow::RUN);
-        device.restrict(left).expect("giving up a permission");
+        let given_up = device.restrict(left);
         late.come(pages, 0, 0x3c);
+        assert!(waits, "wanted the second run to wait");
+        given_up.expect("giving up a permission");
         let ran = [first, second].map(|run| run.join().expect("no panic"));
         assert_got!(ran, [true, false]);
     });
