@@ -14,9 +14,8 @@
 //!
 //! `kvm->lock`, then [`BpfDevice::changing`], then `kvm->slots_lock`, or the lock of who sets work
 //! and then [`BpfDevice::perms`]. [`BpfDevice::regions`] is inside them, and outside only what
-//! keeps a program from being extended. An access takes none of
-//! them; a region's programs go away only when no access can be inside any more, and whoever waits
-//! for that holds none of ours.
+//! keeps a program from being extended. An access takes none of them; a region's programs go away
+//! only when no access can be inside any more, and whoever waits for that holds none of ours.
 
 use kernel::{
     eventfd::EventFd,

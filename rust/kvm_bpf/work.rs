@@ -9,8 +9,9 @@
 //! # Locks
 //!
 //! [`Works::thread`] is held by who sets and removes programs, and nests like that of regions. Then
-//! the turn of one index, which is held while its program runs, then [`Shared::slots`], which is
-//! never held while anything waits. Signals come under an eventfd's lock and take none of ours.
+//! the turn of one index, which is held while its program runs, then the permissions' lock, then
+//! [`Shared::slots`], which is never held while anything waits. Signals come under an eventfd's
+//! lock and take none of ours.
 
 use super::{
     info,

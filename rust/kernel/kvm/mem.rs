@@ -163,10 +163,10 @@ impl Windows {
     // Inlined, as references to a VM are KVM's.
     #[inline]
     pub fn set(&self, index: usize, window: Option<Window>) -> Result<Replaced<List>> {
+        let index = nospec::array_index(index, MAX_WINDOWS).ok_or(ENXIO)?;
         let _guard = self.changing.lock();
         // SAFETY: Only who has the lock replaces the list.
         let mut new = KBox::new(*unsafe { self.list.get() }, GFP_KERNEL_ACCOUNT)?;
-        let index = nospec::array_index(index, MAX_WINDOWS).ok_or(ENXIO)?;
         let slot = new.get_mut(index).ok_or(ENXIO)?;
 
         if core::mem::replace(slot, window).is_none() && window.is_none() {
