@@ -89,9 +89,11 @@ pub enum Handler {
         user: bool,
     },
     /// The loop around `KVM_RUN`, which wakes up a thread by an eventfd and waits for another one:
-    /// the device's, on which a program runs, or one of ours.
+    /// the device's, on which a program runs, or one of ours. Both have a real-time policy, or
+    /// are "fair", as threads are by default.
     RoundTrip {
         device: bool,
+        fair: bool,
     },
     /// The device of `Documentation/choosing.md`, with an interrupt or without.
     Echo {
@@ -321,8 +323,12 @@ pub fn all() -> Vec<Row> {
             false,
         ),
     ] {
-        let handler = Handler::RoundTrip { device };
-        add(name, what, handler, Read, Machine::Plain);
+        for fair in [false, true] {
+            let suffix = if fair { "-fair" } else { "" };
+            let row = format!("{name}{suffix}");
+            let handler = Handler::RoundTrip { device, fair };
+            add(&row, what, handler, Read, Machine::Plain);
+        }
     }
     for (name, what, handler) in echo::rows().chain(request::rows()) {
         add(name, what, handler, Write, Machine::Plain);
@@ -461,11 +467,13 @@ impl Row {
         if has_own_guest && vcpus != 1 {
             return Err("its guest has one vCPU".to_string());
         }
+        // The row before may have left another policy.
+        run_in_turn();
         match self.handler {
             Handler::Echo { server, irq } => return Ok(echo::set_up(server, irq)),
             Handler::Request { way, at_once } => return Ok(request::set_up(way, at_once)),
             Handler::Block(kind) => return Ok(block::set_up(kind)),
-            Handler::RoundTrip { device } => return set_up_round_trip(device),
+            Handler::RoundTrip { device, fair } => return set_up_round_trip(device, fair),
             _ => (),
         }
         let guest = match self.machine {
@@ -640,7 +648,12 @@ impl Row {
 }
 
 /// Reads that are served by a program on the device's thread, by two eventfds.
-fn set_up_round_trip(by_device: bool) -> Result<Case, String> {
+fn set_up_round_trip(by_device: bool, fair: bool) -> Result<Case, String> {
+    // The other thread runs as the one that makes it does: so nobody takes the processor from
+    // the caller until it waits.
+    if !fair {
+        run_at_once();
+    }
     let guest = Guest::new();
     let eventfd = || EventFd::new(0).expect("eventfd");
     let (wake, done) = (eventfd(), eventfd());
@@ -651,16 +664,12 @@ fn set_up_round_trip(by_device: bool) -> Result<Case, String> {
         insns.extend(ret(0));
         let prog = Prog::load(ProgType::WORK, &insns);
         device.set_irq(0, done.as_raw_fd());
-        // The device's thread runs as the one that makes it does.
-        run_at_once();
         device.set_work(0, &work(Some(&prog), Some(&wake)));
-        run_in_turn();
         Box::new(device)
     } else {
         let done = clone(&done);
-        Box::new(Waiter::new(clone(&wake), run_at_once, move || {
-            done.write(1).expect("signalling an eventfd");
-        }))
+        let signal = move || done.write(1).expect("signalling an eventfd");
+        Box::new(Waiter::new(clone(&wake), || (), signal))
     };
     let serve = move |access: Access<'_>| {
         wake.write(1).expect("signalling an eventfd");
