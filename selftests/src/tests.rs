@@ -15,17 +15,28 @@ use kvm_bpf_vmm::userspace;
 use libtest_mimic::Trial;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Lists the functions of a topic that are tests, as `topic::function`.
+/// Lists the functions of a topic that are tests, as `topic::function`. One that is in a file of its
+/// own is listed as `file::function`, which does not change its name.
 macro_rules! tests {
-    ($($(#[$attribute:meta])? $test:ident),+ $(,)?) => {
+    ($($(#[$attribute:meta])? $test:ident $(::$in_file:ident)?),+ $(,)?) => {
         pub(super) fn all() -> Vec<libtest_mimic::Trial> {
             [$($(#[$attribute])? kvm_bpf_selftests::harness::trial(
-                concat!(module_path!(), "::", stringify!($test))
+                concat!(module_path!(), "::", function!($test $($in_file)?))
                     .trim_start_matches("kvm_bpf_selftests::tests::"),
-                $test,
+                $test $(::$in_file)?,
             )),+]
             .into()
         }
+    };
+}
+
+/// The name of a function in a list of tests, whatever its file.
+macro_rules! function {
+    ($function:ident) => {
+        stringify!($function)
+    };
+    ($file:ident $function:ident) => {
+        stringify!($function)
     };
 }
 

@@ -15,11 +15,7 @@ mod accesses;
 mod calls;
 mod programs;
 
-use accesses::accesses;
-use calls::calls;
-use programs::programs;
-
-tests!(calls, programs, accesses);
+tests!(calls::calls, programs::programs, accesses::accesses);
 
 fn seed() -> u64 {
     number_from_env("KVM_BPF_SEED", 1)

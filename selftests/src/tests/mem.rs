@@ -24,8 +24,6 @@ use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{_IOC_READ, _IOC_WRITE, ioctl_expr, ioctl_with_mut_ref};
 
 use super::{ADDR, assert_errno, element};
-#[cfg(target_arch = "aarch64")]
-use protected::{protected_guest_shares_a_page, protected_guest_shares_while_programs_access};
 
 #[cfg(target_arch = "aarch64")]
 mod protected;
@@ -55,9 +53,9 @@ tests!(
     dirty_pages_are_marked,
     dirty_rings_without_bitmaps,
     #[cfg(target_arch = "aarch64")]
-    protected_guest_shares_a_page,
+    protected::protected_guest_shares_a_page,
     #[cfg(target_arch = "aarch64")]
-    protected_guest_shares_while_programs_access,
+    protected::protected_guest_shares_while_programs_access,
     random_bytes,
 );
 

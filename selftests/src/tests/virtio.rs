@@ -14,16 +14,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::mem::{PAGE, Pages, START};
 use super::{ADDR, element, taken};
-use disk::{
-    a_disk_as_the_model_says, a_disk_keeps_its_data, a_disk_refuses, two_guests_read_one_disk,
-};
-use queue::{
-    a_queue_in_use_moves, programs_change_under_a_queue, the_rest_of_a_budget_is_done_later,
-    two_vcpus_lose_no_request,
-};
-use queues::{two_queues_are_served, two_queues_move, two_vcpus_use_a_queue_each};
-use reset::{reset_forgets_all, reset_in_the_middle};
-use rings::{bad_rings_need_a_reset, random_rings_as_the_model_says};
 
 mod disk;
 mod model;
@@ -39,23 +29,23 @@ tests!(
     random_buffers_are_filled,
     interrupts_are_acknowledged_or_unwanted,
     notified_before_the_driver_is_there,
-    a_disk_keeps_its_data,
-    a_disk_as_the_model_says,
-    a_disk_refuses,
-    two_guests_read_one_disk,
-    reset_forgets_all,
-    reset_in_the_middle,
-    bad_rings_need_a_reset,
+    disk::a_disk_keeps_its_data,
+    disk::a_disk_as_the_model_says,
+    disk::a_disk_refuses,
+    disk::two_guests_read_one_disk,
+    reset::reset_forgets_all,
+    reset::reset_in_the_middle,
+    rings::bad_rings_need_a_reset,
     #[cfg(target_arch = "aarch64")]
     what_a_protected_guest_shares_is_enough,
-    random_rings_as_the_model_says,
-    two_vcpus_lose_no_request,
-    the_rest_of_a_budget_is_done_later,
-    a_queue_in_use_moves,
-    programs_change_under_a_queue,
-    two_queues_are_served,
-    two_vcpus_use_a_queue_each,
-    two_queues_move,
+    rings::random_rings_as_the_model_says,
+    queue::two_vcpus_lose_no_request,
+    queue::the_rest_of_a_budget_is_done_later,
+    queue::a_queue_in_use_moves,
+    queue::programs_change_under_a_queue,
+    queues::two_queues_are_served,
+    queues::two_vcpus_use_a_queue_each,
+    queues::two_queues_move,
 );
 
 const MAGIC: u64 = 0x000;
