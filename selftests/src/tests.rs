@@ -2,10 +2,10 @@
 
 //! All tests, by topic.
 
-use std::env;
 use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::process::Command;
+use std::{env, fs};
 
 use kvm_bpf::{Note, Programs};
 use kvm_bpf_selftests::bpf::{Prog, Refused};
@@ -13,7 +13,7 @@ use kvm_bpf_selftests::guest::Vcpu;
 use kvm_bpf_selftests::harness::Errno;
 use kvm_bpf_vmm::userspace;
 use libtest_mimic::Trial;
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Lists the functions of a topic that are tests, as `topic::function`. One that is in a file of its
 /// own is listed as `file::function`, which does not change its name.
@@ -227,6 +227,18 @@ fn fd_of(process: u32, number: RawFd) -> OwnedFd {
     let process = system_call("pidfd_open", libc::SYS_pidfd_open, args);
     let args = [process.as_raw_fd() as usize, number as usize, 0, 0, 0];
     system_call("pidfd_getfd", libc::SYS_pidfd_getfd, args)
+}
+
+/// How many files this process has open.
+fn open_files() -> usize {
+    let fds = fs::read_dir("/proc/self/fd").expect("/proc/self/fd");
+    fds.count()
+}
+
+/// An eventfd that does not block.
+#[track_caller]
+fn eventfd() -> EventFd {
+    EventFd::new(EFD_NONBLOCK).expect("eventfd")
 }
 
 /// Takes what was signalled so far; 0 if nothing was. The eventfd must not block.

@@ -15,10 +15,9 @@ use kvm_bpf_selftests::device;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::{unpaused, wait_for};
 use kvm_bpf_selftests::programs::{loaded, test_image};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::info::fdinfo;
-use super::{ADDR, PATTERN, taken};
+use super::{ADDR, PATTERN, eventfd, taken};
 
 tests!(
     runs_its_program,
@@ -95,10 +94,6 @@ impl Setup {
 fn builder(guest: &Guest, object: &str) -> Builder {
     let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
     ImageDevice::builder(device, loaded(test_image(object)))
-}
-
-fn eventfd() -> EventFd {
-    EventFd::new(EFD_NONBLOCK).expect("eventfd")
 }
 
 fn runs_its_program() {

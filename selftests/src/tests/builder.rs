@@ -15,9 +15,8 @@ use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::wait_for;
 use kvm_bpf_selftests::programs::{loaded, sample, test_image};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ADDR, PATTERN, taken};
+use super::{ADDR, PATTERN, eventfd, open_files, taken};
 
 tests!(
     goes_on_from_a_state,
@@ -108,10 +107,6 @@ impl Setup {
     }
 }
 
-fn open_files() -> usize {
-    fs::read_dir("/proc/self/fd").expect("/proc").count()
-}
-
 #[track_caller]
 fn plugged(builder: Builder) -> ImageDevice {
     plug(builder).unwrap_or_else(|error| panic!("wanted it plugged, got {error:#?}"))
@@ -137,11 +132,6 @@ fn counts(device: &ImageDevice) -> Counts {
         memory: word(4) as i64,
         signal: word(5) as i64,
     }
-}
-
-#[track_caller]
-fn eventfd() -> EventFd {
-    EventFd::new(EFD_NONBLOCK).expect("eventfd")
 }
 
 /// The state is in the maps, and `restore` has run, when the guest sees the device.

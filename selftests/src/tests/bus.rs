@@ -6,9 +6,9 @@
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::errno;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{ADDR, taken};
+use super::{ADDR, eventfd, taken};
 
 tests!(writes_go_where_the_model_says);
 
@@ -172,7 +172,7 @@ fn writes_go_where_the_model_says() {
                     _ => Match::U64(value),
                 },
             };
-            let eventfd = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+            let eventfd = eventfd();
             let collides = bus.0.iter().any(|(other, _)| range.collides(other));
             let answer = set(guest.vm(), range, &eventfd);
             assert_got!(answer.is_ok(), !collides, "round {round}: {range:?}");

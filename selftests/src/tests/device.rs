@@ -24,7 +24,9 @@ use kvm_bpf_selftests::programs::{
 use kvm_ioctls::Kvm;
 use libbpf_rs::libbpf_sys as sys;
 
-use super::{ADDR, PATTERN, SIZE, assert_errno, beside_this_program, fd_of, system_call};
+use super::{
+    ADDR, PATTERN, SIZE, assert_errno, beside_this_program, fd_of, open_files, system_call,
+};
 
 tests!(
     kernel_has_the_device,
@@ -51,17 +53,15 @@ fn kernel_has_the_device() {
     );
 }
 
-fn open_fds() -> usize {
-    fs::read_dir("/proc/self/fd")
-        .expect("/proc/self/fd")
-        .count()
-}
-
 fn test_flag_creates_nothing() {
     let guest = Guest::new();
-    let before = open_fds();
+    let before = open_files();
     assert_got!(test_create(guest.vm(), KVM_DEV_TYPE_BPF), Ok(()));
-    assert_got!(open_fds(), before, "open fds after KVM_CREATE_DEVICE_TEST");
+    assert_got!(
+        open_files(),
+        before,
+        "open fds after KVM_CREATE_DEVICE_TEST"
+    );
     assert_errno(
         "an unknown type",
         test_create(guest.vm(), 0xffff),

@@ -16,7 +16,7 @@ use kvm_bpf_selftests::peer::{self, Peer};
 use kvm_bpf_selftests::programs::{plug, sample};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ADDR, PATTERN, taken};
+use super::{ADDR, PATTERN, eventfd, taken};
 
 tests!(
     another_process_sees_every_value,
@@ -275,7 +275,7 @@ fn who_sees_the_count_sees_the_value() {
 
 fn values_without_an_eventfd() {
     let mut setup = Setup::new();
-    let bell = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+    let bell = eventfd();
     let peer = setup.start_with(LOOK, Some(&bell));
     setup.write(0, 8, PATTERN);
     assert_got!(look(&peer), (0, PATTERN), "never connected");
@@ -291,7 +291,7 @@ fn values_without_an_eventfd() {
 fn guest_outlives_the_process() {
     for maker in [Maker::Vmm, Maker::Peer] {
         let mut setup = Setup::new();
-        let bell = EventFd::new(EFD_NONBLOCK).expect("an eventfd");
+        let bell = eventfd();
         let start = |setup: &Setup| match maker {
             Maker::Vmm => {
                 setup.connect(&bell);

@@ -14,10 +14,10 @@ use kvm_bpf_selftests::bpf::{
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::programs::{CTX_BUF, ret};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::kfunc::required;
-use super::{ADDR, SIZE};
+use super::{ADDR, SIZE, eventfd};
 
 mod eventfds;
 mod kept;
@@ -64,10 +64,6 @@ const SIGNAL: &str = "bpf_kvm_irq_signal";
 const ACQUIRE: &str = "bpf_kvm_irq_acquire";
 const SIGNAL_KEPT: &str = "bpf_kvm_irq_signal_kept";
 const RELEASE: &str = "bpf_kvm_irq_release";
-
-fn eventfd() -> EventFd {
-    EventFd::new(EFD_NONBLOCK).expect("eventfd")
-}
 
 /// The kernel's number of an eventfd: the lowest that no other has.
 fn id_of(eventfd: &EventFd) -> u32 {

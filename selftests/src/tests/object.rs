@@ -9,9 +9,8 @@ use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::guest::{Exit, Guest};
 use kvm_bpf_selftests::harness::{skip, wait_for};
 use kvm_bpf_selftests::programs::{plug, test_image, test_path};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ADDR, element, taken};
+use super::{ADDR, element, eventfd, taken};
 
 tests!(
     static_offsets,
@@ -73,7 +72,7 @@ fn after_vmlinux_h(name: &str) {
     let guest = Guest::new();
     let mut vcpu = guest.vcpu(0);
     let device = plug(guest.vm(), ADDR, test_image(name));
-    let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    let irq = eventfd();
     device.device().set_irq(0, &irq).expect("interrupt 0");
     let mut read = |register| {
         let read = vcpu.read(ADDR + register, 4);
@@ -150,7 +149,7 @@ fn examples_of_documents() {
 fn examples_of_kernel_documents() {
     let guest = Guest::new();
     let mut vcpu = guest.vcpu(5);
-    let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    let irq = eventfd();
     let mut device = plug(guest.vm(), ADDR, test_image("documents"));
     device.set_irq(0, &irq).expect("interrupt 0");
     let read = vcpu.read(ADDR, 4);

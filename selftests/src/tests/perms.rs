@@ -49,7 +49,7 @@ tests!(
 );
 
 /// All that this kernel knows.
-const ALL: u64 = 0xff_07ff;
+pub(super) const ALL: u64 = 0xff_07ff;
 const DENIED: Answer = Err(Errno(libc::EACCES));
 const EXTENDED: Answer = Err(Errno(libc::EBUSY));
 

@@ -13,10 +13,10 @@ use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::unpaused;
 use kvm_bpf_selftests::programs::{loaded, sample};
 use kvm_ioctls::VmFd;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::kfunc::required;
-use super::{ADDR, SIZE, other_accesses_of, taken};
+use super::{ADDR, SIZE, eventfd, other_accesses_of, taken};
 
 mod alarms;
 mod model;
@@ -118,7 +118,7 @@ impl Clock {
     /// One of that image, whose "pl031" may have a state.
     fn of(image: Programs) -> Self {
         let guest = Guest::new();
-        let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        let irq = eventfd();
         let device = plug(guest.vm(), image, &irq, || {});
         Clock {
             vcpu: guest.vcpu(0),

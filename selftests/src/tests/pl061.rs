@@ -7,10 +7,10 @@ use kvm_bpf::{Device, ImageDevice, OnLoss, Place};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu};
 use kvm_bpf_selftests::harness::{Random, number_from_env, unpaused};
 use kvm_bpf_selftests::programs::{loaded, sample};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::kfunc::required;
-use super::{ADDR, SIZE, taken};
+use super::{ADDR, SIZE, eventfd, taken};
 
 tests!(
     registers,
@@ -62,7 +62,7 @@ impl Gpio {
 
     fn of(guest: Guest, vcpu: Vcpu) -> Self {
         required("bpf_kvm_irq_signal");
-        let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        let irq = eventfd();
         let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
         device.set_irq(0, &irq).expect("interrupt 0");
         let device =
@@ -285,7 +285,7 @@ fn guest_takes_level() {
     let mut vcpu = guest.vcpu_with_interrupts();
     guest.route_line(&mut vcpu, GSI, true);
     let mut gpio = Gpio::of(guest, vcpu);
-    let done = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    let done = eventfd();
     let vm = gpio.guest.vm();
     vm.register_irqfd_with_resample(&gpio.irq, &done, GSI)
         .expect("KVM_IRQFD with a resample fd");

@@ -18,9 +18,8 @@ use kvm_bpf_selftests::guest::Guest;
 use kvm_bpf_selftests::harness::{Errno, forbid_bpf, set_capabilities, status_of_a_process};
 use kvm_bpf_selftests::programs::{loaded, plug, sample, test_image};
 use kvm_ioctls::Kvm;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ADDR, PATTERN};
+use super::{ADDR, PATTERN, eventfd};
 
 mod manager;
 mod params;
@@ -91,7 +90,7 @@ fn eventfds_are_the_devices_own() {
 
     let guest = Guest::new();
     let mut vcpu = guest.vcpu(0);
-    let line = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    let line = eventfd();
     let seen = line.try_clone().expect("dup");
     let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
     let builder = ImageDevice::builder(device, loaded(sample("regbank")));
@@ -189,12 +188,29 @@ fn runs_are_counted() {
 /// more: it has it.
 #[track_caller]
 fn between(manager: impl FnOnce(UnixStream) + Send, vmm: impl FnOnce(UnixStream, Kvm) + Send) {
+    between_ends(ends(), || (), manager, vmm);
+}
+
+/// The manager's end and the VMM's.
+fn ends() -> (UnixStream, UnixStream) {
     let (ours, theirs) = UnixStream::pair().expect("socketpair");
     for end in [&ours, &theirs] {
         end.set_read_timeout(Some(LIMIT)).expect("a limit");
     }
+    (ours, theirs)
+}
+
+/// The same with these ends, and with what the VMM does while it has rights.
+#[track_caller]
+fn between_ends(
+    (ours, theirs): (UnixStream, UnixStream),
+    with_rights: impl FnOnce() + Send,
+    manager: impl FnOnce(UnixStream) + Send,
+    vmm: impl FnOnce(UnixStream, Kvm) + Send,
+) {
     let kvm = Kvm::new().expect("open /dev/kvm");
     let vmm = || {
+        with_rights();
         become_nobody();
         vmm(theirs, kvm);
     };

@@ -7,9 +7,8 @@ use kvm_bpf_selftests::guest::{Guest, mask};
 use kvm_bpf_selftests::harness::{Random, number_from_env};
 use kvm_bpf_selftests::programs::{plug, sample};
 use kvm_bpf_vmm::userspace::{MmioDevice, RegisterBank};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ADDR, assert_described, element, taken};
+use super::{ADDR, assert_described, element, eventfd, taken};
 
 tests!(as_the_model_in_user_space);
 
@@ -30,9 +29,9 @@ fn as_the_model_in_user_space() {
     let guest = Guest::new();
     let device = plug(guest.vm(), ADDR, sample("regbank"));
     assert_described("regbank", device.programs().note());
-    let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    let irq = eventfd();
     device.device().set_irq(0, &irq).expect("interrupt 0");
-    let model_irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    let model_irq = eventfd();
     let mut model = RegisterBank::new(model_irq.try_clone().expect("dup"));
     let mut vcpus = [guest.vcpu(0), guest.vcpu(1)];
 

@@ -19,9 +19,9 @@ use kvm_bpf_selftests::guest::{Exit, Guest, IRQCHIP_ADDR, mask};
 use kvm_bpf_selftests::harness::{Errno, meanwhile, wait_for};
 use kvm_bpf_selftests::programs::{CTX_BUF, CTX_REGION, Recorder, answer, only_return, ret};
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{ADDR, PATTERN, SIZE, assert_errno, taken};
+use super::{ADDR, PATTERN, SIZE, assert_errno, eventfd, taken};
 
 tests!(
     set_and_unregister,
@@ -423,7 +423,7 @@ fn overlap_with_ioeventfd() {
     let device = Device::new(guest.vm());
     let prog = answer(PATTERN);
     let mut vcpu = guest.vcpu(0);
-    let eventfd = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    let eventfd = eventfd();
     let addr = IoEventAddress::Mmio(ADDR + 16);
 
     // One for writes of 4 bytes, then one for writes of any width.
@@ -598,7 +598,7 @@ impl Other {
     fn all() -> [Self; 3] {
         ["ioeventfd 0", "ioeventfd 4", "zone"].map(|name| Other {
             name,
-            eventfd: EventFd::new(EFD_NONBLOCK).expect("eventfd"),
+            eventfd: eventfd(),
         })
     }
 

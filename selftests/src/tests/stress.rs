@@ -19,9 +19,8 @@ use kvm_bpf_selftests::bpf::Census;
 use kvm_bpf_selftests::device::{Device, NO_REGION, NO_WORK, work};
 use kvm_bpf_selftests::guest::{Guest, SharedMemory};
 use kvm_bpf_selftests::harness::{Random, meanwhile, number_from_env, wait_for};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::SIZE;
+use super::{SIZE, eventfd};
 use player::Player;
 use programs::{MEM_VALUE, Pool, Slow};
 use tally::Tally;
@@ -53,9 +52,6 @@ const MEM: u64 = 0xc000_0000;
 const OWN: u64 = 0xd100_0000;
 const PORT: u64 = 0x500;
 
-/// All that this kernel knows.
-const ALL: u64 = 0xff_07ff;
-
 /// What a thread does that changes things.
 struct Control<'a> {
     world: &'a World<'a>,
@@ -77,7 +73,7 @@ impl Control<'_> {
     /// A device of its own: when a call has taken programs away, none of them runs.
     fn own_device(&self, random: &mut Random) {
         let [first, second] = self.slow;
-        let signal = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        let signal = eventfd();
         let by_region = random.below(2) == 0;
         // A run by a signal is over soon, while vCPUs begin one after the other.
         let longest = if by_region { 8000 } else { 300 };
@@ -150,7 +146,7 @@ fn life(
     let world = World {
         guest: Mutex::new(Some(Arc::new(guest))),
         devices: Default::default(),
-        eventfds: [(); EVENTFDS as usize].map(|()| EventFd::new(EFD_NONBLOCK).expect("eventfd")),
+        eventfds: [(); EVENTFDS as usize].map(|()| eventfd()),
         memory,
         pool,
         tally,

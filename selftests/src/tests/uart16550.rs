@@ -17,9 +17,9 @@ use kvm_bpf_selftests::harness::{Random, number_from_env, unpaused};
 use kvm_bpf_selftests::programs::{loaded, sample};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{ADDR, element, taken};
+use super::{ADDR, element, eventfd, taken};
 
 tests!(
     note,
@@ -61,7 +61,7 @@ impl Setup {
     fn new() -> Self {
         let guest = Guest::new();
         let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
-        let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        let irq = eventfd();
         device.set_irq(0, &irq).expect("interrupt 0");
         let device = ImageDevice::builder(device, loaded(sample("uart16550")))
             .plug(Place::Port(PORT))

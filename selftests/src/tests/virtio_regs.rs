@@ -12,9 +12,9 @@ use kvm_bpf_selftests::guest::{Args, Exit, Guest, PRESET, Routine, USER_ANSWER, 
 use kvm_bpf_selftests::harness::number_from_env;
 use kvm_bpf_selftests::programs::{loaded, plug, sample, sample_path};
 use libbpf_rs::ObjectBuilder;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::{ADDR, taken};
+use super::{ADDR, eventfd, taken};
 
 tests!(
     words_of_a_map,
@@ -64,7 +64,7 @@ impl Setup {
     }
 
     fn queue(&self, index: u32) -> EventFd {
-        let eventfd = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        let eventfd = eventfd();
         let set = self.device.device().set_irq(index, &eventfd);
         set.expect("the eventfd of a queue");
         eventfd

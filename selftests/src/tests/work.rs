@@ -11,7 +11,9 @@ use kvm_bpf_selftests::bpf::{
 };
 use kvm_bpf_selftests::device::{Device, work};
 use kvm_bpf_selftests::programs::{CTX_BUF, CTX_REGION, ret};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::eventfd;
 
 mod calls;
 mod ends;
@@ -153,10 +155,6 @@ fn countdown(counts: &Map) -> Prog {
         exit(),
     ]);
     Prog::load(ProgType::WORK, &insns)
-}
-
-fn eventfd() -> EventFd {
-    EventFd::new(EFD_NONBLOCK).expect("eventfd")
 }
 
 fn signal(eventfd: &EventFd, count: u64) {

@@ -31,11 +31,11 @@ use kvm_bpf_selftests::programs::ret;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::irq::call_with_context;
+use super::super::perms::ALL;
 use super::super::{ADDR, SIZE};
 use super::{for_a_while, one_of, seed};
 
 const PAGE: usize = 0x1000;
-const ALL: u64 = 0xff_07ff;
 const NOT_EXTENSIBLE: u64 = 1;
 const HAS_PORTS: bool = cfg!(target_arch = "x86_64");
 /// How many steps a device lives: most of its permissions are gone then.

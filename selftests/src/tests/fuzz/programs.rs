@@ -22,8 +22,9 @@ use kvm_bpf_selftests::programs::{
     CTX_BUF, CTX_LEN, CTX_OFFSET, CTX_REGION, CTX_SIZE, CTX_VCPU_ID,
 };
 use libbpf_rs::libbpf_sys as sys;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
+use super::super::eventfd;
 use super::super::kfunc::required;
 use super::{loads, one_of, seed};
 
@@ -718,7 +719,7 @@ impl Bench {
     fn new() -> Self {
         let guest = Guest::new();
         let device = Device::new(guest.vm());
-        let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+        let irq = eventfd();
         device.set_irq(0, std::os::fd::AsRawFd::as_raw_fd(&irq));
         let window = kvm_bpf_user_mem {
             addr: 0xc000,

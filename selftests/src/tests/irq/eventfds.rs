@@ -10,8 +10,8 @@ use kvm_bpf_selftests::device::Device;
 use kvm_bpf_selftests::guest::Guest;
 use kvm_bpf_selftests::harness::wait_for;
 
-use super::super::{PATTERN, assert_errno, taken};
-use super::{Setup, eventfd, id_of, is_free, with_each_loader};
+use super::super::{PATTERN, assert_errno, eventfd, taken};
+use super::{Setup, id_of, is_free, with_each_loader};
 
 /// A call that is refused changes nothing: an index keeps the eventfd that it has.
 pub(super) fn bad_arguments() {

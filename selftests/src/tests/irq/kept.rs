@@ -17,11 +17,12 @@ use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::{Guest, Vcpu};
 use kvm_bpf_selftests::harness::wait_for;
 use kvm_bpf_selftests::programs::{CTX_BUF, ret, test_image};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::super::kfunc::required;
 use super::super::lifetime::Unloaded;
-use super::super::{ADDR, SIZE, assert_refused, element, taken};
-use super::{ACQUIRE, RELEASE, SIGNAL_KEPT, call_with_context, eventfd, id_of, is_free};
+use super::super::{ADDR, SIZE, assert_refused, element, eventfd, taken};
+use super::{ACQUIRE, RELEASE, SIGNAL_KEPT, call_with_context, id_of, is_free};
 
 /// The device of `progs/irq_object.bpf.c`, of which a test needs the parts.
 struct Kept {
@@ -60,6 +61,23 @@ impl Kept {
             device,
             image,
         }
+    }
+
+    /// One that has kept interrupt 0, whose eventfd is this.
+    fn with_irq() -> (Self, Vcpu, EventFd) {
+        let kept = Kept::new();
+        let mut vcpu = kept.guest.vcpu(0);
+        let eventfd = eventfd();
+        kept.device.set_irq(0, eventfd.as_raw_fd());
+        assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
+        (kept, vcpu, eventfd)
+    }
+
+    /// Has a timer signal what is kept.
+    #[track_caller]
+    fn fire_after(&self, vcpu: &mut Vcpu, delay: Duration) {
+        let delay = delay.as_nanos() as u64;
+        assert_got!(self.command(vcpu, FIRE_LATER, delay), 0);
     }
 
     /// Has the guest write a command; returns the program's result.
@@ -107,13 +125,9 @@ pub(super) fn kept_irq_is_signalled() {
 }
 
 pub(super) fn kept_irq_is_signalled_by_a_timer() {
-    let kept = Kept::new();
-    let mut vcpu = kept.guest.vcpu(0);
-    let eventfd = eventfd();
-    kept.device.set_irq(0, eventfd.as_raw_fd());
-    assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
+    let (kept, mut vcpu, eventfd) = Kept::with_irq();
     for round in 1..=5 {
-        assert_got!(kept.command(&mut vcpu, FIRE_LATER, 1_000_000), 0);
+        kept.fire_after(&mut vcpu, Duration::from_millis(1));
         // No vCPU runs now.
         wait_for("the timer", round, || answer(&kept.image).1);
         assert_got!(answer(&kept.image).0, 0, "the callback's result");
@@ -123,13 +137,8 @@ pub(super) fn kept_irq_is_signalled_by_a_timer() {
 
 /// Writing an array's element cancels its timer and leaves the interrupt that it keeps.
 pub(super) fn kept_irq_and_a_state_that_is_restored() {
-    let kept = Kept::new();
-    let mut vcpu = kept.guest.vcpu(0);
-    let eventfd = eventfd();
-    kept.device.set_irq(0, eventfd.as_raw_fd());
-    assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
-    let delay = LONG.as_nanos() as u64;
-    assert_got!(kept.command(&mut vcpu, FIRE_LATER, delay), 0);
+    let (kept, mut vcpu, eventfd) = Kept::with_irq();
+    kept.fire_after(&mut vcpu, LONG);
 
     let map = kept.image.map("kept").expect("the program's map");
     let state = element(&kept.image, "kept");
@@ -159,13 +168,8 @@ pub(super) fn kept_irq_that_there_is_not() {
 
 /// What a program has kept outlives the device, but signals nothing any more.
 pub(super) fn kept_irq_outlives_the_device() {
-    let kept = Kept::new();
-    let mut vcpu = kept.guest.vcpu(0);
-    let eventfd = eventfd();
-    kept.device.set_irq(0, eventfd.as_raw_fd());
-    assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
-    let delay = LONG.as_nanos() as u64;
-    assert_got!(kept.command(&mut vcpu, FIRE_LATER, delay), 0);
+    let (kept, mut vcpu, eventfd) = Kept::with_irq();
+    kept.fire_after(&mut vcpu, LONG);
     let Kept {
         guest,
         device,
@@ -191,15 +195,10 @@ pub(super) fn kept_irq_outlives_the_device() {
 /// Where KVM is a module, so is the device; but what a program has kept, and the program, is
 /// not of it, and does not hold it.
 pub(super) fn kept_irq_outlives_the_module() {
-    let kept = Kept::new();
-    let mut vcpu = kept.guest.vcpu(0);
-    let eventfd = eventfd();
+    let (kept, mut vcpu, eventfd) = Kept::with_irq();
     let id = id_of(&eventfd);
-    kept.device.set_irq(0, eventfd.as_raw_fd());
     drop(eventfd);
-    assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
-    let delay = 2 * LONG.as_nanos() as u64;
-    assert_got!(kept.command(&mut vcpu, FIRE_LATER, delay), 0);
+    kept.fire_after(&mut vcpu, 2 * LONG);
     let Kept {
         guest,
         device,
@@ -224,13 +223,8 @@ pub(super) fn kept_irq_outlives_the_module() {
 /// leaks shows on a kernel with kmemleak.
 pub(super) fn kept_irq_is_released() {
     for device_first in [true, false] {
-        let kept = Kept::new();
-        let mut vcpu = kept.guest.vcpu(0);
-        let eventfd = eventfd();
-        kept.device.set_irq(0, eventfd.as_raw_fd());
-        assert_got!(kept.command(&mut vcpu, KEEP, 0), 0);
-        let delay = LONG.as_nanos() as u64;
-        assert_got!(kept.command(&mut vcpu, FIRE_LATER, delay), 0);
+        let (kept, mut vcpu, eventfd) = Kept::with_irq();
+        kept.fire_after(&mut vcpu, LONG);
         let armed = Instant::now();
         let Kept {
             guest: _guest,

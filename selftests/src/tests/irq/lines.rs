@@ -10,8 +10,8 @@ use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu};
 use kvm_bpf_selftests::harness::wait_for;
 use kvm_bpf_selftests::programs::{only_return, plug, test_image};
 
-use super::super::{ADDR, SIZE, taken};
-use super::{Setup, eventfd};
+use super::super::{ADDR, SIZE, eventfd, taken};
+use super::Setup;
 
 /// A line of the interrupt controller that is for devices, on every architecture.
 const GSI: u32 = 20;

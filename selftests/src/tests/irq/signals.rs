@@ -15,8 +15,8 @@ use kvm_bpf_selftests::harness::{meanwhile, wait_for};
 use kvm_bpf_selftests::programs::{CTX_BUF, ret};
 
 use super::super::kfunc::required;
-use super::super::{ADDR, SIZE, assert_refused, taken};
-use super::{ACQUIRE, SIGNAL, Setup, call_with_context, eventfd, with_each_loader};
+use super::super::{ADDR, SIZE, assert_refused, eventfd, taken};
+use super::{ACQUIRE, SIGNAL, Setup, call_with_context, with_each_loader};
 
 pub(super) fn signalled_by_reads() {
     for load_prog in LOADERS {

@@ -10,9 +10,9 @@ use kvm_bpf_selftests::guest::Guest;
 use kvm_bpf_selftests::harness::Errno;
 use kvm_bpf_selftests::programs::{Recorder, answer, only_return};
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::super::{ADDR, PATTERN, SIZE, assert_errno, taken};
+use super::super::{ADDR, PATTERN, SIZE, assert_errno, eventfd, taken};
 use super::{PORT, PORTS, assert_in, assert_in_exits, assert_out_exits, ports};
 
 /// An index that is in use for memory is not free for ports, and the other way round; not even
@@ -339,7 +339,7 @@ fn assert_apart(guest: &Guest, what: &str, len: u64, set: impl Fn(u64, bool) -> 
 pub(super) fn ioeventfds() {
     let guest = Guest::new();
     let mut vcpu = guest.vcpu(0);
-    let eventfd = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+    let eventfd = eventfd();
     for len in [0, 1, 2, 4] {
         let what = format!("an ioeventfd of {len} bytes");
         assert_apart(&guest, &what, len.max(1), |port, there| {

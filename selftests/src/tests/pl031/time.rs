@@ -10,9 +10,8 @@ use kvm_bpf::clock::{HostClock, time_of_day_offset_ns};
 use kvm_bpf_selftests::guest::Guest;
 use kvm_bpf_selftests::harness::{Errno, in_a_process, meanwhile};
 use kvm_bpf_selftests::programs::{loaded, sample};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::super::ADDR;
+use super::super::{ADDR, eventfd};
 use super::{Clock, DR, LATE, LR, MR, SECOND, host_time, plug, read_between, set_clock};
 
 pub(super) fn time_of_day() {
@@ -54,7 +53,7 @@ pub(super) fn plugged_in_while_a_vcpu_looks() {
     };
     meanwhile([look], || {
         for _ in 0..20 {
-            let irq = EventFd::new(EFD_NONBLOCK).expect("eventfd");
+            let irq = eventfd();
             let pause = || sleep(SECOND / 50);
             let device = plug(guest.vm(), loaded(sample("pl031")), &irq, pause);
             pause();

@@ -2,7 +2,6 @@
 
 //! Programs that the manager sends, and the VMM uses and replaces.
 
-use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -13,7 +12,7 @@ use kvm_bpf_selftests::guest::Guest;
 use kvm_bpf_selftests::harness::{Errno, unpaused, wait_for};
 use kvm_bpf_selftests::programs::{loaded, sample, test_image};
 
-use super::super::{ADDR, PATTERN};
+use super::super::{ADDR, PATTERN, open_files};
 use super::{LIMIT, between, plugged, received, without_bpf};
 
 /// Tells the VMM who the manager is.
@@ -183,13 +182,9 @@ pub(super) fn not_what_is_described() {
     let (one, other) = UnixStream::pair().expect("socketpair");
     other.set_read_timeout(Some(LIMIT)).expect("a limit");
     programs.send(&one).expect("the programs sent");
-    let fds = fs::read_dir("/proc/self/fd").expect("/proc").count();
+    let fds = open_files();
     drop(received(&other));
-    assert_got!(
-        fs::read_dir("/proc/self/fd").expect("/proc").count(),
-        fds,
-        "open files"
-    );
+    assert_got!(open_files(), fds, "open files");
 
     let read: OwnedFd = programs
         .map(".bss")
@@ -211,9 +206,5 @@ pub(super) fn not_what_is_described() {
         Err(transfer::Error::NotProgram(name)) if name == "read" => {}
         other => panic!("wanted NotProgram, got {other:?}"),
     }
-    assert_got!(
-        fs::read_dir("/proc/self/fd").expect("/proc").count(),
-        fds,
-        "open files"
-    );
+    assert_got!(open_files(), fds, "open files");
 }

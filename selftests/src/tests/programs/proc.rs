@@ -6,17 +6,16 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::thread;
 
 use kvm_bpf::{Programs, transfer};
 use kvm_bpf_selftests::guest::Guest;
-use kvm_bpf_selftests::harness::{Errno, status_of_a_process};
+use kvm_bpf_selftests::harness::Errno;
 use kvm_bpf_selftests::programs::{loaded, test_image};
 use kvm_ioctls::Kvm;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::params::param;
-use super::{LIMIT, become_nobody, plugged};
+use super::{between_ends, ends, plugged};
 
 /// Takes `/proc` away from a process.
 fn unmount_proc() {
@@ -138,27 +137,9 @@ pub(super) fn without_proc() {
         assert_other_sizes(Programs::recv_with_bpf(&stream));
     };
     // Without rights it cannot unmount: so before it gives them up.
-    let (ours, theirs) = UnixStream::pair().expect("socketpair");
-    for end in [&ours, &theirs] {
-        end.set_read_timeout(Some(LIMIT)).expect("a limit");
-    }
-    let kvm = Kvm::new().expect("open /dev/kvm");
-    let (checked, checks) = (theirs.try_clone().expect("dup"), ours);
-    let statuses = thread::scope(|scope| {
-        let manager = scope.spawn(|| status_of_a_process(|| manager(checks)));
-        let vmm = scope.spawn(|| {
-            status_of_a_process(|| {
-                unmount_proc();
-                become_nobody();
-                vmm(theirs, kvm);
-            })
-        });
-        (
-            manager.join().expect("the manager"),
-            vmm.join().expect("the VMM"),
-        )
-    });
-    assert_got!(statuses, (0, 0), "the manager's and the VMM's status");
+    let ends = ends();
+    let checked = ends.1.try_clone().expect("dup");
+    between_ends(ends, unmount_proc, manager, vmm);
     // With `/proc`, the second of them is refused likewise.
     assert_other_sizes(Programs::recv(&checked));
 }

@@ -18,11 +18,11 @@ use kvm_bpf_selftests::harness::{Errno, Random};
 use kvm_ioctls::{IoEventAddress, NoDatamatch};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::super::perms::seal;
+use super::super::perms::{ALL, seal};
 use super::super::{ADDR, SIZE};
 use super::programs::{Choice, Pool};
 use super::tally::Tally;
-use super::{ALL, DEVICES, EVENTFDS, INDICES, MEM, PORT};
+use super::{DEVICES, EVENTFDS, INDICES, MEM, PORT};
 
 /// A device of all threads.
 pub(super) struct Shared {

@@ -20,8 +20,8 @@ use kvm_bpf_selftests::harness::{meanwhile, wait_for};
 use kvm_bpf_selftests::programs::{CTX_BUF, only_return, ret};
 
 use super::super::kfunc::required;
-use super::super::{ADDR, PATTERN, SIZE, assert_errno, assert_refused, taken};
-use super::{ROUNDS, Record, Recorder, THREAD, countdown, eventfd, signal, slow, threads};
+use super::super::{ADDR, PATTERN, SIZE, assert_errno, assert_refused, eventfd, taken};
+use super::{ROUNDS, Record, Recorder, THREAD, countdown, signal, slow, threads};
 
 pub(super) fn bad_arguments() {
     let guest = Guest::new();

@@ -16,8 +16,8 @@ use kvm_bpf_selftests::harness::{Victim, in_a_thread, meanwhile, stay_on, wait_f
 use kvm_bpf_selftests::programs::{plug, test_image};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::super::{ADDR, assert_errno, element, fd_of, taken};
-use super::{ROUNDS, Recorder, VARIABLE, eventfd, keep_busy, signal, slow};
+use super::super::{ADDR, assert_errno, element, eventfd, fd_of, taken};
+use super::{ROUNDS, Recorder, VARIABLE, keep_busy, signal, slow};
 
 /// Signals and calls run a slow program while `end` takes it away.
 #[track_caller]

@@ -16,8 +16,8 @@ use kvm_bpf_selftests::programs::{CTX_BUF, only_return, ret};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
 use super::super::irq::call_with_context;
-use super::super::{ADDR, SIZE, assert_errno, taken};
-use super::{ROUNDS, Record, Recorder, THREAD, countdown, eventfd, signal, slow, threads};
+use super::super::{ADDR, SIZE, assert_errno, eventfd, taken};
+use super::{ROUNDS, Record, Recorder, THREAD, countdown, signal, slow, threads};
 
 pub(super) fn signals_are_counted() {
     let guest = Guest::new();

@@ -15,8 +15,8 @@ use kvm_bpf_selftests::harness::{Victim, in_a_process, in_a_thread, stay_on, wai
 use kvm_bpf_selftests::programs::only_return;
 use kvm_bpf_vmm::userspace::uclamp;
 
-use super::super::assert_errno;
-use super::{Recorder, THREAD, VARIABLE, eventfd, keep_busy, signal, threads, threads_of};
+use super::super::{assert_errno, eventfd};
+use super::{Recorder, THREAD, VARIABLE, keep_busy, signal, threads, threads_of};
 
 pub(super) fn thread_is_the_vmms() {
     let guest = Guest::new();
