@@ -402,7 +402,7 @@ BENIGN='WARNING: See https'
 # Where it was when memory ran out; a cgroup's limit, unlike the host's, is no complaint.
 LIMITED='/invoked oom-killer/,/memory: usage|Mem-Info:/d'
 # What a debug kernel says of each vmalloc() that fails, as a test has it do.
-REFUSED='/vmalloc error: .*failed to allocate/,/Mem-Info:/d'
+REFUSED='/vmalloc error: .*fail/,/Mem-Info:/d'
 
 # complaints LOG [OPTION...]: those of a kernel, as grep finds them with these options.
 complaints() {
