@@ -9,11 +9,11 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::{env, io, thread};
 
-use Reg::{R0, R1, R6, R7};
+use Reg::{R0, R1, R6, R7, R8};
 use kvm_bpf::Programs;
 use kvm_bpf::uapi::{KVM_BPF_MEM_READ, KVM_DEV_TYPE_BPF, kvm_bpf_user_mem, kvm_bpf_user_region};
 use kvm_bpf_selftests::bpf::{
-    Census, Index, LOADERS, Load, Map, Prog, ProgType, Reg, add_imm, atomic_add, jump_if_ne,
+    Census, Index, Insn, LOADERS, Load, Map, Prog, ProgType, Reg, add_imm, atomic_add, jump_if_ne,
     lookup, mov, mov_imm,
 };
 use kvm_bpf_selftests::device::{Answer, Device, NO_REGION, region, test_create};
@@ -40,16 +40,23 @@ tests!(
     module_unloads_and_loads,
 );
 
-/// Counts itself in a map when it starts and when it ends, and works for a while between.
+/// Counts itself in a map when it starts and when it ends, and works for so many rounds between.
 fn slow_write(load: Load, counts: &Map, rounds: i32) -> Prog {
+    // Long, because the verifier remembers what it has seen at the end of each.
+    const ROUND: [Insn; 100] = [add_imm(R8, 1); 100];
+
     let mut insns = lookup(counts, Index::Imm(0));
     insns.extend([
         mov(R7, R0),
         mov_imm(R1, 1),
         atomic_add(8, R7, 0, R1),
+        mov_imm(R8, 0),
         mov_imm(R6, rounds),
+    ]);
+    insns.extend(ROUND);
+    insns.extend([
         add_imm(R6, -1),
-        jump_if_ne(R6, 0, -2),
+        jump_if_ne(R6, 0, -2 - ROUND.len() as i16),
         mov_imm(R1, 1),
         atomic_add(8, R7, 8, R1),
     ]);
@@ -165,7 +172,7 @@ fn close_while_vcpus_run() {
 
 /// The program takes most of a vCPU's time, so the close finds it at work.
 fn close_while_vcpus_are_inside() {
-    end_under_load(End::Close, 5_000);
+    end_under_load(End::Close, 100);
 }
 
 fn unregister_while_vcpus_run() {
@@ -173,11 +180,11 @@ fn unregister_while_vcpus_run() {
 }
 
 fn unregister_while_vcpus_are_inside() {
-    end_under_load(End::Unregister, 5_000);
+    end_under_load(End::Unregister, 100);
 }
 
 fn swap_while_vcpus_are_inside() {
-    end_under_load(End::Swap, 5_000);
+    end_under_load(End::Swap, 100);
 }
 
 /// vCPUs and a device keep the VM when its own fd is closed.
