@@ -17,12 +17,7 @@ use super::{
     Vm, //
 };
 use crate::{
-    bindings,
-    error::{
-        from_result,
-        to_result, //
-    },
-    new_mutex, nospec,
+    bindings, new_mutex, nospec,
     prelude::*,
     sync::{
         aref::ARef,
@@ -201,24 +196,21 @@ impl Windows {
             uapi::KVM_BPF_MEM_READ
         };
 
-        from_result(|| {
-            // An access is in a read-side section of the SRCU of its vCPU's VM.
-            //
-            // SAFETY: By the safety requirements; which VM a vCPU is of does not change.
-            if !vcpu.is_null() && unsafe { (*vcpu).kvm } != vm {
-                return Err(EACCES);
-            }
-            // SAFETY: `windows` lives and this is in a read-side section of its VM's SRCU, as just
-            // seen and by the safety requirements.
-            let mut list = unsafe { windows.list.get() }.iter().flatten();
+        // An access is in a read-side section of the SRCU of its vCPU's VM.
+        //
+        // SAFETY: By the safety requirements; which VM a vCPU is of does not change.
+        if !vcpu.is_null() && unsafe { (*vcpu).kvm } != vm {
+            return EACCES.to_errno();
+        }
+        // SAFETY: `windows` lives and this is in a read-side section of its VM's SRCU, as just seen
+        // and by the safety requirements.
+        let mut list = unsafe { windows.list.get() }.iter().flatten();
 
-            if !list.any(|window| window.allows(gpa, len.into(), right)) {
-                return Err(EACCES);
-            }
-            // SAFETY: By the safety requirements, and `vm` is valid.
-            to_result(unsafe { bindings::kvm_copy_guest(vm, gpa, buf, len as usize, flags) })
-                .map(|()| 0)
-        })
+        if !list.any(|window| window.allows(gpa, len.into(), right)) {
+            return EACCES.to_errno();
+        }
+        // SAFETY: By the safety requirements, and `vm` is valid.
+        unsafe { bindings::kvm_copy_guest(vm, gpa, buf, len as usize, flags) }
     }
 }
 
