@@ -111,7 +111,7 @@ impl Vmm {
         self.args(["--bpf", device.as_ref()])
     }
 
-    /// With what the guest is to do (`samples/demo/guest-init`).
+    /// With what the guest is to do (`selftests/src/guest_init`).
     pub fn append(self, words: &str) -> Self {
         self.args(["--append", &format!("quiet {words}")])
     }

@@ -4,7 +4,7 @@
 //! register bank, a clock whose alarm is still to come and a virtual cpufreq device.
 //!
 //! For the last two x86-64's Linux has no drivers; a process of the guest accesses their registers
-//! there.  What the guest does is `goes-on` in `samples/demo/guest-init`.
+//! there.  What the guest does is `goes-on` in `selftests/src/guest_init`.
 
 use std::fs;
 use std::io::Read;

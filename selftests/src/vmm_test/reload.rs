@@ -151,7 +151,7 @@ fn state_is_converted_under_a_running_guest() {
     let got = device.ended(1);
     let [version, written, counted, saved, restored, replaced] = got.fields("WRITES").map(number);
     assert_eq!(version, 2, "version");
-    assert_between("writes", 20, written, 1_000_000);
+    assert_between("writes", 20, written, 1_000_000_000);
     assert_eq!(counted, written, "writes that are counted");
     // "save" of the old programs twice, "restore" of old and new ones.
     assert_eq!([saved, restored, replaced], [2, 2, 0], "runs");
