@@ -18,7 +18,7 @@ pub fn all() -> Vec<Trial> {
 pub fn demo() -> &'static Finished {
     static DEMO: OnceLock<Finished> = OnceLock::new();
     let got = DEMO.get_or_init(|| {
-        Running::start(Command::new("/demo/demo"), None).finish(Duration::from_secs(300))
+        Running::start(Command::new("kvm-bpf-demo"), None).finish(Duration::from_secs(300))
     });
     got.show();
     got.assert_well();
