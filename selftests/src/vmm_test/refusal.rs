@@ -58,7 +58,11 @@ fn objects() -> Vec<Trial> {
             ["/nowhere.o", "No such file"],
             ["--bpf", &at("/nowhere.o", AT)]
         ),
-        refused!("not_an_elf", ["/init", "ELF"], ["--bpf", &at("/init", AT)]),
+        refused!(
+            "not_an_elf",
+            ["/bin/kvm-bpf-kselftests", "ELF"],
+            ["--bpf", &at("/bin/kvm-bpf-kselftests", AT)]
+        ),
         refused!(
             "not_ebpf",
             ["/bin/busybox", "eBPF"],
