@@ -66,6 +66,14 @@ check_arch() {
 out_dir() { say "$CACHE/out/$1"; }
 kernel_dir() { say "$CACHE/out/$1-$2"; }
 
+# kernel_image ARCH: what boots, in arch/*/boot.
+kernel_image() {
+	case $1 in
+	x86_64) say bzImage ;;
+	arm64) say Image ;;
+	esac
+}
+
 # What takes long, in minutes on the two processors that CI has: all that is fetched and
 # installed first, a kernel's first build, and that of the programs that run on it.
 # shellcheck disable=SC2034
