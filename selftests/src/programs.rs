@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 
 use kvm_bpf::{Device, ImageDevice, OpenImage, Place, Programs};
 use kvm_ioctls::VmFd;
+use libbpf_rs::libbpf_sys as sys;
 
 use crate::bpf::{
-    Index, Insn, Map, Prog, ProgType, Reg, atomic_add, exit, load, lookup, mov, mov_imm, mov_imm64,
-    store,
+    Index, Insn, Map, Prog, ProgType, Reg, add_imm, atomic_add, call_helper, exit, jump_if_ne,
+    load, lookup, mov, mov_imm, mov_imm64, store,
 };
-use Reg::{R0, R1, R6};
+use Reg::{R0, R1, R6, R7};
 
 /// `offsetof(struct bpf_kvm_io_ctx, buf)`.
 pub const CTX_BUF: i16 = 0;
@@ -26,6 +27,30 @@ pub const CTX_VCPU_ID: i16 = 20;
 pub const CTX_REGION: i16 = 24;
 /// `sizeof(struct bpf_kvm_io_ctx)`.
 pub const CTX_SIZE: i16 = 32;
+
+/// A program that counts itself in a map when it starts and, behind that, when it ends, and works for
+/// so many rounds between.
+pub fn slow_insns(counts: &Map, rounds: i32) -> Vec<Insn> {
+    // What takes long, for how little the verifier has to follow and remember.
+    const ROUND: [Insn; 20] = [call_helper(sys::BPF_FUNC_ktime_get_ns); 20];
+
+    let mut insns = lookup(counts, Index::Imm(0));
+    insns.extend([
+        mov(R7, R0),
+        mov_imm(R1, 1),
+        atomic_add(8, R7, 0, R1),
+        mov_imm(R6, rounds),
+    ]);
+    insns.extend(ROUND);
+    insns.extend([
+        add_imm(R6, -1),
+        jump_if_ne(R6, 0, -2 - ROUND.len() as i16),
+        mov_imm(R1, 1),
+        atomic_add(8, R7, 8, R1),
+    ]);
+    insns.extend(ret(0));
+    insns
+}
 
 /// A device of `samples/devices`; `KVM_BPF_DEVICES` tells where, `/devices` if not set.
 #[track_caller]

@@ -9,17 +9,13 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::{env, io, thread};
 
-use Reg::{R0, R1, R6, R7, R8};
 use kvm_bpf::Programs;
 use kvm_bpf::uapi::{KVM_BPF_MEM_READ, KVM_DEV_TYPE_BPF, kvm_bpf_user_mem, kvm_bpf_user_region};
-use kvm_bpf_selftests::bpf::{
-    Census, Index, Insn, LOADERS, Load, Map, Prog, ProgType, Reg, add_imm, atomic_add, jump_if_ne,
-    lookup, mov, mov_imm,
-};
+use kvm_bpf_selftests::bpf::{Census, LOADERS, Map, Prog, ProgType};
 use kvm_bpf_selftests::device::{Answer, Device, NO_REGION, region, test_create};
 use kvm_bpf_selftests::guest::{Args, Guest, Routine, Vcpu, vms};
 use kvm_bpf_selftests::harness::{Errno, Victim, meanwhile, number_from_env, skip, wait_for};
-use kvm_bpf_selftests::programs::{Recorder, ret, test_image};
+use kvm_bpf_selftests::programs::{Recorder, ret, slow_insns, test_image};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ADDR, SIZE, assert_errno, element};
@@ -40,29 +36,8 @@ tests!(
     module_unloads_and_loads,
 );
 
-/// Counts itself in a map when it starts and when it ends, and works for so many rounds between.
-fn slow_write(load: Load, counts: &Map, rounds: i32) -> Prog {
-    // Long, because the verifier remembers what it has seen at the end of each.
-    const ROUND: [Insn; 100] = [add_imm(R8, 1); 100];
-
-    let mut insns = lookup(counts, Index::Imm(0));
-    insns.extend([
-        mov(R7, R0),
-        mov_imm(R1, 1),
-        atomic_add(8, R7, 0, R1),
-        mov_imm(R8, 0),
-        mov_imm(R6, rounds),
-    ]);
-    insns.extend(ROUND);
-    insns.extend([
-        add_imm(R6, -1),
-        jump_if_ne(R6, 0, -2 - ROUND.len() as i16),
-        mov_imm(R1, 1),
-        atomic_add(8, R7, 8, R1),
-    ]);
-    insns.extend(ret(0));
-    load(ProgType::WRITE, &insns)
-}
+/// Rounds in which a program is most of the time that a vCPU takes for an access.
+const LONG: i32 = 50;
 
 /// Accesses of all vCPUs that are counted, and how many of them user space saw.
 struct Accesses {
@@ -135,7 +110,7 @@ fn end_under_load(end: End, rounds: i32) {
                     device.as_ref().expect("not closed").set_region(0, region);
                 };
                 let set_program = |device: &Option<Device>, counts: &Map| {
-                    let prog = slow_write(load, counts, rounds);
+                    let prog = load(ProgType::WRITE, &slow_insns(counts, rounds));
                     set(device, &region(ADDR, SIZE, None, Some(&prog)));
                 };
                 set_program(&device, &before);
@@ -172,7 +147,7 @@ fn close_while_vcpus_run() {
 
 /// The program takes most of a vCPU's time, so the close finds it at work.
 fn close_while_vcpus_are_inside() {
-    end_under_load(End::Close, 100);
+    end_under_load(End::Close, LONG);
 }
 
 fn unregister_while_vcpus_run() {
@@ -180,11 +155,11 @@ fn unregister_while_vcpus_run() {
 }
 
 fn unregister_while_vcpus_are_inside() {
-    end_under_load(End::Unregister, 100);
+    end_under_load(End::Unregister, LONG);
 }
 
 fn swap_while_vcpus_are_inside() {
-    end_under_load(End::Swap, 100);
+    end_under_load(End::Swap, LONG);
 }
 
 /// vCPUs and a device keep the VM when its own fd is closed.

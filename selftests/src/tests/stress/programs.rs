@@ -5,16 +5,16 @@
 use std::collections::HashMap;
 use std::os::fd::AsRawFd;
 
-use Reg::{R0, R1, R2, R3, R4, R6, R7, R10};
+use Reg::{R0, R1, R2, R3, R4, R6, R10};
 use kvm_bpf::uapi::{
     KVM_BPF_ALLOW_IRQ, KVM_BPF_ALLOW_MEM_R, KVM_BPF_ALLOW_MEM_W, KVM_BPF_ALLOW_SLEEP,
     kvm_bpf_user_region,
 };
 use kvm_bpf_selftests::bpf::{
-    Index, Insn, Map, Prog, ProgType, Reg, add_imm, and, atomic_add, call_helper, call_kfunc, exit,
-    jump_if_ne, load, lookup, mov, mov_imm, mov_imm64, program_id, store, store_imm,
+    Insn, Map, Prog, ProgType, Reg, add_imm, and, call_helper, call_kfunc, exit, load, mov,
+    mov_imm, mov_imm64, program_id, store, store_imm,
 };
-use kvm_bpf_selftests::programs::{CTX_BUF, answer_insns, ret};
+use kvm_bpf_selftests::programs::{CTX_BUF, answer_insns, ret, slow_insns};
 use libbpf_rs::libbpf_sys as sys;
 
 use super::super::SIZE;
@@ -168,19 +168,7 @@ pub(super) struct Slow {
 impl Slow {
     pub(super) fn new() -> Self {
         let counts = Map::new(1, 2);
-        let mut insns = lookup(&counts, Index::Imm(0));
-        insns.extend([
-            mov(R7, R0),
-            mov_imm(R1, 1),
-            atomic_add(8, R7, 0, R1),
-            mov_imm(R6, 1000),
-            call_helper(sys::BPF_FUNC_ktime_get_ns),
-            add_imm(R6, -1),
-            jump_if_ne(R6, 0, -3),
-            mov_imm(R1, 1),
-            atomic_add(8, R7, 8, R1),
-        ]);
-        insns.extend(ret(0));
+        let insns = slow_insns(&counts, 50);
         Slow {
             write: Prog::load(ProgType::WRITE, &insns),
             work: Prog::load(ProgType::WORK, &insns),
