@@ -396,6 +396,19 @@ kernel_recipe() {
 # commit.
 series_mark() { say "$(series_sum) $(git -C "$TREE" rev-parse "$1")" >"$TREE/.git/kvm-bpf-series"; }
 
+# The mutant that scripts/mutants has applied, after a line with the tree that it is in.
+# Whoever takes it back has the lock.
+MUTANT=$CACHE/mutant
+
+# take_back: takes it out of that tree, if it is there.
+take_back() {
+	local tree
+	[[ -f $MUTANT ]] || return 0
+	read -r tree <"$MUTANT"
+	! git -C "$tree" apply -R --check "$MUTANT" 2>/dev/null || git -C "$tree" apply -R "$MUTANT"
+	rm "$MUTANT"
+}
+
 # What a kernel says when something is wrong, job's status or not.
 SPLAT='WARNING:|BUG:|Oops|Call [Tt]race|INFO: task .* blocked|INFO: .* detected'
 SPLAT+='|possible (recursive|circular|irq)|lock held when returning|suspicious RCU usage'
