@@ -491,10 +491,6 @@ impl Device for BpfDevice {
     const TYPE: u32 = uapi::kvm_device_type_KVM_DEV_TYPE_BPF;
     const NAME: &'static CStr = c"kvm-bpf";
 
-    fn load() -> Result {
-        prog::check_layout()
-    }
-
     fn create(vm: &Vm) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             _: {

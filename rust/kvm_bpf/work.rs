@@ -10,7 +10,7 @@
 //!
 //! [`Works::thread`] is held by who sets and removes programs, and nests like that of regions. Then
 //! the turn of one index, which is held while its program runs, then the permissions' lock, then
-//! [`Shared::slots`], which is never held while anything waits. Signals come under an eventfd's
+//! [`Shared::slots`], which is never held while a program runs. Signals come under an eventfd's
 //! lock and take none of ours.
 
 use super::{

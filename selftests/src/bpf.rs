@@ -83,6 +83,7 @@ const EXIT: u8 = 0x95;
 const PSEUDO_MAP_FD: u8 = 1;
 /// In the source register of `CALL`: the number is a kfunc's BTF id.
 const PSEUDO_KFUNC_CALL: u8 = 2;
+const PSEUDO_BTF_ID: u8 = 3;
 
 const fn insn(code: u8, dst: Reg, src: u8, off: i16, imm: i32) -> Insn {
     Insn {
@@ -238,6 +239,14 @@ pub fn load_map(dst: Reg, map: &Map) -> [Insn; 2] {
     ]
 }
 
+/// `dst = ` the address of a variable of vmlinux.
+pub const fn load_variable(dst: Reg, btf_id: i32) -> [Insn; 2] {
+    [
+        insn(LD_IMM64, dst, PSEUDO_BTF_ID, 0, btf_id),
+        insn(0, R0, 0, 0, 0),
+    ]
+}
+
 /// Skips `off` instructions (more than 0: forward) if `dst == imm`.
 pub const fn jump_if_eq(dst: Reg, imm: i32, off: i16) -> Insn {
     insn(JEQ_IMM, dst, 0, off, imm)
@@ -303,6 +312,15 @@ pub enum Index {
 
 /// BTF id of a kfunc in vmlinux.
 pub fn kfunc(name: &str) -> Option<i32> {
+    in_vmlinux(name, sys::BTF_KIND_FUNC)
+}
+
+/// BTF id of a variable in vmlinux.
+pub fn variable(name: &str) -> Option<i32> {
+    in_vmlinux(name, sys::BTF_KIND_VAR)
+}
+
+fn in_vmlinux(name: &str, kind: u32) -> Option<i32> {
     static VMLINUX: LazyLock<usize> = LazyLock::new(|| {
         // SAFETY: no arguments; the result is kept for the life of the process.
         unsafe { sys::btf__load_vmlinux_btf() as usize }
@@ -313,13 +331,8 @@ pub fn kfunc(name: &str) -> Option<i32> {
     );
     let name = CString::new(name).expect("a name without NUL");
     // SAFETY: the BTF is never freed, the name is a C string.
-    let id = unsafe {
-        sys::btf__find_by_name_kind(
-            *VMLINUX as *const sys::btf,
-            name.as_ptr(),
-            sys::BTF_KIND_FUNC,
-        )
-    };
+    let id =
+        unsafe { sys::btf__find_by_name_kind(*VMLINUX as *const sys::btf, name.as_ptr(), kind) };
     (id > 0).then_some(id)
 }
 

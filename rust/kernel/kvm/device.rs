@@ -110,11 +110,6 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// The name of the device's file, as `/proc/PID/fd` shows it.
     const NAME: &'static CStr;
 
-    /// Prepares for devices. Called once, when the module is loaded. If it fails, so does that.
-    fn load() -> Result {
-        Ok(())
-    }
-
     /// Creates a device for `vm`. Called with `kvm->lock` held.
     fn create(vm: &Vm) -> impl PinInit<Self, Error>;
 
@@ -207,8 +202,9 @@ macro_rules! module_kvm_device {
         impl $crate::Module for DeviceModule {
             fn init(_module: &'static $crate::ThisModule) -> $crate::error::Result<Self> {
                 Ok(Self {
-                    // SAFETY: Only `module!` calls `init`, of which this is the last step, and it
-                    // drops the result before the module goes.
+                    // SAFETY: `module!` calls `init` first, of which this is the last step, and
+                    // drops the result before the module goes. Any other call fails, as the type
+                    // is registered then.
                     _type: unsafe { $crate::kvm::device::Registration::new() }?,
                 })
             }
@@ -231,7 +227,7 @@ macro_rules! module_kvm_device {
 pub struct Registration<T: Device>(PhantomData<T>);
 
 impl<T: Device> Registration<T> {
-    /// Allows user space to create devices of type `T`, after [`Device::load()`].
+    /// Allows user space to create devices of type `T`.
     ///
     /// # Safety
     ///
@@ -240,10 +236,10 @@ impl<T: Device> Registration<T> {
     ///
     /// # Errors
     ///
+    /// - `ENOEXEC` if KVM does not belong to this kernel.
     /// - `EEXIST` if KVM has a device of the type `T::TYPE` already.
-    /// - Those of [`Device::load()`].
     pub unsafe fn new() -> Result<Self> {
-        T::load()?;
+        super::prog::check_layout()?;
         // SAFETY: The table is valid for as long as the module is, and dropping `Self` unregisters
         // it, which by the safety requirements comes first.
         to_result(unsafe {

@@ -114,9 +114,9 @@ impl<'a> Context<'a> {
 }
 
 // SAFETY: `Context` is `repr(transparent)`. Its pointers are valid while it exists, by the type
-// invariants, those of `struct kvm_vcpu` and of a binding are not followed, and the module that
-// runs programs has called `check_layout()`. A program may change the data, as any bytes will do;
-// nothing else is writable.
+// invariants, those of `struct kvm_vcpu` and of a binding are not followed, and no vCPU is known
+// before `check_layout()`. A program may change the data, as any bytes will do; nothing else is
+// writable.
 unsafe impl ctx::Context for Context<'_> {
     type Fake = bindings::bpf_kvm_io_ctx;
     type Inner = bindings::bpf_kvm_io_ctx_kern;
@@ -358,7 +358,7 @@ fn layout() -> [usize; bindings::KVM_BPF_LAYOUT_LEN as usize] {
 /// Checks that programs and this crate find fields where KVM has them.
 ///
 /// The verifier's part is in the kernel image, and has compiled in where they are; KVM may be a
-/// module that was built on its own. To be called before any program is run.
+/// module that was built on its own. A device type is registered only after this.
 ///
 /// # Errors
 ///

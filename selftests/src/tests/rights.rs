@@ -3,18 +3,19 @@
 //! What a program may do when root has loaded it: as much as without `CAP_PERFMON`, for a guest
 //! chooses what it acts on.
 
+use std::fs;
 use std::os::fd::AsRawFd;
 
 use Reg::{R0, R1, R2, R3, R4, R6, R10};
 use kvm_bpf_selftests::bpf::{
     Index, Insn, LOADERS, LoadOptions, Map, Prog, ProgType, Reg, add_imm, and, call_helper,
-    call_kfunc, exit, load, load_map, lookup, mov, mov_imm, mov32, shift_right_signed_imm,
-    speculation_barrier, store, sub_imm,
+    call_kfunc, exit, load, load_map, load_variable, lookup, mov, mov_imm, mov32,
+    shift_right_signed_imm, speculation_barrier, store, sub_imm, variable,
 };
 use kvm_bpf_selftests::device::{Device, region};
 use kvm_bpf_selftests::guest::Guest;
 use kvm_bpf_selftests::programs::{CTX_OFFSET, CTX_REGION, ret, test_image, test_path};
-use libbpf_rs::{ErrorKind, ObjectBuilder, libbpf_sys as sys};
+use libbpf_rs::{ErrorKind, MapCore, MapFlags, ObjectBuilder, ProgramInput, libbpf_sys as sys};
 
 use super::kfunc::required;
 use super::{ADDR, SIZE, assert_refused};
@@ -27,7 +28,9 @@ tests!(
     spills_are_not_overtaken,
     no_pointers_leak,
     no_uninitialized_stack,
+    offsets_into_files_are_as_they_are,
     no_helpers_that_look_around,
+    no_variables_of_the_kernel,
     messages_for_debugging,
     no_kfuncs_that_look_around,
     no_kfuncs_that_allocate,
@@ -197,6 +200,36 @@ fn no_uninitialized_stack() {
 }
 
 /// With arguments that make sense for none: it is the helper that is refused.
+/// Offsets are masked to what a dynptr has, and a file has no such size.
+fn offsets_into_files_are_as_they_are() {
+    const OFFSET: usize = 4097;
+    let file = fs::read("/proc/self/exe").expect("/proc/self/exe");
+    let object = ObjectBuilder::default().open_file(test_path("file_dynptr"));
+    let object = object
+        .and_then(|object| object.load())
+        .expect("file_dynptr");
+    let program = object.progs_mut().next().expect("a program");
+    program
+        .test_run(ProgramInput::default())
+        .expect("BPF_PROG_TEST_RUN");
+    let found = object
+        .maps()
+        .find(|map| map.name().to_string_lossy().ends_with(".bss"));
+    let found = found.expect(".bss").lookup(&[0; 4], MapFlags::ANY);
+    let found = found.expect("BPF_MAP_LOOKUP_ELEM").expect("the value");
+    let results: Vec<_> = found[16..32]
+        .chunks(4)
+        .map(|result| i32::from_ne_bytes(result.try_into().unwrap()))
+        .collect();
+    assert_got!(results, [0, 0, 0, -libc::E2BIG]);
+    assert_got!(found[..8], file[OFFSET..][..8], "read at {OFFSET}");
+    assert_got!(
+        found[8],
+        file[OFFSET],
+        "the first byte of the part from there on"
+    );
+}
+
 fn no_helpers_that_look_around() {
     for (helper, name) in [
         (sys::BPF_FUNC_probe_read_kernel, "bpf_probe_read_kernel"),
@@ -224,6 +257,18 @@ fn no_helpers_that_look_around() {
         let reason = format!("program of this type cannot use helper {name}");
         assert_all_refused(name, &insns, &reason);
     }
+}
+
+/// A pointer in one would be read as a number.
+fn no_variables_of_the_kernel() {
+    let id = variable("bpf_prog_active").expect("the kernel's BTF has bpf_prog_active");
+    let mut insns = load_variable(R1, id).to_vec();
+    insns.extend([call_helper(sys::BPF_FUNC_this_cpu_ptr), load(4, R1, R0, 0)]);
+    insns.extend(ret(0));
+    // There is one: root's programs of a type that trusts its input may.
+    Prog::load(SCHED_CLS, &insns);
+    let reason = "program of this type cannot use variables of the kernel";
+    assert_all_refused("a variable", &insns, reason);
 }
 
 fn messages_for_debugging() {

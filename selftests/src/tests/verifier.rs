@@ -14,7 +14,7 @@ use std::{io, mem, ptr};
 use Reg::{R0, R1, R6, R7};
 use kvm_bpf_selftests::bpf::{
     self, Index, Insn, LoadOptions, Map, Prog, ProgType, Reg, call_kfunc, exit, jump_if_ne, load,
-    load_signed, lookup, mov, store,
+    load_signed, load_variable, lookup, mov, store, variable,
 };
 use kvm_bpf_selftests::harness::{CAP_BPF, Errno, in_a_thread, set_capabilities, skip};
 use kvm_bpf_selftests::programs::{ret, test_path};
@@ -294,6 +294,9 @@ fn with_cap_bpf_alone() {
 /// The programs of the kernel's `verifier_kvm_io.c`, each loaded alone: it loads, or is refused with
 /// the message that it names.
 fn contexts_as_the_kernels_own_selftest_says() {
+    const CALL: u32 = sys::BPF_JMP | sys::BPF_CALL;
+    const LD_IMM64: u32 = sys::BPF_LD | sys::BPF_IMM | sys::BPF_DW;
+
     let path = test_path("verifier_kvm_io");
     let messages = tags(&path, ":test_expect_msg=");
     let refused: Vec<_> = tags(&path, ":test_expect_failure");
@@ -305,10 +308,12 @@ fn contexts_as_the_kernels_own_selftest_says() {
     let mut seen = (0, 0);
     for program in object.progs() {
         let name = program.name().to_string_lossy().into_owned();
-        // As libbpf does when it loads: there is one kernel function only.
-        let resolved = |insn: &sys::bpf_insn| match insn.imm {
-            -1 if u32::from(insn.code) == sys::BPF_JMP | sys::BPF_CALL => {
-                call_kfunc(required("bpf_set_current_uclamp"))
+        // As libbpf does when it loads: there is one kernel function only, and one variable.
+        let resolved = |insn: &sys::bpf_insn| match (u32::from(insn.code), insn.imm) {
+            (CALL, -1) => call_kfunc(required("bpf_set_current_uclamp")),
+            (LD_IMM64, 0) => {
+                let id = variable("bpf_prog_active").expect("the kernel's BTF has bpf_prog_active");
+                load_variable(Reg::R1, id)[0]
             }
             _ => Insn::from(insn),
         };
