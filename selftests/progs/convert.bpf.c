@@ -29,6 +29,20 @@ struct {
 	__type(value, struct counts { FIELDS; });
 } counts SEC(".maps");
 
+/* The same in all of them, with padding. */
+struct kept {
+	__u8 first;
+	__u64 last;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, __u32);
+	__type(value, struct kept);
+} kept SEC(".maps");
+
 static __always_inline struct counts *device_counts(void)
 {
 	__u32 zero = 0;

@@ -100,7 +100,7 @@ pub enum Error {
     },
     /// The host's KVM gives programs no guest memory.
     #[error("this host's KVM gives programs no guest memory (an older kernel)")]
-    NoMem,
+    NoWindows,
     /// The note says that the device accesses guest memory, and the VMM has given it no window for
     /// that.
     #[error("the device {0} guest memory, and the VMM has given it no window for that")]
@@ -298,8 +298,10 @@ pub struct Window {
 
 /// A KVM device of type `KVM_DEV_TYPE_BPF`.
 ///
-/// It lives as long as this value: dropping it removes its regions and
-/// interrupts from the VM, also while vCPUs run.
+/// It lives as long as this value: dropping it removes its regions and interrupts from the VM, also
+/// while vCPUs run. It waits until no program of the device runs, and so do ioctls of the VM such as
+/// `KVM_CREATE_VCPU` meanwhile: drop it neither on a thread that a sleeping program waits for nor
+/// with a lock that such a thread wants.
 #[derive(Debug)]
 pub struct Device {
     fd: OwnedFd,
@@ -389,7 +391,7 @@ impl Device {
         let group = region_group(place.space());
         self.set_attr(group, index, &region)
             .map_err(|source| match place {
-                Place::Port(_) if !self.has_group(group) => Error::NoPorts,
+                Place::Port(_) if self.lacks_group(group) => Error::NoPorts,
                 _ => Error::SetRegion {
                     index,
                     place,
@@ -413,7 +415,7 @@ impl Device {
             .map_err(|source| Error::UnsetRegion { index, source })
     }
 
-    /// Has an interrupt of the device signal `eventfd`, instead of an earlier one.
+    /// Connects an interrupt of the device to `eventfd`, instead of an earlier one.
     ///
     /// Where there was one, it waits until nobody signals that any more: for an RCU grace period,
     /// but for no program that sleeps.
@@ -453,7 +455,7 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`NoMem`](Error::NoMem), and [`SetWindow`](Error::SetWindow) with the kernel's: `EINVAL` if
+    /// [`NoWindows`](Error::NoWindows), and [`SetWindow`](Error::SetWindow) with the kernel's: `EINVAL` if
     /// the window has no bytes, or neither right; `ERANGE` if it wraps around; `ENXIO` if there is no
     /// such index; `EACCES` if the device has [given that up](crate::perms). The window is as before.
     pub fn set_window(&self, index: u32, window: Window) -> Result<()> {
@@ -466,13 +468,13 @@ impl Device {
         };
         let group = KVM_DEV_BPF_ATTR_GROUP_MEM;
         self.set_attr(group, index, &mem)
-            .map_err(|source| match self.has_group(group) {
-                true => Error::SetWindow {
+            .map_err(|source| match self.lacks_group(group) {
+                true => Error::NoWindows,
+                false => Error::SetWindow {
                     index,
                     window,
                     source,
                 },
-                false => Error::NoMem,
             })
     }
 
@@ -517,9 +519,9 @@ impl Device {
         };
         let group = KVM_DEV_BPF_ATTR_GROUP_WORK;
         self.set_attr(group, index, &work)
-            .map_err(|source| match self.has_group(group) {
-                true => Error::SetWork { index, source },
-                false => Error::NoWork,
+            .map_err(|source| match self.lacks_group(group) {
+                true => Error::NoWork,
+                false => Error::SetWork { index, source },
             })
     }
 
@@ -536,7 +538,8 @@ impl Device {
             .map_err(|source| Error::UnsetWork { index, source })
     }
 
-    /// Runs a program once, on the calling thread; it finds `arg` in its context's `buf`.
+    /// Runs a program once, on the calling thread; it finds `arg` in its context's `buf`. It waits
+    /// while another thread runs the program of that index.
     ///
     /// # Errors
     ///
@@ -551,9 +554,11 @@ impl Device {
         }
     }
 
-    /// Whether the kernel knows a group; each has an index 0.
-    fn has_group(&self, group: u32) -> bool {
-        sys::has_attr(self.as_fd(), group, 0)
+    /// Whether a group is one that the kernel does not know: each has an index 0. What fails for
+    /// another reason tells nothing of groups.
+    fn lacks_group(&self, group: u32) -> bool {
+        let error = sys::has_attr(self.as_fd(), group, 0).err();
+        error.is_some_and(|error| error.raw_os_error() == Some(libc::ENXIO))
     }
 
     fn set_attr<T>(&self, group: u32, index: u32, value: &T) -> io::Result<()> {

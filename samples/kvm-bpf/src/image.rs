@@ -234,7 +234,7 @@ impl OpenImage {
         &self.note
     }
 
-    /// Has the programs be of the types that the running kernel has numbers for, from
+    /// Sets the numbers of the programs' types to the running kernel's, from
     /// [`Abi::from_running_kernel`].
     pub fn set_abi(&mut self, abi: &Abi) {
         self.abi = Some(*abi);
@@ -280,7 +280,7 @@ impl OpenImage {
         }
     }
 
-    /// Has the device use `map`, which others use too, instead of a map of its own of that name.
+    /// Gives the device `map`, which others use too, instead of a map of its own of that name.
     ///
     /// It has the same type, and keys and values of the same sizes, but may have any number of
     /// entries. It is no state of the device: it is neither saved nor restored. The device goes on
@@ -425,7 +425,7 @@ impl OpenImage {
         }
     }
 
-    /// Creates the maps and loads the programs.
+    /// Creates the maps and loads the programs. The verifier may take seconds for that.
     ///
     /// libbpf also prints warnings on stderr when this fails, for the whole process; with feature
     /// `log`, `log_libbpf()` sends them elsewhere.
@@ -550,6 +550,13 @@ pub(crate) fn foreign(error: libbpf_rs::Error) -> io::Error {
         ErrorKind::AlreadyExists => io::ErrorKind::AlreadyExists,
         ErrorKind::InvalidInput => io::ErrorKind::InvalidInput,
         ErrorKind::InvalidData => io::ErrorKind::InvalidData,
+        ErrorKind::WouldBlock => io::ErrorKind::WouldBlock,
+        ErrorKind::TimedOut => io::ErrorKind::TimedOut,
+        ErrorKind::WriteZero => io::ErrorKind::WriteZero,
+        ErrorKind::Interrupted => io::ErrorKind::Interrupted,
+        ErrorKind::Unsupported => io::ErrorKind::Unsupported,
+        ErrorKind::UnexpectedEof => io::ErrorKind::UnexpectedEof,
+        ErrorKind::OutOfMemory => io::ErrorKind::OutOfMemory,
         _ => io::ErrorKind::Other,
     };
     io::Error::new(kind, error)

@@ -13,8 +13,8 @@ use crate::image::OpenImage;
 use crate::maps::{self, MapChanges, OnLoss};
 use crate::note::Note;
 use crate::page::{NoSlot, ReadPage};
-use crate::programs::{Programs, Work};
-use crate::state::{self, Clocks, State};
+use crate::programs::{Map, Programs, Work};
+use crate::state::{self, Clocks, State, StateMap};
 use crate::sys;
 
 /// How often a program may say that there is more to do, before it counts as one that never ends.
@@ -42,7 +42,7 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// Has an interrupt of the device signal `eventfd`.
+    /// Connects an interrupt of the device to `eventfd`.
     ///
     /// The device keeps a duplicate open as long as it lives: KVM ends an irqfd when its last file
     /// descriptor is closed. So the caller may close its own.
@@ -57,8 +57,8 @@ impl Builder {
         Ok(self)
     }
 
-    /// Has the programs signal `eventfd` at an index that is neither an interrupt nor a doorbell of
-    /// the note: a thread of the VMM waits for it, say. The device keeps a duplicate open.
+    /// Connects an index that is neither an interrupt nor a doorbell of the note to `eventfd`, for the
+    /// programs to signal: a thread of the VMM waits for it, say. The device keeps a duplicate open.
     ///
     /// The index is not below [`Note::nr_irqs`].
     ///
@@ -94,8 +94,8 @@ impl Builder {
         Ok(self)
     }
 
-    /// Gives a parameter its values, as [`Programs::param`] does: so much is checked before that on an
-    /// error of the caller's the map is as before.
+    /// Gives a parameter its values, as [`Programs::param`] does. It checks all values first: if one is
+    /// wrong, the map does not change.
     ///
     /// It may be given again, and what comes last counts. A parameter whose map is state, as user
     /// space can map it, is given by [`Self::state`] as well.
@@ -123,7 +123,7 @@ impl Builder {
         Ok(self)
     }
 
-    /// Has a WORK program also run when `eventfd` is signalled, as
+    /// Connects a WORK program to `eventfd`, whose signals run it, as
     /// [`ImageDevice::set_work_eventfd`] does. The device keeps a duplicate.
     ///
     /// # Errors
@@ -139,8 +139,7 @@ impl Builder {
         Ok(self)
     }
 
-    /// Has the device go on from a saved state: the maps have it now, and [`Self::plug`] runs the
-    /// WORK program `restore`, where there is one, before the guest sees the device.
+    /// Starts the device from a saved state: the maps have it now, and [`Self::plug`] runs the WORK program `restore`, where there is one, before the guest sees the device.
     ///
     /// A parameter whose map the state has is given by it: it has the values of where the state was
     /// saved, unless [`Self::param`] comes after.
@@ -151,8 +150,10 @@ impl Builder {
     /// before.
     pub fn state(mut self, state: &State) -> Result<Self> {
         state::restore(self.programs.note(), self.programs.states(), state)?;
-        for map in state.maps.keys() {
-            self.programs.set_given(map);
+        for map in self.programs.states().iter().map(StateMap::name) {
+            if state.maps.contains_key(map) {
+                self.programs.set_given(map);
+            }
         }
         self.is_restored = true;
         Ok(self)
@@ -168,7 +169,7 @@ impl Builder {
         &self.device
     }
 
-    /// Has the programs handle the guest's accesses at that place, from now on.
+    /// Plugs the device in: from now on its programs handle the guest's accesses at that place.
     ///
     /// What is known before is checked before any program runs; whether the place is free is not. An
     /// interrupt that the VMM has not given is no error: signalling it is one for the program.
@@ -200,7 +201,7 @@ impl Builder {
         let read_pages = read_pages
             .map(|(page, mapping)| ReadPage::new(place.addr() + page.offset, Arc::clone(mapping)))
             .collect();
-        set_doorbells(&device, &programs, &mut eventfds)?;
+        set_doorbells(&device, &programs, None, &mut eventfds)?;
         let device = ImageDevice {
             read_pages,
             device,
@@ -261,7 +262,8 @@ fn set_irq(device: &Device, note: &Note, index: u32, eventfd: &impl AsRawFd) -> 
 
 /// A device that one object file describes, in a VM: a single region, its programs and its maps.
 ///
-/// Dropping it takes it out of the VM, also while vCPUs run.
+/// Dropping it takes it out of the VM, also while vCPUs run; it waits as dropping [`Device`] does. All
+/// calls that run a WORK program wait while another thread runs the same one.
 #[derive(Debug)]
 #[must_use = "dropping it takes the device out of the VM"]
 pub struct ImageDevice {
@@ -430,9 +432,16 @@ impl ImageDevice {
     /// The same, with the state by the names of its fields, while no vCPU is in `KVM_RUN`.
     fn convert(&mut self, new: Programs) -> Result<()> {
         let state = self.save()?;
-        // Maps that go on have what they had.
-        let taken = state::restore(new.note(), new.states(), &state).map_err(Error::from);
-        if let Err(error) = taken.and_then(|_| self.set_programs(new)) {
+        // A map that both have goes on with all that it has, also what is in no state.
+        let goes_on = |map: &str| {
+            let [old, new] = [&self.programs, &new].map(|programs| programs.map(map).map(Map::id));
+            old == new
+        };
+        let taken = state::convert(new.note(), new.states(), &state, goes_on);
+        if let Err(error) = taken
+            .map_err(Error::from)
+            .and_then(|()| self.set_programs(new))
+        {
             // Why it goes on with the old programs is the news.
             let _ = self.resume();
             return Err(error);
@@ -468,7 +477,7 @@ impl ImageDevice {
 
     /// Has the image's programs handle accesses and the rest, instead of those of `from`.
     fn go_over(&mut self, from: &Programs) -> Result<()> {
-        set_doorbells(&self.device, &self.programs, &mut self.eventfds)?;
+        set_doorbells(&self.device, &self.programs, Some(from), &mut self.eventfds)?;
         self.free_eventfds(from);
         self.set_works()?;
         self.signal_moved(from);
@@ -542,7 +551,7 @@ impl ImageDevice {
         }
     }
 
-    /// Has a WORK program also run when `eventfd` is signalled, or no more.
+    /// Connects a WORK program to `eventfd`, whose signals run it, or disconnects it.
     ///
     /// It stays with the name when the programs are replaced. It may be one that the device's other
     /// programs signal, at an index of [`Builder::irq`] or [`Builder::signal`]; but not an irqfd,
@@ -597,7 +606,7 @@ impl ImageDevice {
         Ok(())
     }
 
-    /// Has an interrupt of the device signal `eventfd` instead of an earlier one, as
+    /// Connects an interrupt of the device to `eventfd` instead of an earlier one, as
     /// [`Builder::irq`] does. It waits as [`Device::set_irq`] does.
     ///
     /// # Errors
@@ -636,8 +645,8 @@ impl ImageDevice {
         self.run("reset", 0)
     }
 
-    /// Has an input of the device be at a level, where it has a WORK program `input`; returns
-    /// whether it has.
+    /// Sets an input of the device to a level, where it has a WORK program `input`; returns whether it
+    /// has.
     ///
     /// # Errors
     ///
@@ -662,6 +671,9 @@ impl ImageDevice {
             let (map, what) = (map.to_string(), what.to_string());
             return Err(state::Error::TimersWithoutSave { map, what }.into());
         }
+        if let Some(map) = self.programs.unknown() {
+            return Err(state::Error::UnknownTypes(map.to_string()).into());
+        }
         let saved = self.run("save", 0).and_then(|_| {
             let (note, maps) = (self.programs.note(), self.programs.states());
             Ok(state::save(note, maps, &self.clocks)?)
@@ -673,7 +685,7 @@ impl ImageDevice {
         saved
     }
 
-    /// Has the device go on after [`Self::save`] or [`Self::prepare`], with its WORK program
+    /// Resumes the device after [`Self::save`] or [`Self::prepare`], with a run of its WORK program
     /// `restore` where it has one.
     ///
     /// # Errors
@@ -683,8 +695,7 @@ impl ImageDevice {
         self.run("restore", 0).map(drop)
     }
 
-    /// Has the device go on from a saved state, with a run of its WORK program `restore` where it
-    /// has one.
+    /// Puts a saved state into the device, and runs its WORK program `restore` where it has one.
     ///
     /// No vCPU may be in `KVM_RUN`. Calls neither bpf(2) nor libbpf.
     ///
@@ -721,7 +732,7 @@ impl ImageDevice {
         &self.read_pages
     }
 
-    /// Has the guest read a page, by its index in [`Self::read_pages`], through a read-only memory
+    /// Maps a page, by its index in [`Self::read_pages`], into the guest, through a read-only memory
     /// slot of that number, which is free: loads then leave the guest no more.
     ///
     /// The slot goes with the device, or with [`Self::unset_read_page`]; it must not be set
@@ -776,16 +787,29 @@ impl ImageDevice {
     }
 }
 
-/// Has each doorbell signal the eventfd of its WORK program, and makes those that are not there.
+/// The WORK program that a doorbell runs.
+fn rung(programs: &Programs, irq: u32) -> Option<Work<'_>> {
+    let mut bells = programs.note().doorbells.iter();
+    let bell = bells.find(|bell| bell.irq == irq)?;
+    programs.works().find(|work| work.index == bell.work)
+}
+
+/// Connects each doorbell to the eventfd of its WORK program, and makes those that are not there. It
+/// leaves those alone that ran the program of that name with `from`.
 fn set_doorbells(
     device: &Device,
     programs: &Programs,
+    from: Option<&Programs>,
     eventfds: &mut BTreeMap<String, OwnedFd>,
 ) -> Result<()> {
     for bell in &programs.note().doorbells {
-        let Some(work) = programs.works().find(|work| work.index == bell.work) else {
+        let Some(work) = rung(programs, bell.irq) else {
             continue;
         };
+        let before = from.and_then(|from| rung(from, bell.irq));
+        if before.is_some_and(|before| before.name == work.name) {
+            continue;
+        }
         let eventfd = match eventfds.entry(work.name.to_string()) {
             Entry::Occupied(entry) => entry.into_mut(),
             Entry::Vacant(entry) => entry.insert(new_eventfd(bell.irq)?),
@@ -807,8 +831,12 @@ fn suspend(page: &mut ReadPage) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
     use crate::note::{Doorbell, Rights, Space, WorkName};
+    use crate::state::{Clock, Identity, MapState, Value, Zeroes};
+    use crate::sys::{MapInfo, map_type};
 
     fn file() -> OwnedFd {
         std::fs::File::open("/dev/null").unwrap().into()
@@ -850,6 +878,103 @@ mod tests {
         // Only now the kernel is asked.
         let error = plug(note(), Place::Memory(u64::MAX - 0xfff));
         assert!(matches!(error, Error::SetIrq { index: 7, .. }), "{error}");
+    }
+
+    fn array(name: &str, info: MapInfo) -> Map {
+        let info = MapInfo {
+            map_type: map_type::ARRAY,
+            key_size: 4,
+            value_size: 8,
+            max_entries: 1,
+            ..info
+        };
+        Map::with_info(name, file(), info)
+    }
+
+    fn programs(note: Note, maps: Vec<Map>) -> Programs {
+        Programs::from_fds(note, Some(file()), None, [], maps).unwrap()
+    }
+
+    /// Zeroes are nothing lost, where the device knows versions: but nobody has written them.
+    #[test]
+    fn a_state_gives_the_parameters_that_it_holds() {
+        let mut note = Note::default();
+        note.ranges
+            .push(crate::note::Range::new(Space::Memory, 0, 8));
+        note.state_version = Some(crate::note::StateVersion::default());
+        note.params.push(crate::note::Param::new("clock", true));
+        let maps = vec![array("clock", MapInfo::default())];
+        let builder = ImageDevice::builder(Device::from_fd(file()), programs(note.clone(), maps));
+        let zero = MapState {
+            schema: String::new(),
+            types: Vec::new(),
+            values: vec![Value::Number(0)],
+        };
+        let state = State {
+            clock: Clock {
+                boottime_ns: 0,
+                monotonic_ns: 0,
+                realtime_ns: 0,
+            },
+            device: Identity::of_note(&note),
+            maps: BTreeMap::from([("clock".to_string(), zero)]),
+            zeroes: Zeroes::new(),
+        };
+        let error = builder.state(&state).unwrap().plug(Place::Memory(0));
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("not given parameter clock"), "{error}");
+    }
+
+    /// What is in a map nobody knows: it is saved by nobody, and goes on as a whole or is lost.
+    #[test]
+    fn maps_without_types_are_not_lost() {
+        let map = |name, id, flags| {
+            let info = MapInfo::default();
+            array(name, MapInfo { id, flags, ..info })
+        };
+        let with = |maps| programs(Note::default(), maps);
+        let constants = || map("constants", 9, sys::BPF_F_RDONLY_PROG);
+        let old = with(vec![map("state", 1, 0), constants()]);
+        assert_eq!(old.unknown(), Some("state"));
+        let changes = |new: &Programs, on_loss| {
+            let changes = maps::changes(&old, new, on_loss);
+            changes.map_err(|error| error.to_string())
+        };
+        for (maps, wanted) in [
+            (vec![], "the new file has none of that name"),
+            (vec![map("state", 2, 0)], "nothing says what is in it"),
+        ] {
+            let new = with(maps);
+            let wanted = format!("map state of the running device would be lost: {wanted}");
+            assert_eq!(changes(&new, OnLoss::Refuse), Err(wanted));
+            assert!(changes(&new, OnLoss::Accept).is_ok());
+        }
+        let same = changes(&with(vec![map("state", 1, 0)]), OnLoss::Refuse);
+        assert_eq!(same.unwrap().carried, ["state"]);
+        assert_eq!(with(vec![constants()]).unknown(), None);
+    }
+
+    /// "An older kernel" is what the kernel says of a group, and not any failure.
+    #[test]
+    fn other_errors_are_not_taken_for_an_older_kernel() {
+        let device = Device::from_fd(file());
+        let window = Window {
+            addr: 0,
+            size: 1,
+            read: true,
+            write: false,
+        };
+        let program = file();
+        for error in [
+            device.set_window(0, window),
+            device.set_work(0, program.as_fd(), None),
+            device.set_region(0, Place::Port(0), 1, Some(program.as_fd()), None),
+        ] {
+            let error = error.unwrap_err();
+            let source = std::error::Error::source(&error).expect("the kernel's error");
+            let source = source.downcast_ref::<std::io::Error>().unwrap();
+            assert_eq!(source.raw_os_error(), Some(libc::ENOTTY), "{error}");
+        }
     }
 
     #[test]

@@ -5,8 +5,9 @@
 use std::fmt;
 
 use crate::note::Note;
-use crate::programs::{Error, Programs};
+use crate::programs::{Error, Map, Programs};
 use crate::schema::{self, Line, Type};
+use crate::sys;
 
 /// What to do where a new file would lose what the running device has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,6 +85,27 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
+    /// Of a map of which nothing is known but what the kernel says, so that only the map itself can
+    /// go on. None for one that no program can change, and for a table of programs.
+    pub fn unknown(map: &Map) -> Option<Self> {
+        let is_fixed = map.flags() & sys::BPF_F_RDONLY_PROG != 0
+            || map.map_type() == sys::map_type::PROG_ARRAY;
+        (!is_fixed).then(|| Layout {
+            name: map.name().to_string(),
+            facts: Vec::new(),
+            value: Type::bytes(map.value_size() as usize),
+            entries: map.max_entries() as usize,
+            is_state: false,
+            is_shared: false,
+            runs_later: None,
+        })
+    }
+
+    /// Whether anything says what is in it.
+    pub fn is_known(&self) -> bool {
+        !self.facts.is_empty()
+    }
+
     /// Has it be a map that others have too, and so no state of the device.
     pub fn share(&mut self) {
         self.is_shared = true;
@@ -93,6 +115,9 @@ impl Layout {
     /// Why a map like this cannot go on with the content of one like `old`: by a field, where one
     /// differs.
     pub fn difference(&self, old: &Self) -> Option<String> {
+        if !old.is_known() || !self.is_known() {
+            return Some("nothing says what is in it".to_string());
+        }
         let by = |has_parts| {
             let [old, new] = [old, self].map(|layout| layout.texts(has_parts));
             schema::difference(&old, &new)

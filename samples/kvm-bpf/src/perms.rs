@@ -10,13 +10,18 @@
 //! # fn f(vm: &impl std::os::fd::AsRawFd, device: &kvm_bpf::Device) -> Result<(), kvm_bpf::perms::Error> {
 //! use kvm_bpf::perms::{Allow, Permissions, seal};
 //!
-//! // Programs may be replaced by others that signal interrupts, and that is all.
+//! // Programs of a region may be replaced by others that signal interrupts, and that is all.
 //! device.restrict(Permissions::new(Allow::REPLACE | Allow::IRQ))?;
 //! // No further devices: what holds for this one does not hold for another.
 //! seal(vm)?;
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! Calls of [`ImageDevice`](crate::ImageDevice) need what they do: `save`, `restore`, `reset` and
+//! `input` need `RUN`, where the device has a WORK program of that name; `swap` needs `REPLACE`, and
+//! `RUN` for `replaced`, `save` and `restore`, where there are such programs; `SET_WORK` if the old or
+//! the new programs have WORK programs; `SET_IRQ` if a doorbell changes.
 //!
 //! That is worth nothing where the process can create another VM. It also has to lose `/dev/kvm`, or
 //! the ioctl `KVM_CREATE_VM` by a seccomp filter.
@@ -95,7 +100,7 @@ allow! {
     TAIL_CALL = KVM_BPF_ALLOW_TAIL_CALL,
     /// Programs have maps of maps.
     INNER_MAPS = KVM_BPF_ALLOW_INNER_MAPS,
-    /// Programs have arenas.
+    /// Programs have arenas, which the verifier refuses to these types of programs so far.
     ARENA = KVM_BPF_ALLOW_ARENA,
     /// Programs call other kernel functions, those of later kernels included.
     OTHER_KFUNC = KVM_BPF_ALLOW_OTHER_KFUNC,

@@ -395,8 +395,16 @@ pub(crate) struct Parts {
 impl Programs {
     /// Programs that somebody else has loaded, with maps of these names.
     ///
-    /// Where nothing says what is in the maps, the device's state is none: it can be neither saved
-    /// nor carried over. `OpenImage::load()` and `recv()` know it.
+    /// Nothing says what is in the maps. So a device of them cannot be saved, unless its programs only
+    /// read them; and with [`OnLoss::Refuse`](crate::OnLoss::Refuse) it can be replaced only by
+    /// programs that have the same maps. What its programs have started, such as timers, is not known
+    /// either: it runs on. `OpenImage::load()` and `recv()` know more.
+    ///
+    /// # Errors
+    ///
+    /// [`NoProgram`](Error::NoProgram), [`Work`](Error::Work), and those about what the note says of
+    /// maps: [`ReadPage`](Error::ReadPage), [`MapReadPage`](Error::MapReadPage),
+    /// [`Param`](Error::Param).
     pub fn from_fds(
         note: Note,
         read: Option<OwnedFd>,
@@ -425,7 +433,7 @@ impl Programs {
             write,
             works,
             maps,
-            layouts,
+            mut layouts,
             mut initial,
             given,
         } = parts;
@@ -445,6 +453,9 @@ impl Programs {
             }
         }
         let find = |name: &str| maps.iter().find(|map| map.name == name);
+        let is_unknown = |map: &&Map| !layouts.iter().any(|layout| layout.name == map.name);
+        let unknown: Vec<_> = maps.iter().filter(is_unknown).collect();
+        layouts.extend(unknown.into_iter().filter_map(Layout::unknown));
         page::check(&note, |name| find(name).map(|map| map.info))?;
         param::check(&note, |name| find(name).map(|map| map.info))?;
         check_pages_have_program(&note, read.is_some())?;
@@ -639,6 +650,13 @@ impl Programs {
 
     pub(crate) fn states(&self) -> &[StateMap] {
         &self.states
+    }
+
+    /// A map of which nothing says what is in it.
+    pub(crate) fn unknown(&self) -> Option<&str> {
+        let mut layouts = self.layouts.iter();
+        let unknown = layouts.find(|layout| !layout.is_known());
+        unknown.map(|layout| layout.name.as_str())
     }
 
     /// A map with something that runs later by itself, and what that is.

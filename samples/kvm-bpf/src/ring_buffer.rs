@@ -83,13 +83,13 @@ impl RingBuffer {
             if flags_and_len & DISCARDED == 0 {
                 record.clear();
                 for start in (0..len).step_by(8) {
-                    record.extend(self.data(at + (HEADER_LEN + start) as u64, Relaxed));
+                    record.extend(self.data(at.wrapping_add((HEADER_LEN + start) as u64), Relaxed));
                 }
                 record.truncate(len);
                 each(&record);
                 count += 1;
             }
-            self.at += whole;
+            self.at = self.at.wrapping_add(whole);
             self.consumer.word(0).store(self.at, Release);
         }
         Ok(count)
@@ -223,6 +223,17 @@ mod tests {
             assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{what}");
             assert!(records.is_empty(), "{what}: {records:?}");
         }
+        // Positions that pass the greatest number.
+        let (file, _) = ring();
+        file.write_all_at(&(u64::MAX - 7).to_ne_bytes(), 0).unwrap();
+        set_producer(&file, 16);
+        set_record(&file, LEN - 8, 9, b"");
+        set_record(&file, 0, u32::from_ne_bytes(*b"abcd"), b"efgh");
+        let (records, result) = taken(&mut reader_of(&file));
+        assert_eq!(
+            (&records[..], result.unwrap()),
+            (&[b"abcd\0\0\0\0e".to_vec()][..], 1)
+        );
         let (file, _) = ring();
         file.write_all_at(&3_u64.to_ne_bytes(), 0).unwrap();
         set_producer(&file, 16);

@@ -96,6 +96,9 @@ pub enum Error {
         /// What runs later: `bpf_timer`, say.
         what: String,
     },
+    /// Nothing says what is in a map, as in those of [`Programs::from_fds`](crate::Programs::from_fds).
+    #[error("nothing says what is in map {0}, so it cannot be saved")]
+    UnknownTypes(String),
     /// The state is of another device.
     #[error("the state is of another device: {saved:?} instead of {running:?}")]
     OtherDevice {
@@ -375,6 +378,10 @@ impl StateMap {
         Ok(StateMap { shape, memory })
     }
 
+    pub fn name(&self) -> &str {
+        &self.shape.name
+    }
+
     /// Its name, and what it has in a new device.
     #[cfg(feature = "serde")]
     pub fn initial(&self) -> (&str, &[u8]) {
@@ -549,6 +556,23 @@ pub(crate) fn restore(note: &Note, maps: &[StateMap], state: &State) -> Result<B
 /// Puts back what the maps had.
 pub(crate) fn undo(maps: &[StateMap], before: &Before) {
     write(maps, &before.0);
+}
+
+/// Puts the state of running programs into the maps of those that are to replace them, but for the
+/// maps that both have. On an error it changes nothing.
+pub(crate) fn convert(
+    note: &Note,
+    maps: &[StateMap],
+    state: &State,
+    goes_on: impl Fn(&str) -> bool,
+) -> Result<()> {
+    let new = plan(note, maps.iter().map(|map| &map.shape), state)?;
+    for (map, bytes) in maps.iter().zip(&new) {
+        if !goes_on(map.name()) {
+            map.memory.write(0, bytes);
+        }
+    }
+    Ok(())
 }
 
 fn write(maps: &[StateMap], bytes: &[Vec<u8>]) {

@@ -147,8 +147,8 @@ pub(crate) fn enable_cap(vm: RawFd, cap: u32, arg: u64) -> io::Result<()> {
     unsafe { ioctl(vm, KVM_ENABLE_CAP, &mut enable) }.map(drop)
 }
 
-/// Whether a device has an attribute.
-pub(crate) fn has_attr(device: BorrowedFd<'_>, group: u32, attr: u64) -> bool {
+/// Whether a device has an attribute: `ENXIO` if not.
+pub(crate) fn has_attr(device: BorrowedFd<'_>, group: u32, attr: u64) -> io::Result<()> {
     let (flags, addr) = (0, 0);
     let mut attr = DeviceAttr {
         flags,
@@ -157,7 +157,7 @@ pub(crate) fn has_attr(device: BorrowedFd<'_>, group: u32, attr: u64) -> bool {
         addr,
     };
     // SAFETY: the kernel reads one structure.
-    unsafe { ioctl(device.as_raw_fd(), KVM_HAS_DEVICE_ATTR, &mut attr) }.is_ok()
+    unsafe { ioctl(device.as_raw_fd(), KVM_HAS_DEVICE_ATTR, &mut attr) }.map(drop)
 }
 
 /// What KVM answers about an extension; 0 where it has it not, or does not know it.
@@ -225,6 +225,7 @@ const BPF_MAP_FREEZE: libc::c_int = 22;
 pub(crate) mod map_type {
     pub const HASH: u32 = 1;
     pub const ARRAY: u32 = 2;
+    pub const PROG_ARRAY: u32 = 3;
     pub const PERCPU_HASH: u32 = 5;
     pub const PERCPU_ARRAY: u32 = 6;
     pub const LRU_PERCPU_HASH: u32 = 10;
@@ -232,6 +233,8 @@ pub(crate) mod map_type {
     pub const RINGBUF: u32 = 27;
 }
 
+/// `BPF_F_RDONLY_PROG`: programs only read the map.
+pub(crate) const BPF_F_RDONLY_PROG: u32 = 1 << 7;
 /// `BPF_F_MMAPABLE`: user space can map the array.
 pub(crate) const BPF_F_MMAPABLE: u32 = 1 << 10;
 

@@ -383,13 +383,17 @@ fn converted_under_load() {
         assert_got!(pauses, 1, "pauses");
         assert_got!(changes.converted, ["counts"], "converted");
         assert_got!(
-            (changes.carried, changes.fresh, changes.dropped),
-            (vec![], vec![], vec![])
+            (&changes.carried[..], changes.fresh, changes.dropped),
+            (&["kept".to_string()][..], vec![], vec![])
         );
         writes_go_on();
         // The same types: no pause.
         let changes = device.replace(test_image("convert_v2"), OnLoss::Refuse, unpaused);
-        assert_got!(changes.expect("the same").carried, ["counts"], "carried");
+        assert_got!(
+            changes.expect("the same").carried,
+            ["counts", "kept"],
+            "carried"
+        );
         writes_go_on();
     });
     let got = counts(&mut reader);
@@ -398,13 +402,21 @@ fn converted_under_load() {
     census.wait_for_newer(0, 0);
 }
 
-/// Whatever goes wrong, the device goes on as it was.
+/// Whatever goes wrong, the device goes on as it was. A map that is the same keeps all its bytes, also
+/// those that no field has.
 fn converted_or_not_at_all() {
     let guest = Guest::new();
     let mut vcpu = guest.vcpu(0);
     let mut device = plug(guest.vm(), ADDR, test_image("convert"));
     assert_got!(vcpu.write(ADDR, 8, 0), []);
     let census = Census::now();
+    let kept: [u8; 16] = std::array::from_fn(|at| 0xa0 + at as u8);
+    let programs = device.programs();
+    programs.fill("kept", [kept]).expect("bytes in the map");
+    let assert_kept = |device: &ImageDevice, what| {
+        let map = device.programs().map("kept").expect("the map");
+        assert_got!(map.value(0).expect("its memory"), kept, "{what}");
+    };
 
     let result = device.replace(test_image("convert_v2"), OnLoss::Refuse, |_| ());
     assert!(matches!(result, Err(Error::NotPaused)), "{result:#?}");
@@ -418,12 +430,14 @@ fn converted_or_not_at_all() {
         result => panic!("wanted the field saved to be missed, got {result:#?}"),
     }
     assert_got!(counts(&mut vcpu), [1, 1, 1, 1, 0], "with a field less");
+    assert_kept(&device, "with a field less");
     assert_got!(vcpu.write(ADDR, 8, 0), []);
     census.wait_for_newer(0, 0);
 
     let result = device.replace(test_image("convert_v2"), OnLoss::Refuse, |swap| swap());
     assert_got!(result.expect("a conversion").converted, ["counts"]);
     assert_got!(counts(&mut vcpu), [2, 2, 2, 2, 0], "with a pause");
+    assert_kept(&device, "with a pause");
 
     // The first version does not load what the second one has.
     match device.replace(test_image("convert"), OnLoss::Refuse, unpaused) {

@@ -147,7 +147,8 @@ fn state_is_converted_under_a_running_guest() {
     // First a file without a place for a field that is not 0.
     let no_place = "counts[0].saved: there is no such field any more*";
     device.reload(&program("convert_less"), no_place);
-    device.reload(&program("convert_v2"), "converted: counts");
+    let converted = "carried over: kept; converted: counts";
+    device.reload(&program("convert_v2"), converted);
     let got = device.ended(1);
     let [version, written, counted, saved, restored, replaced] = got.fields("WRITES").map(number);
     assert_eq!(version, 2, "version");
