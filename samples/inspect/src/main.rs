@@ -61,6 +61,8 @@ enum Error {
     NoDevice(u32),
     #[error("--for takes a number of seconds from 0 to 86400")]
     Seconds,
+    #[error("--for is for root: the kernel does not tell of program {0}")]
+    Unknown(u32),
     #[error("counting for {0}: {1}")]
     Count(String, io::Error),
     #[error(transparent)]
@@ -101,6 +103,9 @@ fn inspect(pid: u32, seconds: Option<f64>, out: &mut impl Write) -> Result<(), E
     let counters = match wait {
         None => None,
         Some(wait) => {
+            if let Some(&id) = ids.iter().find(|id| !programs.contains_key(id)) {
+                return Err(Error::Unknown(id));
+            }
             let countable = programs.values().filter(|program| program.has_types());
             let counters = countable.map(|program| match Counter::new(program) {
                 Ok(counter) => Ok((program.id(), counter)),
@@ -115,7 +120,7 @@ fn inspect(pid: u32, seconds: Option<f64>, out: &mut impl Write) -> Result<(), E
         writeln!(
             out,
             "process {pid} ({}), file descriptor {number}",
-            command.trim_end()
+            command.trim_end().escape_debug()
         )?;
         show(device, &programs, counters.as_ref(), out)?;
     }

@@ -175,6 +175,14 @@ impl Machine {
     }
 }
 
+/// The vCPU stops before the guest's memory goes.
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Nobody is left who could use its error.
+        let _ = self.stop();
+    }
+}
+
 /// Runs a vCPU until it is to stop.
 fn run(vcpu: &mut VcpuFd, running: &Running) -> Result<()> {
     while !running.stop.load(SeqCst) {

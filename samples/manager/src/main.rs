@@ -5,12 +5,13 @@
 use std::error::Error;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{self, ExitCode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
-use std::{env, thread};
+use std::{env, fs, thread};
 
 use caps::{CapSet, Capability, CapsHashSet};
 use clap::Parser;
@@ -58,10 +59,28 @@ fn listen(path: Option<&Path>) -> Result<UnixListener> {
     //
     // SAFETY: a number. There are no other threads so far.
     let mask = unsafe { libc::umask(0o111) };
-    let listener = UnixListener::bind(path);
+    let listener = bind(path);
     // SAFETY: likewise.
     unsafe { libc::umask(mask) };
-    Ok(listener?)
+    Ok(listener.map_err(|error| format!("{}: {error}", path.display()))?)
+}
+
+/// Binds a socket to a path, also where one is that nobody listens at: a manager's that was killed.
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    let bound = UnixListener::bind(path);
+    let is_left = || {
+        let is_socket = fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket());
+        let connected = || UnixStream::connect(path);
+        is_socket
+            && connected().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+    };
+    match bound {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_left() => {
+            fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        bound => bound,
+    }
 }
 
 /// The first socket of those that are meant for this process, as sd_listen_fds(3) has it.
@@ -124,7 +143,9 @@ fn drop_privileges(user: Option<libc::uid_t>) -> Result<()> {
 }
 
 fn run(args: Args) -> Result<()> {
-    let files = Arc::new(Files::new(&args.files)?);
+    let files = Files::new(&args.files);
+    let files = files.map_err(|error| format!("{}: {error}", args.files.display()))?;
+    let files = Arc::new(files);
     let listener = listen(args.socket.as_deref())?;
     if args.token {
         // Root's files are root's, whatever the namespace.

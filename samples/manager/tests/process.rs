@@ -184,14 +184,39 @@ fn takes_nothing_but_a_listening_socket() {
     assert_refused(handed(path, &file, &closed), "fd 3 is not a socket");
 }
 
+/// A socket that a killed manager has left is taken over; one that is in use is not, nor another file.
+#[test]
+fn takes_over_a_socket_that_nobody_has() {
+    let dir = TempDir::new().expect("a directory");
+    let (socket, file) = (dir.as_path().join("socket"), dir.as_path().join("file"));
+    drop(start(listening_at(&socket, dir.as_path())));
+    assert!(socket.exists(), "a killed manager leaves its socket");
+    let _manager = start(listening_at(&socket, dir.as_path()));
+    fs::write(&file, "mine").expect("a file");
+    for path in [&socket, &file] {
+        let why = format!("{}: Address already in use", path.display());
+        assert_refused(listening_at(path, dir.as_path()), &why);
+    }
+    assert!(ask(&socket).starts_with("error cannot read the file"));
+    assert_eq!(fs::read_to_string(&file).expect("the file"), "mine");
+}
+
 #[test]
 fn wants_a_socket_and_a_directory() {
     let dir = TempDir::new().expect("a directory");
     let socket = dir.as_path().join("socket");
     for (files, socket, why) in [
         (dir.as_path(), None, "no --socket, and none handed over"),
-        (Path::new("/dev/null"), Some(&socket), "not a directory"),
-        (Path::new("/nowhere"), Some(&socket), "No such file"),
+        (
+            Path::new("/dev/null"),
+            Some(&socket),
+            "/dev/null: not a directory",
+        ),
+        (
+            Path::new("/nowhere"),
+            Some(&socket),
+            "/nowhere: No such file",
+        ),
     ] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kvm-bpf-manager"));
         command

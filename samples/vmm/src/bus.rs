@@ -157,7 +157,7 @@ impl Bus {
 
     /// Has a read handled; it gives all ones, as on a bus, where nobody takes it.
     pub fn read(&self, vcpu: usize, addr: u64, data: &mut [u8]) {
-        match self.find(addr, Direction::Read) {
+        match self.find(addr, data.len(), Direction::Read) {
             Some((model, offset)) => lock(model).read(vcpu, offset, data),
             None => data.fill(0xff),
         }
@@ -165,16 +165,26 @@ impl Bus {
 
     /// Hands on a write, or drops it where nobody takes it.
     pub fn write(&self, vcpu: usize, addr: u64, data: &[u8]) {
-        if let Some((model, offset)) = self.find(addr, Direction::Write) {
+        if let Some((model, offset)) = self.find(addr, data.len(), Direction::Write) {
             lock(model).write(vcpu, offset, data);
         }
     }
 
-    /// Counts an access and finds the model that serves it, with the offset into its range.
-    fn find(&self, addr: u64, direction: Direction) -> Option<(&Mutex<Box<dyn MmioDevice>>, u64)> {
+    /// Counts an access and finds the model that serves it, with the offset into its range. One that
+    /// is only partly in a range is no device's, as in KVM.
+    fn find(
+        &self,
+        addr: u64,
+        len: usize,
+        direction: Direction,
+    ) -> Option<(&Mutex<Box<dyn MmioDevice>>, u64)> {
+        let is_in = |range: &Range| {
+            let room = range.size.checked_sub(addr - range.addr);
+            room.is_some_and(|room| len as u64 <= room)
+        };
         let after = self.slots.partition_point(|slot| slot.range.addr <= addr);
         let slot = after.checked_sub(1).map(|index| &self.slots[index]);
-        match slot.filter(|slot| addr - slot.range.addr < slot.range.size) {
+        match slot.filter(|slot| is_in(&slot.range)) {
             Some(slot) => {
                 let offset = addr - slot.range.addr;
                 lock(&slot.exits).count(offset, direction);
@@ -319,8 +329,8 @@ mod tests {
         bus.add(range, Server::Bpf, Some(echo()));
 
         let mut data = [0; 2];
-        bus.read(0, 0x10ff, &mut data);
-        assert_eq!(data, [0xff; 2]);
+        bus.read(0, 0x10fe, &mut data);
+        assert_eq!(data, [0xfe; 2]);
         bus.read(0, 0x1001, &mut data);
         assert_eq!(data, [1; 2]);
         bus.write(3, 0x1010, &[9]);
@@ -333,11 +343,14 @@ mod tests {
         assert_eq!(data, [8; 2]);
         bus.write(1, 0x4ffe, &[1, 2]);
         assert_eq!(writes.recv().unwrap(), (1, 0xffe, vec![1, 2]));
-        for hole in [0, 0xfff, 0x1100, 0x3000] {
+        // The last ones begin or end in a device.
+        for hole in [0, 0xffe, 0x1100, 0x3000, 0xfff, 0x10ff, 0x4fff] {
             bus.read(0, hole, &mut data);
-            assert_eq!(data, [0xff; 2]);
+            assert_eq!(data, [0xff; 2], "{hole:#x}");
+            bus.write(0, hole, &data);
         }
-        assert_eq!(bus.unclaimed(), 4);
+        assert!(writes.try_recv().is_err());
+        assert_eq!(bus.unclaimed(), 14);
 
         let report = serde_json::to_value(bus.report()).unwrap();
         assert_eq!(report[0]["name"], "echo");

@@ -36,6 +36,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
 use std::{iter, mem, ptr, thread};
 
 use clap::Parser;
@@ -46,7 +47,7 @@ use vmm_sys_util::signal::block_signal;
 
 use crate::cli::Args;
 use crate::output::Output;
-use crate::vm::{Event, Vm};
+use crate::vm::{Event, Taker, Vm};
 
 /// What libbpf had to say since the last error; it knows reasons that its errno does not tell.
 static LIBBPF_WARNINGS: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -144,10 +145,21 @@ impl<'a> Listener<'a> {
         let socket = UnixListener::bind(path).map_err(failed)?;
         let listener = Listener(path);
         let wait = move || {
-            for stream in socket.incoming().flatten() {
-                if sender.send(Event::HandOver(stream)).is_err() {
+            for stream in socket.incoming() {
+                let Ok(stream) = stream else {
+                    // There are too many files, say.
+                    thread::sleep(Duration::from_millis(100));
+                    continue;
+                };
+                // One after the other: the others wait in the socket.
+                let (_waiting, served) = mpsc::channel();
+                if sender
+                    .send(Event::HandOver(Taker { stream, _waiting }))
+                    .is_err()
+                {
                     break;
                 }
+                let _ = served.recv();
             }
         };
         thread::Builder::new()

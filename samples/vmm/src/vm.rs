@@ -269,6 +269,13 @@ struct DiskDevice {
 /// The first memory slot that a device may have; those of the guest's RAM are below.
 const FIRST_DEVICE_SLOT: u32 = 16;
 
+/// A process that wants the guest.
+pub struct Taker {
+    pub stream: UnixStream,
+    /// Goes when this one has it, or has not: only then another one may ask.
+    pub _waiting: Sender<()>,
+}
+
 /// What can happen while the guest runs.
 pub enum Event {
     /// Replace the programs by those in the files now.
@@ -276,7 +283,7 @@ pub enum Event {
     /// Save the guest now.
     Save,
     /// Give the guest to the process at the other end.
-    HandOver(UnixStream),
+    HandOver(Taker),
     /// An input of the device of that number is at a level.
     Input {
         device: usize,
@@ -885,8 +892,8 @@ impl Vm {
                         saved.map_err(|source| Error::SaveTo(path, source))
                     })
                     .map(|()| End::Saved),
-                Some(Request::HandOver(stream)) => self
-                    .give(|snapshot| self.hand_over(snapshot, &stream))
+                Some(Request::HandOver(taker)) => self
+                    .give(|snapshot| self.hand_over(snapshot, &taker.stream))
                     .map(|()| End::HandedOver),
             };
             match moved {
@@ -980,8 +987,8 @@ impl Vm {
                             break Ok(request(Request::Save(path.clone())));
                         }
                     }
-                    Ok(Event::HandOver(stream)) => {
-                        break Ok(request(Request::HandOver(stream)));
+                    Ok(Event::HandOver(taker)) => {
+                        break Ok(request(Request::HandOver(taker)));
                     }
                     Ok(Event::Input {
                         device,
@@ -1058,7 +1065,7 @@ enum Request {
     /// The guest is to be saved.
     Save(PathBuf),
     /// It is to go on at the other end.
-    HandOver(UnixStream),
+    HandOver(Taker),
     /// Devices are to have other programs, by number.
     Swap(Vec<(usize, Programs)>),
 }
