@@ -13,13 +13,14 @@ use std::thread;
 use std::time::Duration;
 
 use kvm_bpf::device::Error;
+use kvm_bpf::note::Space;
 use kvm_bpf::{Abi, Device, ImageDevice, OnLoss, Place, Programs};
 use kvm_bpf_selftests::guest::Guest;
 use kvm_bpf_selftests::harness::{Errno, forbid_bpf, set_capabilities, status_of_a_process};
 use kvm_bpf_selftests::programs::{loaded, plug, sample, test_image};
 use kvm_ioctls::Kvm;
 
-use super::{ADDR, PATTERN, eventfd};
+use super::{ADDR, PATTERN, SIZE, eventfd};
 
 mod manager;
 mod params;
@@ -29,6 +30,7 @@ mod proc;
 tests!(
     the_kernel_tells_its_numbers,
     a_device_by_its_descriptor,
+    a_region_comes_and_goes,
     eventfds_are_the_devices_own,
     maps_are_listed,
     runs_are_counted,
@@ -82,6 +84,26 @@ fn a_device_by_its_descriptor() {
     assert_got!(vcpu.read(ADDR, 4).exits, [], "exits of a read");
     drop(device);
     assert_got!(vcpu.read(ADDR, 4).exits.len(), 1, "without the device");
+}
+
+/// Without an `ImageDevice`: the VMM has the programs, and sets and removes regions.
+fn a_region_comes_and_goes() {
+    let guest = Guest::new();
+    let mut vcpu = guest.vcpu(0);
+    let device = Device::new(guest.vm()).expect("KVM_CREATE_DEVICE");
+    let programs = loaded(sample("regbank"));
+    let (read, write) = (programs.read_program(), programs.write_program());
+    let set = device.set_region(3, Place::Memory(ADDR), SIZE, read, write);
+    set.expect("a region");
+    assert_got!(vcpu.read(ADDR, 4).exits, [], "exits of a read");
+    device.unset_region(Space::Memory, 3).expect("its end");
+    assert_got!(vcpu.read(ADDR, 4).exits.len(), 1, "without the region");
+    match device.unset_region(Space::Memory, 3) {
+        Err(Error::UnsetRegion { index: 3, source }) => {
+            assert_got!(source.raw_os_error(), Some(libc::ENOENT));
+        }
+        other => panic!("wanted UnsetRegion, got {other:?}"),
+    }
 }
 
 /// The VMM may close its own at once, and one that the device has is given to no other.
