@@ -12,10 +12,12 @@
 //!
 //! # Locks
 //!
-//! `kvm->lock`, then [`BpfDevice::changing`], then `kvm->slots_lock`, or the lock of who sets work
-//! and then [`BpfDevice::perms`]. [`BpfDevice::regions`] is inside them, and outside only what
-//! keeps a program from being extended. An access takes none of them; a region's programs go away
-//! only when no access can be inside any more, and whoever waits for that holds none of ours.
+//! [`BpfDevice::changing`], then `kvm->slots_lock`, or the lock of who sets work and then
+//! [`BpfDevice::perms`]. [`BpfDevice::regions`] is inside them, and outside only what keeps a
+//! program from being extended.
+//!
+//! An access takes none of them. A region's programs go away only when no access can be inside any
+//! more, and whoever waits for that holds none of ours.
 
 use kernel::{
     eventfd::EventFd,
@@ -152,7 +154,7 @@ impl Handler for Programs {
 
 type Region = io::Registration<Programs>;
 
-#[pin_data(PinnedDrop)]
+#[pin_data]
 struct BpfDevice {
     /// Held by who adds and removes regions.
     #[pin]
@@ -169,19 +171,6 @@ struct BpfDevice {
     perms: Mutex<Perms>,
     irqs: ARef<Irqs>,
     mem: Arc<Windows>,
-}
-
-#[pinned_drop]
-impl PinnedDrop for BpfDevice {
-    fn drop(self: Pin<&mut Self>) {
-        let regions = core::mem::take(&mut *self.regions.lock());
-
-        Region::unregister_all(regions.iter().flatten().map(|region| &**region));
-        self.works.clear();
-        // After that, so that programs have their interrupts as long as they run. Those that a
-        // program has stored outlive us, but not their eventfds.
-        self.irqs.close();
-    }
 }
 
 impl BpfDevice {
@@ -536,6 +525,16 @@ impl Device for BpfDevice {
             // An eventfd that another process may have set has no number to return.
             Id::Irq(_) | Id::Work(_) | Id::Run(_) => Err(ENXIO),
         }
+    }
+
+    fn quiesce(&self) {
+        let regions = core::mem::take(&mut *self.regions.lock());
+
+        Region::unregister_all(regions.iter().flatten().map(|region| &**region));
+        self.works.clear();
+        // After that, so that programs have their interrupts as long as they run. Those that a
+        // program has stored outlive us, but not their eventfds.
+        self.irqs.close();
     }
 
     fn has_attr(&self, _vm: &Vm, attr: &Attr<'_>) -> Result {

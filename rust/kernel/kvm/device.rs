@@ -121,6 +121,13 @@ pub trait Device: Sized + Send + Sync + 'static {
         build_error!(VTABLE_DEFAULT_ERROR)
     }
 
+    /// Stops what the device does, and waits for that. Called before the device is dropped, which
+    /// is with `kvm->lock` held, as this is not. Other functions of this trait are called neither
+    /// meanwhile nor later.
+    fn quiesce(&self) {
+        build_error!(VTABLE_DEFAULT_ERROR)
+    }
+
     /// Whether there is such an attribute; if not, why, usually `ENXIO`.
     fn has_attr(&self, vm: &Vm, attr: &Attr<'_>) -> Result;
 
@@ -288,6 +295,15 @@ impl<T: Device> DeviceVTable<T> {
 
     /// # Safety
     ///
+    /// `dev` must be a device that [`Self::create()`] has set up and whose file is gone, before
+    /// [`Self::release()`].
+    unsafe extern "C" fn quiesce(dev: *mut bindings::kvm_device) {
+        // SAFETY: By the safety requirements. `create()` has set `private`.
+        unsafe { Pin::<KBox<T>>::borrow((*dev).private) }.quiesce();
+    }
+
+    /// # Safety
+    ///
     /// As for [`Self::set_attr()`].
     unsafe fn with(
         dev: *mut bindings::kvm_device,
@@ -364,6 +380,11 @@ impl<T: Device> DeviceVTable<T> {
         name: crate::str::as_char_ptr_in_const_context(T::NAME),
         owner: this_module::<T::OwnerModule>().as_ptr(),
         create: Some(Self::create),
+        quiesce: if T::HAS_QUIESCE {
+            Some(Self::quiesce)
+        } else {
+            None
+        },
         release: Some(Self::release),
         set_attr: Some(Self::set_attr),
         get_attr: if T::HAS_GET_ATTR {

@@ -299,9 +299,8 @@ pub struct Window {
 /// A KVM device of type `KVM_DEV_TYPE_BPF`.
 ///
 /// It lives as long as this value: dropping it removes its regions and interrupts from the VM, also
-/// while vCPUs run. It waits until no program of the device runs, and so do ioctls of the VM such as
-/// `KVM_CREATE_VCPU` meanwhile: drop it neither on a thread that a sleeping program waits for nor
-/// with a lock that such a thread wants.
+/// while vCPUs run. It waits until no program of the device runs: drop it neither on a thread that a
+/// sleeping program waits for nor with a lock that such a thread wants.
 #[derive(Debug)]
 pub struct Device {
     fd: OwnedFd,
