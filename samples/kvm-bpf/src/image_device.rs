@@ -13,7 +13,7 @@ use crate::image::OpenImage;
 use crate::maps::{self, MapChanges, OnLoss};
 use crate::note::Note;
 use crate::page::{NoSlot, ReadPage};
-use crate::programs::{Map, Programs, Work};
+use crate::programs::{Programs, Work};
 use crate::state::{self, Clocks, State, StateMap};
 use crate::sys;
 
@@ -139,7 +139,8 @@ impl Builder {
         Ok(self)
     }
 
-    /// Starts the device from a saved state: the maps have it now, and [`Self::plug`] runs the WORK program `restore`, where there is one, before the guest sees the device.
+    /// Starts the device from a saved state: the maps have it now, and [`Self::plug`] runs the WORK
+    /// program `restore`, where there is one, before the guest sees the device.
     ///
     /// A parameter whose map the state has is given by it: it has the values of where the state was
     /// saved, unless [`Self::param`] comes after.
@@ -404,7 +405,7 @@ impl ImageDevice {
         let mut result = Err(Error::NotPaused);
         paused(&mut || {
             if let Some(new) = new.take() {
-                result = self.convert(new);
+                result = self.convert(new, &changes.carried);
             }
         });
         result.map(|()| changes)
@@ -430,14 +431,10 @@ impl ImageDevice {
     }
 
     /// The same, with the state by the names of its fields, while no vCPU is in `KVM_RUN`.
-    fn convert(&mut self, new: Programs) -> Result<()> {
+    /// Maps that are carried over have all that they had, also what is in no state.
+    fn convert(&mut self, new: Programs, carried: &[String]) -> Result<()> {
         let state = self.save()?;
-        // A map that both have goes on with all that it has, also what is in no state.
-        let goes_on = |map: &str| {
-            let [old, new] = [&self.programs, &new].map(|programs| programs.map(map).map(Map::id));
-            old == new
-        };
-        let taken = state::convert(new.note(), new.states(), &state, goes_on);
+        let taken = state::convert(new.note(), new.states(), &state, carried);
         if let Err(error) = taken
             .map_err(Error::from)
             .and_then(|()| self.set_programs(new))
@@ -834,6 +831,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
+    use crate::Map;
     use crate::note::{Doorbell, Rights, Space, WorkName};
     use crate::state::{Clock, Identity, MapState, Value, Zeroes};
     use crate::sys::{MapInfo, map_type};

@@ -558,17 +558,17 @@ pub(crate) fn undo(maps: &[StateMap], before: &Before) {
     write(maps, &before.0);
 }
 
-/// Puts the state of running programs into the maps of those that are to replace them, but for the
-/// maps that both have. On an error it changes nothing.
+/// Puts the state of running programs into the maps of those that are to replace them, but for those
+/// that are carried over. On an error it changes nothing.
 pub(crate) fn convert(
     note: &Note,
     maps: &[StateMap],
     state: &State,
-    goes_on: impl Fn(&str) -> bool,
+    carried: &[String],
 ) -> Result<()> {
     let new = plan(note, maps.iter().map(|map| &map.shape), state)?;
     for (map, bytes) in maps.iter().zip(&new) {
-        if !goes_on(map.name()) {
+        if !carried.iter().any(|name| name == map.name()) {
             map.memory.write(0, bytes);
         }
     }

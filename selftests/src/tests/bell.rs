@@ -26,6 +26,7 @@ tests!(
     comes_with_a_swap,
     no_signal_is_lost_by_another_index,
     failure_after_a_swap_is_told,
+    the_same_doorbell_needs_no_right,
 );
 
 /// Registers of the device in `bell.bpf.c`.
@@ -227,5 +228,23 @@ fn failure_after_a_swap_is_told() {
         result => panic!("wanted Swapped, got {result:?}"),
     }
     assert!(setup.device.programs().work("replaced").is_some());
+    setup.rings(PATTERN);
+}
+
+/// Programs whose doorbell is the same can be replaced though no interrupt may be set any more.
+fn the_same_doorbell_needs_no_right() {
+    let mut setup = Setup::new("bell");
+    let device = setup.device.device();
+    let mut left = device.permissions().expect("its permissions");
+    left.allow = left.allow.without(Allow::SET_IRQ);
+    device.restrict(left).expect("giving up a right");
+    match device.set_irq(0, &eventfd()) {
+        Err(Error::SetIrq { index: 0, .. }) => {}
+        result => panic!("wanted SetIrq, got {result:?}"),
+    }
+    let replaced = setup
+        .device
+        .replace(test_image("bell"), OnLoss::Refuse, unpaused);
+    replaced.expect("programs with the same doorbell");
     setup.rings(PATTERN);
 }

@@ -199,7 +199,6 @@ fn no_uninitialized_stack() {
     );
 }
 
-/// With arguments that make sense for none: it is the helper that is refused.
 /// Offsets are masked to what a dynptr has, and a file has no such size.
 fn offsets_into_files_are_as_they_are() {
     const OFFSET: usize = 4097;
@@ -230,6 +229,7 @@ fn offsets_into_files_are_as_they_are() {
     );
 }
 
+/// With arguments that make sense for none: it is the helper that is refused.
 fn no_helpers_that_look_around() {
     for (helper, name) in [
         (sys::BPF_FUNC_probe_read_kernel, "bpf_probe_read_kernel"),
